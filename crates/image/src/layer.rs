@@ -1,0 +1,168 @@
+//! The contract that every image format meets. Read this first.
+//!
+//! A [`Layer`] is one image file. It never moves guest data: it says *where* bytes lie ([`Layer::map`]) and hands out write
+//! tickets ([`Layer::prepare`] → the caller writes the data into the store → [`Layer::commit`]). A ticket that is dropped is a
+//! write that never happened. What a committed ticket exposed is read back at once through `map`, and is durable after the next
+//! [`Layer::flush`], which syncs data *before* the metadata that exposes it.
+//!
+//! ```text
+//!   write:  prepare(range) ──► Ticket{extents} ──► store.write_at(extents) ──► commit(ticket)      (volatile)
+//!   flush:  store.sync (data) ──► metadata, atomically (VHDX: one log entry) ──► store.sync        (durable)
+//! ```
+//!
+//! All offsets and lengths are bytes of the virtual disk and multiples of its sector size unless said otherwise.
+
+use crate::Result;
+use std::fmt;
+use std::sync::Arc;
+use store::Store;
+use uuid::Uuid;
+
+/// What an image says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerInfo {
+    /// `vhdx`, `raw`, …
+    pub format: Format,
+    /// Fixed, dynamic or differencing.
+    pub kind: Kind,
+    /// Virtual size in bytes; a multiple of `sector_size`.
+    pub size: u64,
+    /// Logical sector size in bytes: 512 or 4096.
+    pub sector_size: u32,
+    /// Allocation unit in bytes (a power of two); for raw files the sector size.
+    pub block_size: u32,
+    /// What a child's parent linkage must name (VHDX: the DataWriteGuid). Nil where the format has none (raw).
+    pub data_id: Uuid,
+    /// What this image says of its parent; `None` unless it is differencing.
+    pub parent: Option<ParentLink>,
+}
+
+/// The parent as a differencing image names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParentLink {
+    /// The parent's `data_id` when this image was made.
+    pub linkage: Uuid,
+    /// A second id that is accepted as well, while a merge changes the parent (VHDX `parent_linkage2`).
+    pub linkage2: Option<Uuid>,
+    /// The parent's name relative to this image, as written there (backslashes and all): a *name*, never opened as it stands.
+    pub relative_path: Option<String>,
+    /// An absolute Windows path, for display only.
+    pub absolute_path: Option<String>,
+}
+
+/// An image file's format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Bytes as they are.
+    Raw,
+    /// Microsoft's VHDX (MS-VHDX), also `.avhdx`.
+    Vhdx,
+}
+
+/// How an image holds its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// Every block has its place.
+    Fixed,
+    /// Blocks are placed when first written; the others read as zeros.
+    Dynamic,
+    /// Blocks are placed when first written; the others are the parent's.
+    Differencing,
+}
+
+/// Where a run of bytes lies, as one layer sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Source {
+    /// In this layer's file, from this file offset on.
+    Data(u64),
+    /// Zeros, said so by this layer: the parent is not asked.
+    Zero,
+    /// Not in this layer: the parent is asked (zeros if there is none).
+    Absent,
+}
+
+/// A run of virtual bytes with one source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Run {
+    /// Virtual offset in bytes.
+    pub offset: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+    /// Where it lies.
+    pub source: Source,
+}
+
+/// What a ticket is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Change {
+    /// The range gets new data, which the caller writes to the ticket's extents.
+    Data,
+    /// The range reads as zeros from now on, whatever a parent holds. A layer may return extents here too: parts that it can
+    /// only zero by writing zeros; the caller writes them.
+    Zero,
+}
+
+/// A permission to write: where the data goes, and what [`Layer::commit`] will expose.
+///
+/// Dropping it without `commit` undoes it: nothing it covered becomes visible. (A block that was allocated for it may be kept
+/// for the next ticket.)
+#[derive(Debug)]
+pub struct Ticket {
+    /// Virtual offset in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// What for.
+    pub change: Change,
+    /// Where to write: (virtual offset, file offset, length), in order of virtual offset. For [`Change::Data`] they cover the range.
+    pub extents: Vec<Extent>,
+    /// Holds what the layer must know until the ticket is committed or dropped.
+    pub pin: Option<Box<dyn Pin>>,
+}
+
+/// A piece of a ticket's range and its place in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Virtual offset in bytes.
+    pub offset: u64,
+    /// Offset in the layer's file, bytes.
+    pub at: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// What a layer hangs on a ticket to learn of its end; see [`Ticket::pin`].
+pub trait Pin: Send + fmt::Debug {}
+
+/// One image file. See the module's text for the protocol.
+pub trait Layer: Send + Sync + fmt::Debug {
+    /// What the image says of itself, as it stands now.
+    fn info(&self) -> LayerInfo;
+
+    /// The file, for reading and writing data at the offsets that `map` and tickets name.
+    fn store(&self) -> &Arc<dyn Store>;
+
+    /// Appends the runs that make up `[offset, offset + len)` to `out`, in order, without gaps, adjacent runs of one source joined.
+    /// The range must lie inside the disk. Runs need no alignment to blocks.
+    fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()>;
+
+    /// A ticket to change `[offset, offset + len)`: places are found for all of it. Fails with nothing changed.
+    fn prepare(&self, offset: u64, len: u64, change: Change) -> Result<Ticket>;
+
+    /// Exposes what the ticket covers. The caller has written its extents.
+    fn commit(&self, ticket: Ticket) -> Result<()>;
+
+    /// Makes everything committed so far durable: data first, then the metadata that exposes it, atomically. Does nothing, and
+    /// syncs nothing, when nothing was written since the last flush. Call [`Layer::wrote`] (or commit) for the layer to know.
+    fn flush(&self) -> Result<()>;
+
+    /// Tells the layer that data was written in place, by a ticket whose range was already exposed. (`commit` does it too.)
+    fn wrote(&self);
+
+    /// Changes the ids: this image's own `data_id`, and, for a differencing one, its link to the parent. Durable and atomic when it
+    /// returns. `None` leaves a part as it is. For merges; see `merge.rs`.
+    fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()>;
+
+    /// Flushes and leaves the file clean (VHDX: log empty). The layer is not to be written afterwards.
+    fn close(&self) -> Result<()>;
+}

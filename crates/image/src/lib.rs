@@ -1,0 +1,51 @@
+//! Virtual disk files and chains of them.
+//!
+//! Read [`layer`] first: the contract between a format and everything else.
+
+pub mod layer;
+
+pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Pin, Run, Source, Ticket};
+
+/// What went wrong, coarsely; the command line maps these to exit codes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The file is damaged, or not what it claims to be.
+    Damaged,
+    /// The file is sound but uses something that is not supported here.
+    Unsupported,
+    /// The parent is missing, is another one than the child names, or may not be named like this.
+    Parent,
+    /// An argument is out of range (a size, a block size, an offset).
+    Invalid,
+    /// The file is in use by somebody else.
+    Locked,
+    /// No space left.
+    NoSpace,
+    /// No such file.
+    NotFound,
+    /// The file exists already.
+    Exists,
+    /// An earlier write or sync of this layer failed; it is not trusted any more.
+    Poisoned,
+    /// Anything else that the store said.
+    Io,
+}
+
+/// A failed operation on an image: which file, where, why.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {message}")]
+pub struct Error {
+    /// What went wrong, coarsely.
+    pub kind: ErrorKind,
+    /// The image file, as its store names it.
+    pub file: String,
+    /// What happened, for people; offsets in bytes.
+    pub message: String,
+    /// What the store said, if it was the store.
+    #[source]
+    pub source: Option<store::Error>,
+}
+
+/// The result of an operation on an image.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,3 @@
+//! Machines and their snapshots. (Map to come with the actor.)
+
+pub mod tree;

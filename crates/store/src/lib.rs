@@ -1,0 +1,136 @@
+//! Files and their durability: the floor that everything in Tenby stands on.
+//!
+//! Two traits, each with two implementations:
+//!
+//! ```text
+//!                 Folder                          Store
+//!        names: create, rename, unlink    one file: read, write, zero, sync
+//!        ------------------------------   ------------------------------
+//! host   a directory of this machine      a file descriptor
+//! sim    a volatile and a durable map     volatile and durable bytes
+//! ```
+//!
+//! The rules of durability are those of POSIX at its strictest, and [`sim`] enforces them:
+//!
+//! - What was written to a file survives a crash only after [`Store::sync`] on that file.
+//! - A name that was created, renamed or removed survives only after [`Folder::sync`] on its folder.
+//! - A failed sync is never retried and trusted: what it covered is lost or not, nobody knows.
+//!
+//! Everything here is synchronous and takes `&self`: a [`Store`] may be used from many threads at once, as `pread` and
+//! `pwrite` may. Ranges that overlap in time must be ordered by the caller.
+
+pub mod host;
+pub mod sim;
+
+use std::fmt;
+use std::sync::Arc;
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Reading only; writes fail.
+    Read,
+    /// Reading and writing.
+    Write,
+}
+
+/// An advisory lock on a whole file (an open file description lock on the host: a second handle conflicts, also one of the
+/// same process). It is given up when the [`Store`] is dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lock {
+    /// Not locked.
+    None,
+    /// Shared: any number of readers.
+    Shared,
+    /// Exclusive: one writer, no reader.
+    Exclusive,
+}
+
+/// One file: bytes at offsets.
+pub trait Store: Send + Sync + fmt::Debug {
+    /// The file's length in bytes.
+    fn len(&self) -> Result<u64>;
+    /// Whether the file has no bytes.
+    fn is_empty(&self) -> Result<bool> {
+        Ok(self.len()? == 0)
+    }
+    /// Makes the file exactly `len` bytes long; what is added reads as zeros.
+    fn set_len(&self, len: u64) -> Result<()>;
+    /// Fills `buf` from `offset`. Reading past the end is an error of kind [`ErrorKind::PastEnd`].
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()>;
+    /// Writes all of `buf` at `offset`, growing the file if need be.
+    fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
+    /// Makes `len` bytes at `offset` read as zeros, giving their space back to the file system where it can. Within the file's length.
+    fn punch(&self, offset: u64, len: u64) -> Result<()>;
+    /// Makes everything written so far durable, the length included.
+    fn sync(&self) -> Result<()>;
+    /// Changes the lock held through this handle; fails at once with [`ErrorKind::Locked`] if another handle is in the way.
+    fn lock(&self, lock: Lock) -> Result<()>;
+    /// Bytes that the file occupies on its file system (allocated blocks, not its length).
+    fn allocated(&self) -> Result<u64>;
+}
+
+/// A folder: names of files and of folders below it.
+///
+/// A name is one path component: never empty, `.`, `..`, and never with a `/` ([`ErrorKind::BadName`]).
+pub trait Folder: Send + Sync + fmt::Debug {
+    /// Opens an existing file. Symbolic links are not followed.
+    fn open(&self, name: &str, mode: Mode) -> Result<Arc<dyn Store>>;
+    /// Makes a new file, empty, readable by its owner alone (0600), opened for writing. Fails if the name is taken.
+    fn create(&self, name: &str) -> Result<Arc<dyn Store>>;
+    /// Renames a file or folder inside this folder, replacing a file of the new name.
+    fn rename(&self, from: &str, to: &str) -> Result<()>;
+    /// Removes a file's name.
+    fn unlink(&self, name: &str) -> Result<()>;
+    /// Makes a folder (0700) below this one.
+    fn create_folder(&self, name: &str) -> Result<Arc<dyn Folder>>;
+    /// Opens a folder below this one. Symbolic links are not followed.
+    fn folder(&self, name: &str) -> Result<Arc<dyn Folder>>;
+    /// Removes an empty folder.
+    fn remove_folder(&self, name: &str) -> Result<()>;
+    /// The names in this folder, sorted.
+    fn list(&self) -> Result<Vec<String>>;
+    /// Makes the names in this folder durable.
+    fn sync(&self) -> Result<()>;
+}
+
+/// What went wrong, coarsely: what a caller may want to tell apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// No file or folder of that name.
+    NotFound,
+    /// The name is taken.
+    Exists,
+    /// Another handle holds a lock that conflicts.
+    Locked,
+    /// No space left on the device (or quota exceeded).
+    NoSpace,
+    /// Not allowed: permissions, or a write through a handle opened for reading.
+    Denied,
+    /// A read past the end of the file.
+    PastEnd,
+    /// Not a name that a folder can hold.
+    BadName,
+    /// The simulated machine has lost power ([`sim`] only).
+    PowerLost,
+    /// Anything else the system said.
+    Io,
+}
+
+/// A failed file operation: what was tried, on which file, and what the system said.
+#[derive(Debug, thiserror::Error)]
+#[error("{operation} {name}: {detail}")]
+pub struct Error {
+    /// What went wrong, coarsely.
+    pub kind: ErrorKind,
+    /// What was tried: `open`, `write`, `sync`, …
+    pub operation: &'static str,
+    /// The file or folder, as the user would name it.
+    pub name: String,
+    /// The system's words.
+    pub detail: String,
+}
+
+/// The result of a file operation.
+pub type Result<T> = std::result::Result<T, Error>;
