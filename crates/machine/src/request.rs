@@ -1,7 +1,10 @@
 //! What a client asks of a machine, and what it is told: requests, jobs, views, problems. Pure values; the HTTP contract carries
 //! them as they are.
 
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, JobId, MachineId, NetMode, OnHostStop, Publish, SnapshotId, SnapshotState, State};
+use crate::tree::{
+    Accel, Boot, Bus, Config, DiskId, Firmware, JobId, MachineId, NetMode, OnHostStop, Publish, SnapshotId,
+    SnapshotState, State,
+};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
