@@ -48,6 +48,10 @@ pub enum Lock {
 
 /// One file: bytes at offsets.
 pub trait Store: Send + Sync + fmt::Debug {
+    /// The file as the user would name it, for messages.
+    fn name(&self) -> String {
+        format!("{self:?}")
+    }
     /// The file's length in bytes.
     fn len(&self) -> Result<u64>;
     /// Whether the file has no bytes.
