@@ -1,1 +1,518 @@
-//! To come.
+//! The real files of this machine.
+//!
+//! Everything below a folder is opened relative to the folder's descriptor, one name at a time, and symbolic links are not
+//! followed: a name cannot lead out of the folder, and a folder that is renamed or moved stays the same folder. Files belong to
+//! their owner alone (0600, folders 0700), and no descriptor is inherited by a program that we start.
+//!
+//! # Locks
+//!
+//! Locks are `flock`'s. They belong to the open file, so that a second handle conflicts even inside one process, and they are not
+//! dropped when some other handle of the file is closed, as POSIX record locks would be. (Open file description locks would do as
+//! well, and convert atomically; but they would also meet QEMU's own byte locks, and `qemu-img info` on a file of a running
+//! machine would fail.) A conversion between shared and exclusive is not atomic: see [`Store::lock`].
+
+use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags};
+use rustix::io::{Errno, pread, pwrite, retry_on_intr};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Readable and writable by the owner alone.
+const FILE_MODE: fs::Mode = fs::Mode::RUSR.union(fs::Mode::WUSR);
+const FOLDER_MODE: fs::Mode = fs::Mode::RWXU;
+
+const FOLDER_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
+
+/// A directory of this machine.
+#[derive(Debug)]
+pub struct HostFolder {
+    fd: OwnedFd,
+    /// Where it was when it was opened; for messages.
+    path: PathBuf,
+}
+
+impl HostFolder {
+    /// Opens an existing folder. Symbolic links on the way to it are followed: the user named it.
+    pub fn open(path: &Path) -> Result<Self> {
+        let fd = retry_on_intr(|| fs::openat(CWD, path, FOLDER_FLAGS, fs::Mode::empty()))
+            .map_err(|errno| failed("open", path, errno))?;
+        Ok(Self { fd, path: path.to_owned() })
+    }
+
+    /// Opens a folder, making it (0700) and those above it if they are not there, durably.
+    pub fn create(path: &Path) -> Result<Self> {
+        match Self::open(path) {
+            Err(error) if error.kind == ErrorKind::NotFound => {}
+            opened => return opened,
+        }
+        let above = match path.parent() {
+            Some(above) if above.as_os_str().is_empty() => Self::open(Path::new("."))?,
+            Some(above) => Self::create(above)?,
+            None => return Self::open(path),
+        };
+        match retry_on_intr(|| fs::mkdirat(CWD, path, FOLDER_MODE)) {
+            // Somebody else made it just now: as good.
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(failed("create folder", path, errno)),
+        }
+        above.sync()?;
+        Self::open(path)
+    }
+
+    /// The folder that holds the file `path`, and the file's name there. For a user's own file that is to be made or removed.
+    pub fn holding(path: &Path) -> Result<(Self, String)> {
+        let name = path.file_name().and_then(|name| name.to_str());
+        let name = name.ok_or_else(|| {
+            Error::new(ErrorKind::BadName, "open", path.display().to_string(), "not the name of a file in UTF-8")
+        })?;
+        let above = match path.parent() {
+            Some(above) if !above.as_os_str().is_empty() => above,
+            _ => Path::new("."),
+        };
+        Ok((Self::open(above)?, name.to_owned()))
+    }
+
+    /// Where it was when it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn open_file(&self, name: &str, flags: OFlags, mode: Mode, operation: &'static str) -> Result<Arc<dyn Store>> {
+        check_name(name, operation)?;
+        let path = self.path.join(name);
+        let fd = open_regular(self.fd.as_fd(), Path::new(name), flags | OFlags::NOFOLLOW, mode)
+            .map_err(|errno| failed(operation, &path, errno))?;
+        Ok(HostFile::new(fd, path, mode, operation)?)
+    }
+}
+
+impl AsFd for HostFolder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Folder for HostFolder {
+    fn open(&self, name: &str, mode: Mode) -> Result<Arc<dyn Store>> {
+        self.open_file(name, OFlags::empty(), mode, "open")
+    }
+
+    fn create(&self, name: &str) -> Result<Arc<dyn Store>> {
+        self.open_file(name, OFlags::CREATE | OFlags::EXCL, Mode::Write, "create")
+    }
+
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        check_name(from, "rename")?;
+        check_name(to, "rename")?;
+        retry_on_intr(|| fs::renameat(&self.fd, from, &self.fd, to))
+            .map_err(|errno| failed("rename", &self.path.join(from), errno))
+    }
+
+    fn unlink(&self, name: &str) -> Result<()> {
+        check_name(name, "remove")?;
+        retry_on_intr(|| fs::unlinkat(&self.fd, name, AtFlags::empty()))
+            .map_err(|errno| failed("remove", &self.path.join(name), errno))
+    }
+
+    fn create_folder(&self, name: &str) -> Result<Arc<dyn Folder>> {
+        check_name(name, "create folder")?;
+        retry_on_intr(|| fs::mkdirat(&self.fd, name, FOLDER_MODE))
+            .map_err(|errno| failed("create folder", &self.path.join(name), errno))?;
+        self.folder(name)
+    }
+
+    fn folder(&self, name: &str) -> Result<Arc<dyn Folder>> {
+        check_name(name, "open")?;
+        let path = self.path.join(name);
+        let fd = retry_on_intr(|| fs::openat(&self.fd, name, FOLDER_FLAGS | OFlags::NOFOLLOW, fs::Mode::empty()))
+            .map_err(|errno| failed("open", &path, errno))?;
+        Ok(Arc::new(Self { fd, path }))
+    }
+
+    fn remove_folder(&self, name: &str) -> Result<()> {
+        check_name(name, "remove")?;
+        retry_on_intr(|| fs::unlinkat(&self.fd, name, AtFlags::REMOVEDIR))
+            .map_err(|errno| failed("remove", &self.path.join(name), errno))
+    }
+
+    fn list(&self) -> Result<Vec<String>> {
+        let names = || -> rustix::io::Result<Vec<String>> {
+            let mut names = Vec::new();
+            for entry in Dir::read_from(&self.fd)? {
+                let name = entry?.file_name().to_string_lossy().into_owned();
+                if name != "." && name != ".." {
+                    names.push(name);
+                }
+            }
+            names.sort_unstable();
+            Ok(names)
+        };
+        names().map_err(|errno| failed("list", &self.path, errno))
+    }
+
+    fn sync(&self) -> Result<()> {
+        retry_on_intr(|| fs::fsync(&self.fd)).map_err(|errno| failed("sync", &self.path, errno))
+    }
+}
+
+/// Opens a user's own file, wherever it lies; symbolic links are followed. Only a regular file will do: anything else is an error
+/// of kind [`ErrorKind::WrongType`], and a pipe without a writer does not hold us up.
+pub fn open_file(path: &Path, mode: Mode) -> Result<Arc<dyn Store>> {
+    let fd = open_regular(CWD, path, OFlags::empty(), mode).map_err(|errno| failed("open", path, errno))?;
+    Ok(HostFile::new(fd, path.to_owned(), mode, "open")?)
+}
+
+/// Opens what `path` names without ever waiting for it (a pipe would wait for its other end).
+fn open_regular(folder: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+    let access = match mode {
+        Mode::Read => OFlags::RDONLY,
+        Mode::Write => OFlags::RDWR,
+    };
+    let flags = flags | access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    retry_on_intr(|| fs::openat(folder, path, flags, FILE_MODE))
+}
+
+/// A regular file of this machine.
+#[derive(Debug)]
+pub struct HostFile {
+    fd: OwnedFd,
+    path: PathBuf,
+    mode: Mode,
+    lock: Mutex<Lock>,
+    /// A sync failed: the kernel has told us once and forgets it, so we remember.
+    sync_failed: AtomicBool,
+}
+
+impl HostFile {
+    fn new(fd: OwnedFd, path: PathBuf, mode: Mode, operation: &'static str) -> Result<Arc<Self>> {
+        let stat = fs::fstat(&fd).map_err(|errno| failed(operation, &path, errno))?;
+        let file_type = FileType::from_raw_mode(stat.st_mode);
+        if file_type != FileType::RegularFile {
+            let detail = format!("{}, not a file", type_name(file_type));
+            return Err(Error::new(ErrorKind::WrongType, operation, path.display().to_string(), detail));
+        }
+        Ok(Arc::new(Self { fd, path, mode, lock: Mutex::new(Lock::None), sync_failed: AtomicBool::new(false) }))
+    }
+
+    fn failed(&self, operation: &'static str, errno: Errno) -> Error {
+        failed(operation, &self.path, errno)
+    }
+
+    fn error(&self, kind: ErrorKind, operation: &'static str, detail: impl Into<String>) -> Error {
+        Error::new(kind, operation, self.name(), detail)
+    }
+
+    fn check_writable(&self, operation: &'static str) -> Result<()> {
+        match self.mode {
+            Mode::Write => Ok(()),
+            Mode::Read => Err(self.error(ErrorKind::Denied, operation, "the file was opened for reading")),
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Lock> {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn flock(&self, lock: Lock) -> rustix::io::Result<()> {
+        let operation = match lock {
+            Lock::None => FlockOperation::NonBlockingUnlock,
+            Lock::Shared => FlockOperation::NonBlockingLockShared,
+            Lock::Exclusive => FlockOperation::NonBlockingLockExclusive,
+        };
+        retry_on_intr(|| fs::flock(&self.fd, operation))
+    }
+
+    fn write_zeros(&self, mut offset: u64, mut len: u64) -> Result<()> {
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        while len > 0 {
+            let step = len.min(ZEROS.len() as u64);
+            self.write_at(&ZEROS[..step as usize], offset)?;
+            offset += step;
+            len -= step;
+        }
+        Ok(())
+    }
+}
+
+impl AsFd for HostFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Store for HostFile {
+    fn name(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn len(&self) -> Result<u64> {
+        let stat = fs::fstat(&self.fd).map_err(|errno| self.failed("read the length of", errno))?;
+        Ok(stat.st_size as u64)
+    }
+
+    fn set_len(&self, len: u64) -> Result<()> {
+        self.check_writable("set the length of")?;
+        retry_on_intr(|| fs::ftruncate(&self.fd, len)).map_err(|errno| self.failed("set the length of", errno))
+    }
+
+    fn read_at(&self, mut buf: &mut [u8], mut offset: u64) -> Result<()> {
+        while !buf.is_empty() {
+            let read = retry_on_intr(|| pread(&self.fd, &mut *buf, offset)).map_err(|e| self.failed("read", e))?;
+            if read == 0 {
+                let detail = format!("{} bytes at {offset} lie past the end of the file", buf.len());
+                return Err(self.error(ErrorKind::PastEnd, "read", detail));
+            }
+            buf = &mut buf[read..];
+            offset += read as u64;
+        }
+        Ok(())
+    }
+
+    fn write_at(&self, mut buf: &[u8], mut offset: u64) -> Result<()> {
+        self.check_writable("write")?;
+        while !buf.is_empty() {
+            let written = retry_on_intr(|| pwrite(&self.fd, buf, offset)).map_err(|e| self.failed("write", e))?;
+            if written == 0 {
+                return Err(self.error(ErrorKind::Io, "write", format!("nothing was written at {offset}")));
+            }
+            buf = &buf[written..];
+            offset += written as u64;
+        }
+        Ok(())
+    }
+
+    fn punch(&self, offset: u64, len: u64) -> Result<()> {
+        self.check_writable("zero")?;
+        let end = offset.checked_add(len).filter(|end| self.len().is_ok_and(|length| *end <= length));
+        if end.is_none() {
+            let detail = format!("{len} bytes at {offset} lie past the end of the file");
+            return Err(self.error(ErrorKind::PastEnd, "zero", detail));
+        }
+        if len == 0 {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match retry_on_intr(|| fs::fallocate(&self.fd, flags, offset, len)) {
+            Ok(()) => Ok(()),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.write_zeros(offset, len),
+            Err(errno) => Err(self.failed("zero", errno)),
+        }
+    }
+
+    fn sync(&self) -> Result<()> {
+        if self.sync_failed.load(Ordering::Acquire) {
+            return Err(self.error(ErrorKind::Io, "sync", "an earlier sync of this file failed"));
+        }
+        // fdatasync covers the length and the places of the blocks: all that reading the data back needs.
+        retry_on_intr(|| fs::fdatasync(&self.fd)).map_err(|errno| {
+            self.sync_failed.store(true, Ordering::Release);
+            self.failed("sync", errno)
+        })
+    }
+
+    fn lock(&self, lock: Lock) -> Result<()> {
+        let mut held = self.held();
+        self.flock(lock).map_err(|errno| {
+            // flock gives up the old lock before it asks for the new one, so it has to be taken again. If somebody took it in
+            // between we hold nothing, and say so to ourselves.
+            if *held != Lock::None && self.flock(*held).is_err() {
+                *held = Lock::None;
+            }
+            self.failed("lock", errno)
+        })?;
+        *held = lock;
+        Ok(())
+    }
+
+    fn allocated(&self) -> Result<u64> {
+        let stat = fs::fstat(&self.fd).map_err(|errno| self.failed("read the size of", errno))?;
+        // POSIX counts in units of 512 bytes, whatever the file system's blocks.
+        Ok(stat.st_blocks as u64 * 512)
+    }
+}
+
+impl Drop for HostFile {
+    /// Gives the lock up at once: a child that has forked and not yet executed its program still holds the open file.
+    fn drop(&mut self) {
+        if *self.held() != Lock::None {
+            // Closing would do it too, only later: a failure here changes nothing.
+            let _ = self.flock(Lock::None);
+        }
+    }
+}
+
+fn type_name(file_type: FileType) -> &'static str {
+    match file_type {
+        FileType::RegularFile => "a file",
+        FileType::Directory => "a folder",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a pipe",
+        FileType::Socket => "a socket",
+        FileType::CharacterDevice | FileType::BlockDevice => "a device",
+        FileType::Unknown => "of unknown type",
+    }
+}
+
+fn failed(operation: &'static str, path: &Path, errno: Errno) -> Error {
+    let kind = match errno {
+        Errno::NOENT => ErrorKind::NotFound,
+        Errno::EXIST | Errno::NOTEMPTY => ErrorKind::Exists,
+        Errno::WOULDBLOCK => ErrorKind::Locked,
+        Errno::NOSPC | Errno::DQUOT => ErrorKind::NoSpace,
+        Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::BADF => ErrorKind::Denied,
+        Errno::NAMETOOLONG | Errno::ILSEQ => ErrorKind::BadName,
+        Errno::ISDIR | Errno::NOTDIR | Errno::LOOP | Errno::NXIO => ErrorKind::WrongType,
+        _ => ErrorKind::Io,
+    };
+    let detail = match errno {
+        Errno::WOULDBLOCK => "in use by somebody else".to_owned(),
+        Errno::LOOP => "a symbolic link, not a file".to_owned(),
+        Errno::NXIO => "a socket or a device, not a file".to_owned(),
+        _ => std::io::Error::from(errno).to_string(),
+    };
+    Error::new(kind, operation, path.display().to_string(), detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn folder() -> (tempfile::TempDir, HostFolder) {
+        let place = tempfile::tempdir().expect("a temporary folder");
+        let folder = HostFolder::open(place.path()).expect("open it");
+        (place, folder)
+    }
+
+    fn kind<T: std::fmt::Debug>(result: Result<T>) -> ErrorKind {
+        result.expect_err("should fail").kind
+    }
+
+    #[test]
+    fn bytes_come_back() {
+        let (_place, folder) = folder();
+        let file = folder.create("a").expect("create");
+        file.write_at(b"hello", 100_000).expect("write");
+        assert_eq!(file.len().expect("len"), 100_005);
+        let mut buf = [1; 10];
+        file.read_at(&mut buf, 99_995).expect("read");
+        assert_eq!(&buf, b"\0\0\0\0\0hello");
+        assert_eq!(kind(file.read_at(&mut buf, 99_996)), ErrorKind::PastEnd);
+        file.sync().expect("sync");
+        file.punch(100_000, 3).expect("punch");
+        file.read_at(&mut buf, 99_995).expect("read");
+        assert_eq!(&buf, b"\0\0\0\0\0\0\0\0lo");
+        assert_eq!(kind(file.punch(100_000, 6)), ErrorKind::PastEnd);
+        assert_eq!(kind(file.punch(u64::MAX, 6)), ErrorKind::PastEnd);
+        file.set_len(100_003).expect("shrink");
+        file.set_len(100_005).expect("grow");
+        file.read_at(&mut buf, 99_995).expect("read");
+        assert_eq!(buf, [0; 10]);
+    }
+
+    #[test]
+    fn punching_gives_space_back() {
+        let (_place, folder) = folder();
+        let file = folder.create("a").expect("create");
+        file.write_at(&vec![7; 1 << 20], 0).expect("write");
+        file.sync().expect("sync");
+        let before = file.allocated().expect("allocated");
+        file.punch(0, 1 << 19).expect("punch");
+        assert!(file.allocated().expect("allocated") <= before);
+        assert_eq!(file.len().expect("len"), 1 << 20);
+    }
+
+    #[test]
+    fn a_handle_for_reading_does_not_write() {
+        let (_place, folder) = folder();
+        folder.create("a").expect("create").write_at(b"x", 0).expect("write");
+        let file = folder.open("a", Mode::Read).expect("open");
+        assert_eq!(kind(file.write_at(b"y", 0)), ErrorKind::Denied);
+        assert_eq!(kind(file.set_len(0)), ErrorKind::Denied);
+        assert_eq!(kind(file.punch(0, 1)), ErrorKind::Denied);
+        file.sync().expect("sync is harmless");
+    }
+
+    #[test]
+    fn files_and_folders_belong_to_their_owner() {
+        let (place, folder) = folder();
+        folder.create("a").expect("create");
+        folder.create_folder("b").expect("create folder").create("c").expect("create below");
+        let mode = |name: &str| place.path().join(name).metadata().expect("metadata").permissions().mode() & 0o7777;
+        assert_eq!((mode("a"), mode("b"), mode("b/c")), (0o600, 0o700, 0o600));
+    }
+
+    #[test]
+    fn locks_conflict_between_handles_of_one_process() {
+        let (_place, folder) = folder();
+        let one = folder.create("a").expect("create");
+        let two = folder.open("a", Mode::Read).expect("open");
+        one.lock(Lock::Shared).expect("shared");
+        two.lock(Lock::Shared).expect("shared");
+        assert_eq!(kind(one.lock(Lock::Exclusive)), ErrorKind::Locked);
+        // The shared lock was kept: nobody else gets an exclusive one.
+        two.lock(Lock::None).expect("unlock");
+        assert_eq!(kind(two.lock(Lock::Exclusive)), ErrorKind::Locked);
+        one.lock(Lock::Exclusive).expect("convert");
+        assert_eq!(kind(two.lock(Lock::Shared)), ErrorKind::Locked);
+        drop(one);
+        two.lock(Lock::Exclusive).expect("given up when dropped");
+    }
+
+    #[test]
+    fn names_lead_nowhere_else() {
+        let (place, folder) = folder();
+        std::fs::write(place.path().join("file"), "x").expect("write");
+        std::os::unix::fs::symlink("file", place.path().join("link")).expect("link");
+        std::os::unix::fs::symlink("/", place.path().join("away")).expect("link");
+        for name in ["", ".", "..", "a/b", "/etc/passwd", "a\0b", "../file", &"n".repeat(256)] {
+            assert_eq!(kind(folder.open(name, Mode::Read)), ErrorKind::BadName, "{name:?}");
+            assert_eq!(kind(folder.create(name)), ErrorKind::BadName, "{name:?}");
+            assert_eq!(kind(folder.rename("file", name)), ErrorKind::BadName, "{name:?}");
+            assert_eq!(kind(folder.unlink(name)), ErrorKind::BadName, "{name:?}");
+            assert_eq!(kind(folder.folder(name)), ErrorKind::BadName, "{name:?}");
+            assert_eq!(kind(folder.create_folder(name)), ErrorKind::BadName, "{name:?}");
+        }
+        assert_eq!(kind(folder.open("link", Mode::Read)), ErrorKind::WrongType);
+        assert_eq!(kind(folder.folder("away")), ErrorKind::WrongType);
+        assert_eq!(kind(folder.folder("file")), ErrorKind::WrongType);
+        assert_eq!(kind(folder.create("file")), ErrorKind::Exists);
+        assert_eq!(kind(folder.open("none", Mode::Write)), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn a_users_file_is_a_regular_file() {
+        let (place, _folder) = folder();
+        std::fs::write(place.path().join("file"), "x").expect("write");
+        std::os::unix::fs::symlink("file", place.path().join("link")).expect("link");
+        assert_eq!(open_file(&place.path().join("link"), Mode::Read).expect("follows").len().expect("len"), 1);
+        fs::mknodat(CWD, place.path().join("pipe"), FileType::Fifo, FILE_MODE, 0).expect("make a pipe");
+        let socket = std::os::unix::net::UnixListener::bind(place.path().join("socket")).expect("make a socket");
+        for mode in [Mode::Read, Mode::Write] {
+            for name in ["pipe", "socket", "", "/dev/null"] {
+                assert_eq!(kind(open_file(&place.path().join(name), mode)), ErrorKind::WrongType, "{name:?}");
+            }
+        }
+        drop(socket);
+    }
+
+    #[test]
+    fn folders_are_made_with_those_above() {
+        let place = tempfile::tempdir().expect("a temporary folder");
+        let path = place.path().join("a/b/c");
+        HostFolder::create(&path).expect("create").create("x").expect("create");
+        let again = HostFolder::create(&path).expect("open");
+        assert_eq!(again.list().expect("list"), ["x"]);
+        let (folder, name) = HostFolder::holding(&path.join("x")).expect("the folder that holds it");
+        assert_eq!((folder.list().expect("list"), name.as_str()), (vec!["x".to_owned()], "x"));
+        let above = HostFolder::open(&place.path().join("a/b")).expect("open");
+        assert_eq!(kind(above.remove_folder("c")), ErrorKind::Exists);
+        assert_eq!(kind(above.unlink("c")), ErrorKind::WrongType);
+        again.rename("x", "y").expect("rename");
+        again.unlink("y").expect("unlink");
+        above.remove_folder("c").expect("remove");
+        assert_eq!(above.list().expect("list"), Vec::<String>::new());
+    }
+}

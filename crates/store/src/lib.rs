@@ -34,8 +34,7 @@ pub enum Mode {
     Write,
 }
 
-/// An advisory lock on a whole file (an open file description lock on the host: a second handle conflicts, also one of the
-/// same process). It is given up when the [`Store`] is dropped.
+/// An advisory lock on a whole file (`flock` on the host: a second handle conflicts, also one of the same process). It is given up when the [`Store`] is dropped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Lock {
     /// Not locked.
@@ -66,9 +65,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()>;
     /// Makes `len` bytes at `offset` read as zeros, giving their space back to the file system where it can. Within the file's length.
     fn punch(&self, offset: u64, len: u64) -> Result<()>;
-    /// Makes everything written so far durable, the length included.
+    /// Makes everything written so far durable, the length included. After a sync that failed, every later one through this
+    /// handle fails too: what the failed one covered is lost or not, and the system would not say so again.
     fn sync(&self) -> Result<()>;
-    /// Changes the lock held through this handle; fails at once with [`ErrorKind::Locked`] if another handle is in the way.
+    /// Changes the lock held through this handle; fails at once with [`ErrorKind::Locked`] if another handle is in the way, the
+    /// lock held so far being kept. (The host may lose it to another process that asks at that very moment.)
     fn lock(&self, lock: Lock) -> Result<()>;
     /// Bytes that the file occupies on its file system (allocated blocks, not its length).
     fn allocated(&self) -> Result<u64>;
@@ -90,7 +91,7 @@ pub trait Folder: Send + Sync + fmt::Debug {
     fn create_folder(&self, name: &str) -> Result<Arc<dyn Folder>>;
     /// Opens a folder below this one. Symbolic links are not followed.
     fn folder(&self, name: &str) -> Result<Arc<dyn Folder>>;
-    /// Removes an empty folder.
+    /// Removes an empty folder; one that is not empty is an error of kind [`ErrorKind::Exists`].
     fn remove_folder(&self, name: &str) -> Result<()>;
     /// The names in this folder, sorted.
     fn list(&self) -> Result<Vec<String>>;
@@ -116,6 +117,9 @@ pub enum ErrorKind {
     PastEnd,
     /// Not a name that a folder can hold.
     BadName,
+    /// Something of another type has that name: a folder, link, device, pipe or socket where a file is wanted, or a file where
+    /// a folder is.
+    WrongType,
     /// The simulated machine has lost power ([`sim`] only).
     PowerLost,
     /// Anything else the system said.
@@ -135,6 +139,28 @@ pub struct Error {
     /// The system's words.
     pub detail: String,
 }
+
+impl Error {
+    /// An error of this kind.
+    pub fn new(kind: ErrorKind, operation: &'static str, name: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { kind, operation, name: name.into(), detail: detail.into() }
+    }
+}
+
+/// Fails unless `name` is one component of a path: what a [`Folder`] can hold.
+pub(crate) fn check_name(name: &str, operation: &'static str) -> Result<()> {
+    let detail = match name {
+        "" => "the name is empty",
+        "." | ".." => "not a name of a file",
+        _ if name.contains(['/', '\0']) => "a name holds no slash and no zero byte",
+        _ if name.len() > NAME_MAX => "the name is too long",
+        _ => return Ok(()),
+    };
+    Err(Error::new(ErrorKind::BadName, operation, name.escape_debug().to_string(), detail))
+}
+
+/// The longest name, bytes: Linux's limit.
+const NAME_MAX: usize = 255;
 
 /// The result of a file operation.
 pub type Result<T> = std::result::Result<T, Error>;
