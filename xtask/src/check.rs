@@ -1,0 +1,7 @@
+//! The direction of dependencies between the crates.
+
+use anyhow::Result;
+
+pub(crate) fn run() -> Result<()> {
+    Ok(())
+}
