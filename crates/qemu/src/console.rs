@@ -1,0 +1,233 @@
+//! The first serial port, for several clients at once, over all processes that a machine has had.
+//!
+//! ```text
+//!   guest ──▶ QEMU ──▶ console log ──▶ ConsoleReader (each at its own pace)
+//!               ▲ serial.sock
+//!               └───── Console::write
+//! ```
+//!
+//! QEMU itself appends what the port prints to the log, whether anybody is attached or not. So the log is the only truth about the
+//! output: nothing is missing or doubled when a worker dies or one QEMU follows another. The socket carries what is typed; what it prints is
+//! thrown away. The log's front is punched out as it grows, so that it takes a bounded space while positions in it stay what they are.
+
+use crate::error::{Error, Result};
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, inotify, open};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::{AbortHandle, JoinHandle};
+
+/// How much of what was printed a client is shown at first, bytes.
+pub const KEPT: u64 = 64 << 10;
+
+/// Space that is taken from the log at a time, bytes.
+const PUNCH_STEP: u64 = 1 << 20;
+
+/// A serial port. Clones share it.
+#[derive(Debug, Clone)]
+pub struct Console {
+    hub: Arc<Hub>,
+}
+
+#[derive(Debug)]
+struct Hub {
+    log: Arc<OwnedFd>,
+    length: watch::Receiver<u64>,
+    input: Mutex<Option<Input>>,
+    attached: watch::Sender<bool>,
+    /// Keystrokes of two clients do not mix within one write.
+    typing: tokio::sync::Mutex<()>,
+    follower: AbortHandle,
+}
+
+#[derive(Debug)]
+struct Input {
+    stream: Arc<UnixStream>,
+    drain: JoinHandle<()>,
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        self.drain.abort();
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Console {
+    /// The port whose output is appended to `log`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn open(log: &Path) -> Result<Self> {
+        let what = || Error::at("follow", log);
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::CLOEXEC;
+        let file = Arc::new(open(log, flags, Mode::RUSR | Mode::WUSR).map_err(Error::os(what()))?);
+        let watch =
+            inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).map_err(Error::os(what()))?;
+        inotify::add_watch(&watch, log, inotify::WatchFlags::MODIFY).map_err(Error::os(what()))?;
+        #[expect(deprecated, reason = "an owned descriptor keeps the promise for which the new way asks unsafe")]
+        let watch = AsyncFd::with_interest(watch, Interest::READABLE).map_err(Error::io(what()))?;
+        // Read after the watch was set: growth in between is seen twice rather than never.
+        let (grown, length) = watch::channel(size(&file).map_err(Error::os(what()))?);
+        let follower = tokio::spawn(follow(watch, file.clone(), grown)).abort_handle();
+        let hub = Hub {
+            log: file,
+            length,
+            input: Mutex::default(),
+            attached: watch::Sender::new(false),
+            typing: tokio::sync::Mutex::default(),
+            follower,
+        };
+        Ok(Self { hub: Arc::new(hub) })
+    }
+
+    /// Sends what is typed to this process from now on, until it ends or another one is attached.
+    pub fn attach(&self, serial: UnixStream) {
+        let stream = Arc::new(serial);
+        // Held over the start of the task, which may see the end at once.
+        let mut input = self.hub.input();
+        let drain = tokio::spawn(drain(stream.clone(), Arc::downgrade(&self.hub)));
+        *input = Some(Input { stream, drain });
+        self.hub.attached.send_replace(true);
+    }
+
+    /// Whether what is typed has somewhere to go.
+    pub fn attached(&self) -> watch::Receiver<bool> {
+        self.hub.attached.subscribe()
+    }
+
+    /// What the port printed: first the last [`KEPT`] bytes, then everything as it comes.
+    pub fn reader(&self) -> ConsoleReader {
+        let length = self.hub.length.clone();
+        let position = length.borrow().saturating_sub(KEPT);
+        ConsoleReader { log: self.hub.log.clone(), length, position }
+    }
+
+    /// Types. Returns when QEMU's socket has taken all of it. Writes of several clients do not mix.
+    ///
+    /// # Errors
+    /// [`Error::ConsoleDetached`] with what was delivered.
+    pub async fn write(&self, bytes: &[u8]) -> Result<()> {
+        let _turn = self.hub.typing.lock().await;
+        let stream = self.hub.input().as_ref().map(|input| input.stream.clone());
+        let mut delivered = 0;
+        let detached = |delivered| Error::ConsoleDetached { delivered, length: bytes.len() };
+        let stream = stream.ok_or(detached(0))?;
+        while delivered < bytes.len() {
+            stream.writable().await.map_err(|_| detached(delivered))?;
+            match stream.try_write(&bytes[delivered..]) {
+                Ok(length) => delivered += length,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(_) => return Err(detached(delivered)),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Hub {
+    fn input(&self) -> MutexGuard<'_, Option<Input>> {
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads what the port prints.
+#[derive(Debug)]
+pub struct ConsoleReader {
+    log: Arc<OwnedFd>,
+    length: watch::Receiver<u64>,
+    position: u64,
+}
+
+impl ConsoleReader {
+    /// What was printed next, at most 16 KiB; waits for it. A reader that fell more than a few [`KEPT`] behind goes on with the last [`KEPT`]
+    /// bytes. Nothing is lost if the future is dropped. `None` when the [`Console`] is gone.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the log cannot be read.
+    pub async fn next(&mut self) -> Result<Option<Vec<u8>>> {
+        loop {
+            let length = *self.length.borrow_and_update();
+            if self.position < length {
+                return self.read(length).map(Some);
+            }
+            // The log was cut off by someone else: what comes now is new.
+            self.position = length;
+            if self.length.changed().await.is_err() {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn read(&mut self, length: u64) -> Result<Vec<u8>> {
+        if length - self.position > PUNCH_STEP / 2 {
+            self.position = length - KEPT;
+        }
+        let mut bytes = vec![0; (length - self.position).min(16 << 10) as usize];
+        let count =
+            rustix::io::pread(&*self.log, &mut bytes, self.position).map_err(Error::os("read the console's log"))?;
+        bytes.truncate(count);
+        self.position += count as u64;
+        Ok(bytes)
+    }
+}
+
+/// Tells readers how long the log is, and bounds its space.
+async fn follow(watch: AsyncFd<OwnedFd>, log: Arc<OwnedFd>, grown: watch::Sender<u64>) {
+    let mut punched = 0;
+    loop {
+        let Ok(mut ready) = watch.readable().await else { return };
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut changes = inotify::Reader::new(watch.get_ref(), &mut space);
+        while changes.next().is_ok() {}
+        ready.clear_ready();
+        let Ok(length) = size(&log) else { return };
+        punch(&log, length, &mut punched);
+        grown.send_if_modified(|known| std::mem::replace(known, length) != length);
+    }
+}
+
+/// Gives back the space of what no reader will be shown any more.
+fn punch(log: &OwnedFd, length: u64, punched: &mut u64) {
+    let keep_from = length.saturating_sub(PUNCH_STEP) / PUNCH_STEP * PUNCH_STEP;
+    if keep_from > *punched {
+        // A file system that cannot do it keeps the whole log: that costs space, nothing else.
+        let _ = fallocate(log, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, keep_from);
+        *punched = keep_from;
+    }
+}
+
+fn size(log: &OwnedFd) -> rustix::io::Result<u64> {
+    Ok(fstat(log)?.st_size as u64)
+}
+
+/// Throws away what the socket prints (the log has it) and notices its end.
+async fn drain(stream: Arc<UnixStream>, hub: Weak<Hub>) {
+    let mut bytes = [0; 4096];
+    loop {
+        if stream.readable().await.is_err() {
+            break;
+        }
+        match stream.try_read(&mut bytes) {
+            Ok(length) if length > 0 => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            _ => break,
+        }
+    }
+    let Some(hub) = hub.upgrade() else { return };
+    let mut input = hub.input();
+    if input.as_ref().is_some_and(|input| Arc::ptr_eq(&input.stream, &stream)) {
+        *input = None;
+        hub.attached.send_replace(false);
+    }
+}

@@ -1,0 +1,451 @@
+//! A QEMU command line as typed values.
+//!
+//! Whatever a guest can see is fixed here: machine type, CPU model, device ids and PCI addresses. A captured machine loads only
+//! into a process that was launched with the same ones, so a change here must not move anything that exists.
+//!
+//! ```text
+//!   PCI slot   01 VGA   02 network   03 rng   04 virtio-scsi   08..17 virtio-blk, in the disks' order   1f chip set, AHCI
+//!   AHCI port  0..4 disks, in their order   5 CD drive
+//! ```
+
+use crate::error::{Error, Result};
+use std::ffi::{OsStr, OsString};
+use std::net::Ipv4Addr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// The worker's monitor, in the run folder.
+pub const QMP_SOCKET: &str = "qmp.sock";
+/// A second monitor, left free for people and for emergencies (a monitor serves one client at a time).
+pub const SPARE_QMP_SOCKET: &str = "qmp-spare.sock";
+/// The first serial port, in the run folder.
+pub const SERIAL_SOCKET: &str = "serial.sock";
+/// The screen (RFB), in the run folder.
+pub const VNC_SOCKET: &str = "vnc.sock";
+/// The process id, in the run folder.
+pub const PID_FILE: &str = "qemu.pid";
+
+/// The id of the user-mode network.
+pub(crate) const NETDEV: &str = "net0";
+
+const FIRST_DISK_SLOT: usize = 0x08;
+const VIRTIO_DISKS: usize = 16;
+const AHCI_DISKS: usize = 5;
+const SCSI_DISKS: usize = 64;
+const CDROM_PORT: usize = 5;
+const MIB: u64 = 1 << 20;
+
+/// How long QEMU holds a guest's request while the disk server is away. Shorter than the 30 s after which a guest gives up on a SATA or
+/// SCSI disk: past it QEMU stops the guest (`werror=stop`), whose clock then stands, and the request is repeated when it is resumed.
+pub const RECONNECT_DELAY: Duration = Duration::from_secs(20);
+
+/// Everything that a QEMU process is started with. The process always comes up standing still: [`crate::Qemu::resume`] lets it run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Launch {
+    /// The program.
+    pub binary: PathBuf,
+    /// A pinned machine type, never an alias: `pc-q35-7.2`.
+    pub machine_type: String,
+    /// How the processor runs.
+    pub accel: Accel,
+    /// The CPU model: `Nehalem`, `host`, …
+    pub cpu_model: String,
+    /// RAM in bytes; a multiple of 1 MiB.
+    pub memory: u64,
+    /// Processors, 1 to 255.
+    pub cpus: u32,
+    /// The machine's name, as `ps` and a VNC client show it.
+    pub name: String,
+    /// The machine's SMBIOS UUID, in the usual text form.
+    pub uuid: String,
+    /// The generation id (a UUID), new for every start: it tells a guest that it was taken back.
+    pub generation: Option<String>,
+    /// The folder of the process's sockets; it is the process's working directory. Must exist; one per process.
+    pub run_dir: PathBuf,
+    /// The file to which QEMU's own words are appended.
+    pub log: PathBuf,
+    /// The file to which the first serial port's output is appended. See [`crate::Console`].
+    pub console_log: PathBuf,
+    /// The disks, in the guest's order.
+    pub disks: Vec<Disk>,
+    /// An image for the CD drive; without one there is no drive.
+    pub cdrom: Option<PathBuf>,
+    /// What is tried first.
+    pub boot: Boot,
+    /// A kernel to boot directly.
+    pub kernel: Option<Kernel>,
+    /// The network card, on a user-mode network. Ports are published with [`crate::Qemu::publish`].
+    pub nic: Option<Nic>,
+    /// Whether the machine's memory comes from a stream ([`crate::Qemu::restore`]).
+    pub incoming: bool,
+    /// Whether QEMU gives up system calls that it does not need (seccomp).
+    pub sandbox: bool,
+}
+
+/// How a guest's processor runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// The processor's own virtualisation.
+    Kvm,
+    /// Software.
+    Tcg,
+}
+
+/// A disk: an NBD export on a unix socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    /// Its id, node name and serial number: 1 to 20 of `a-z 0-9 -`, a letter first.
+    pub id: String,
+    /// How it is attached.
+    pub bus: Bus,
+    /// The NBD server's socket. A relative one lies in the run folder.
+    pub socket: PathBuf,
+    /// The export's name on that server.
+    pub export: String,
+    /// How long requests are held while the server is away; whole seconds. See [`RECONNECT_DELAY`].
+    pub reconnect_delay: Duration,
+}
+
+/// How a disk is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bus {
+    /// virtio-blk; at most 16.
+    Virtio,
+    /// The chip set's AHCI controller; at most 5.
+    Ahci,
+    /// virtio-scsi; at most 64.
+    Scsi,
+}
+
+/// What is tried first. A disk and a CD that come later are still tried.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Boot {
+    /// The first disk.
+    #[default]
+    Disk,
+    /// The CD drive.
+    Cdrom,
+    /// The network.
+    Net,
+}
+
+/// A kernel that is booted directly.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Kernel {
+    /// The kernel image.
+    pub image: PathBuf,
+    /// The initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// The command line.
+    pub append: String,
+}
+
+/// A network card (virtio-net).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nic {
+    /// Its address: `52:54:00:xx:xx:xx`.
+    pub mac: String,
+}
+
+/// A TCP port of the host that leads into the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Publish {
+    /// The host's address to listen on.
+    pub address: Ipv4Addr,
+    /// The host's port.
+    pub host: u16,
+    /// The guest's port.
+    pub guest: u16,
+}
+
+impl Launch {
+    /// The arguments, without the program itself.
+    ///
+    /// # Errors
+    /// [`Error::Launch`] for values out of their ranges.
+    pub fn args(&self) -> Result<Vec<OsString>> {
+        self.check()?;
+        let mut line = Line::default();
+        self.machine(&mut line);
+        self.monitors(&mut line);
+        self.devices(&mut line);
+        self.storage(&mut line);
+        self.boot_options(&mut line);
+        Ok(line.0)
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |why: String| Err(Error::Launch(why));
+        if self.memory == 0 || !self.memory.is_multiple_of(MIB) {
+            return refuse(format!("{} bytes of memory are not a whole number of MiB", self.memory));
+        }
+        if !(1..=255).contains(&self.cpus) {
+            return refuse(format!("{} processors; 1 to 255 are possible", self.cpus));
+        }
+        let paths =
+            [Some(&self.run_dir), Some(&self.console_log), self.cdrom.as_ref(), self.kernel.as_ref().map(|k| &k.image)];
+        let initrd = self.kernel.as_ref().and_then(|k| k.initrd.as_ref());
+        // QEMU's working directory is the run folder: any other relative path would mean another file there.
+        for path in paths.into_iter().flatten().chain(initrd) {
+            if !path.is_absolute() {
+                return refuse(format!("the path {} is not absolute", path.display()));
+            }
+        }
+        if self.boot == Boot::Cdrom && self.cdrom.is_none() {
+            return refuse("it boots from a CD, but there is no CD image".into());
+        }
+        if self.boot == Boot::Net && self.nic.is_none() {
+            return refuse("it boots from the network, but there is no network card".into());
+        }
+        self.check_disks()
+    }
+
+    fn check_disks(&self) -> Result<()> {
+        for disk in &self.disks {
+            let letters = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+            let good = disk.id.starts_with(|c: char| c.is_ascii_lowercase())
+                && disk.id.chars().all(letters)
+                && disk.id.len() <= 20;
+            if !good || disk.id == "cdrom" {
+                return Err(Error::Launch(format!("{:?} is no id of a disk", disk.id)));
+            }
+            if self.disks.iter().filter(|other| other.id == disk.id).count() > 1 {
+                return Err(Error::Launch(format!("two disks are called {}", disk.id)));
+            }
+        }
+        for (bus, most) in [(Bus::Virtio, VIRTIO_DISKS), (Bus::Ahci, AHCI_DISKS), (Bus::Scsi, SCSI_DISKS)] {
+            let count = self.disks.iter().filter(|disk| disk.bus == bus).count();
+            if count > most {
+                return Err(Error::Launch(format!("{count} disks at {bus:?}, which takes {most}")));
+            }
+        }
+        Ok(())
+    }
+
+    fn machine(&self, line: &mut Line) {
+        let accel = match self.accel {
+            Accel::Kvm => "kvm",
+            Accel::Tcg => "tcg",
+        };
+        line.flag("-no-user-config").flag("-nodefaults");
+        // A guest that powers off must not take the process, and a capture under way, with it.
+        line.flag("-no-shutdown");
+        // Nothing runs before the worker has seen the process and published its ports.
+        line.flag("-S");
+        if self.incoming {
+            line.pair("-incoming", "defer");
+        }
+        line.option("-name", Opts::new().with("guest", &self.name));
+        line.pair("-uuid", &self.uuid);
+        line.option("-machine", Opts::of(&self.machine_type).with("dump-guest-core", "off").with("mem-merge", "off"));
+        line.pair("-accel", accel).pair("-cpu", &self.cpu_model);
+        // RAM stays private and anonymous (no memory backend): the only kind whose write protection costs next to nothing.
+        line.pair("-m", format!("{}M", self.memory / MIB)).pair("-smp", self.cpus.to_string());
+        // A guest asleep (S3) would be a state that nothing else knows.
+        line.pair("-global", "ICH9-LPC.disable_s3=1");
+        line.pair("-rtc", "base=utc");
+        line.pair("-pidfile", PID_FILE);
+        if self.sandbox {
+            line.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+        }
+    }
+
+    fn monitors(&self, line: &mut Line) {
+        for (id, path) in [("qmp", QMP_SOCKET), ("qmp-spare", SPARE_QMP_SOCKET)] {
+            line.option("-chardev", listening(id, path));
+            line.option("-mon", Opts::new().with("chardev", id).with("mode", "control"));
+        }
+        let log = Opts::new().with("logfile", &self.console_log).with("logappend", "on");
+        line.option("-chardev", listening("serial0", SERIAL_SOCKET).and(&log));
+        line.option("-device", Opts::of("isa-serial").with("id", "ttyS0").with("chardev", "serial0"));
+        line.pair("-display", "none").pair("-vnc", format!("unix:{VNC_SOCKET}"));
+    }
+
+    fn devices(&self, line: &mut Line) {
+        line.option("-device", pci("VGA", "vga", 0x01));
+        line.option("-object", Opts::of("rng-builtin").with("id", "rng0"));
+        line.option("-device", pci("virtio-rng-pci", "rng", 0x03).with("rng", "rng0"));
+        if let Some(generation) = &self.generation {
+            line.option("-device", Opts::of("vmgenid").with("id", "generation").with("guid", generation));
+        }
+        if let Some(nic) = &self.nic {
+            line.option("-netdev", Opts::of("user").with("id", NETDEV));
+            let card = pci("virtio-net-pci", "nic0", 0x02).with("netdev", NETDEV).with("mac", &nic.mac);
+            // Its boot ROM is a RAM block, part of what is captured: only there for those who boot from it.
+            let card = if self.boot == Boot::Net {
+                card.with("bootindex", self.boot_index(Boot::Net))
+            } else {
+                card.with("romfile", "")
+            };
+            line.option("-device", card);
+        }
+    }
+
+    fn storage(&self, line: &mut Line) {
+        if self.disks.iter().any(|disk| disk.bus == Bus::Scsi) {
+            line.option("-device", pci("virtio-scsi-pci", "scsi0", 0x04));
+        }
+        let (mut virtio, mut ahci, mut scsi) = (0, 0, 0);
+        for (position, disk) in self.disks.iter().enumerate() {
+            line.option("-blockdev", disk.node());
+            let id = format!("dev-{}", disk.id);
+            let device = match disk.bus {
+                Bus::Virtio => pci("virtio-blk-pci", &id, FIRST_DISK_SLOT + count(&mut virtio)),
+                Bus::Ahci => Opts::of("ide-hd").with("id", &id).with("bus", format!("ide.{}", count(&mut ahci))),
+                Bus::Scsi => Opts::of("scsi-hd")
+                    .with("id", &id)
+                    .with("bus", "scsi0.0")
+                    .with("scsi-id", count(&mut scsi).to_string()),
+            };
+            let mut device = device.with("drive", &disk.id).with("serial", &disk.id);
+            // An outage must stop the guest, not damage its file systems.
+            device = device.with("werror", "stop").with("rerror", "stop");
+            if position == 0 {
+                device = device.with("bootindex", self.boot_index(Boot::Disk));
+            }
+            line.option("-device", device);
+        }
+        if let Some(image) = &self.cdrom {
+            let node = Opts::new().with("driver", "raw").with("node-name", "cdrom").with("read-only", "on");
+            line.option("-blockdev", node.with("file.driver", "file").with("file.filename", image));
+            let drive = Opts::of("ide-cd")
+                .with("id", "dev-cdrom")
+                .with("bus", format!("ide.{CDROM_PORT}"))
+                .with("drive", "cdrom");
+            line.option("-device", drive.with("bootindex", self.boot_index(Boot::Cdrom)));
+        }
+    }
+
+    fn boot_options(&self, line: &mut Line) {
+        line.pair("-boot", "strict=on");
+        if let Some(kernel) = &self.kernel {
+            line.pair("-kernel", &kernel.image);
+            if let Some(initrd) = &kernel.initrd {
+                line.pair("-initrd", initrd);
+            }
+            line.pair("-append", &kernel.append);
+        }
+    }
+
+    /// 1 for what is tried first. 0 is left to QEMU's own loader of a kernel.
+    fn boot_index(&self, device: Boot) -> &'static str {
+        if device == self.boot {
+            "1"
+        } else if device == Boot::Disk {
+            "2"
+        } else {
+            "3"
+        }
+    }
+}
+
+impl Disk {
+    fn node(&self) -> Opts {
+        Opts::new()
+            .with("driver", "nbd")
+            .with("node-name", &self.id)
+            .with("server.type", "unix")
+            .with("server.path", &self.socket)
+            .with("export", &self.export)
+            .with("reconnect-delay", self.reconnect_delay.as_secs().to_string())
+            .with("discard", "unmap")
+            .with("detect-zeroes", "unmap")
+    }
+}
+
+impl Publish {
+    /// QEMU's own notation.
+    pub(crate) fn rule(self) -> String {
+        format!("tcp:{}:{}-:{}", self.address, self.host, self.guest)
+    }
+
+    /// The notation by which QEMU takes a rule away.
+    pub(crate) fn listener(self) -> String {
+        format!("tcp:{}:{}", self.address, self.host)
+    }
+}
+
+fn listening(id: &str, path: &str) -> Opts {
+    Opts::of("socket").with("id", id).with("path", path).with("server", "on").with("wait", "off")
+}
+
+fn pci(driver: &str, id: &str, slot: usize) -> Opts {
+    Opts::of(driver).with("id", id).with("bus", "pcie.0").with("addr", format!("{slot:#04x}"))
+}
+
+fn count(next: &mut usize) -> usize {
+    *next += 1;
+    *next - 1
+}
+
+/// The arguments so far.
+#[derive(Default)]
+struct Line(Vec<OsString>);
+
+impl Line {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.into());
+        self
+    }
+
+    fn pair(&mut self, name: &str, value: impl AsRef<OsStr>) -> &mut Self {
+        self.flag(name);
+        self.0.push(value.as_ref().into());
+        self
+    }
+
+    fn option(&mut self, name: &str, value: Opts) -> &mut Self {
+        self.pair(name, OsString::from_vec(value.0))
+    }
+}
+
+/// `value,key=value,…`: QEMU's option string, in which a comma of a value is doubled.
+#[derive(Default)]
+struct Opts(Vec<u8>);
+
+impl Opts {
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn of(head: &str) -> Self {
+        let mut opts = Self::new();
+        opts.value(head.as_bytes());
+        opts
+    }
+
+    fn with(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
+        self.separate();
+        self.0.extend_from_slice(key.as_bytes());
+        self.0.push(b'=');
+        self.value(value.as_ref().as_bytes());
+        self
+    }
+
+    fn and(mut self, other: &Self) -> Self {
+        self.separate();
+        self.0.extend_from_slice(&other.0);
+        self
+    }
+
+    fn separate(&mut self) {
+        if !self.0.is_empty() {
+            self.0.push(b',');
+        }
+    }
+
+    fn value(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.0.push(byte);
+            if byte == b',' {
+                self.0.push(byte);
+            }
+        }
+    }
+}
+
+/// Where a socket of the run folder is reached whatever the folder's length: `sun_path` has 108 bytes, a descriptor's path has few.
+pub(crate) fn through(dir: &impl std::os::fd::AsRawFd, name: &str) -> PathBuf {
+    Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name)
+}

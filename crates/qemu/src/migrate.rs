@@ -1,0 +1,405 @@
+//! A machine's memory out of QEMU and into it, as a byte stream.
+//!
+//! ```text
+//!   capture, the guest running:  setup ── active ─ STOP ─ POINT ─ RESUME ─── pages ─── device state ── completed
+//!                                                  └─ the pause ──┘
+//!   capture, the guest stopped:  setup ── active ──────── POINT ──────────── pages ─── device state ── completed
+//! ```
+//!
+//! The point is the moment whose memory is captured. With the guest running it lies between STOP and RESUME: no disk request is
+//! outstanding there, and none is issued before RESUME is stamped. Only the first RESUME after `active` counts, and only if nothing else
+//! stopped the guest in between; whoever captures gives no stop, cont or reset before [`Capture::point`] has returned.
+
+use crate::error::{Error, Result};
+use crate::qemu::Qemu;
+use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp};
+use rustix::time::{ClockId, clock_gettime};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+/// The name under which QEMU keeps its end of the stream.
+const DESCRIPTOR: &str = "tenby-stream";
+
+/// How far the wall clock may stray from the steady one in the window, microseconds, before stamps are no longer trusted. The gaps
+/// around the point are milliseconds.
+const CLOCK_TOLERANCE: u64 = 500;
+
+/// How memory is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CaptureMode {
+    /// The guest runs on; its memory as of one moment is written (QEMU's `background-snapshot`). Also for a guest that stands still, who then
+    /// may run again as soon as the first page has arrived.
+    Background,
+    /// For a guest that stands still and stays so until the end. Needs nothing of the host.
+    Stopped,
+}
+
+/// Between these two moments lies the point.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Point {
+    /// The guest stood still from here on.
+    pub stopped: Stamp,
+    /// No disk request was issued before this.
+    pub resumed: Stamp,
+}
+
+impl Point {
+    /// How long the guest stood still, microseconds.
+    pub fn pause_micros(&self) -> u64 {
+        self.resumed.micros_since(self.stopped)
+    }
+}
+
+/// A capture under way. It goes on if this is dropped, but ends at once when the reader is closed.
+#[derive(Debug)]
+pub struct Capture {
+    qemu: Qemu,
+    events: Events,
+    reader: Option<UnixStream>,
+    course: Course,
+    was_running: bool,
+    clock: ClockPair,
+}
+
+impl Qemu {
+    /// Begins to capture the machine's memory. Give [`Capture::reader`] to a thread at once: a reader that stalls stalls the guest.
+    /// Disks must be prepared before this is called.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with QEMU's words (another migration is under way, a device cannot be captured, the host cannot track memory:
+    /// then [`CaptureMode::Stopped`] is left). Nothing has happened then.
+    pub async fn capture(&self, mode: CaptureMode) -> Result<Capture> {
+        let qmp = self.qmp();
+        let was_running = qmp.status().await?.running;
+        if was_running && mode == CaptureMode::Stopped {
+            return Err(Error::Unsupported("a running guest is captured in the background only".into()));
+        }
+        // A process that was restored lazily refuses the one while the other is set.
+        let background = mode == CaptureMode::Background;
+        qmp.set_capabilities(&[(Capability::PostcopyRam, false), (Capability::BackgroundSnapshot, background)]).await?;
+        // The default is 128 MiB/s. In the background there is no limit at all.
+        qmp.set_bandwidth(1 << 40).await?;
+        let (reader, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+        let events = qmp.events();
+        let clock = ClockPair::now();
+        qmp.pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
+        qmp.migrate_to(DESCRIPTOR).await?;
+        Ok(Capture { qemu: self.clone(), events, reader: Some(reader), course: Course::default(), was_running, clock })
+    }
+
+    /// Begins to restore memory into a process launched with [`crate::Launch::incoming`]. Give [`Restore::writer`] to a thread at once.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with QEMU's words.
+    pub async fn restore(&self, mode: RestoreMode) -> Result<Restore> {
+        let qmp = self.qmp();
+        qmp.set_capabilities(&[
+            (Capability::BackgroundSnapshot, false),
+            (Capability::PostcopyRam, mode == RestoreMode::Lazy),
+        ])
+        .await?;
+        let (writer, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+        let events = qmp.events();
+        qmp.pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
+        qmp.migrate_from(DESCRIPTOR).await?;
+        Ok(Restore { qemu: self.clone(), events, writer: Some(writer), mode })
+    }
+}
+
+impl Capture {
+    /// The stream, for a thread that does nothing but read (it blocks). Closing it before the end makes the capture fail.
+    ///
+    /// # Panics
+    /// If it was taken before.
+    pub fn reader(&mut self) -> UnixStream {
+        self.reader.take().expect("the reader is taken once")
+    }
+
+    /// A moment that certainly lies before the point, if one can still be told: requests received before it belong to what is captured.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn before_point(&self) -> Result<Option<Stamp>> {
+        let asked = Stamp::now();
+        let status = self.qemu.qmp().migration().await?.status;
+        Ok((status == MigrationStatus::Setup).then_some(asked))
+    }
+
+    /// Waits for the point of a guest that was running. Nothing is lost if the future is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Migration`] if there is none: the capture failed, or something else stopped or reset the guest meanwhile, or the clock was set. The
+    /// capture is cancelled then and the guest runs on, if nothing but the capture stopped it.
+    pub async fn point(&mut self) -> Result<Point> {
+        loop {
+            match self.course.point() {
+                Err(reason) => return Err(self.abandon("interrupted", reason).await),
+                Ok(Some(point)) if self.clock.strayed() > CLOCK_TOLERANCE => {
+                    let reason = format!(
+                        "the host's clock was set while the guest stood still (a pause of {} µs)",
+                        point.pause_micros()
+                    );
+                    return Err(self.abandon("interrupted", reason).await);
+                }
+                Ok(Some(point)) => return Ok(point),
+                Ok(None) => {}
+            }
+            if let Some(end) = self.course.end {
+                let (how, reason) = self.reason(end).await;
+                return Err(self.abandon(how, reason).await);
+            }
+            self.step().await?;
+        }
+    }
+
+    /// Waits until QEMU has written everything. The stream must be read meanwhile. Nothing is lost if the future is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Migration`]: it failed or was cancelled. The guest runs on if it ran before.
+    pub async fn finished(&mut self) -> Result<()> {
+        loop {
+            match self.course.end {
+                Some(MigrationStatus::Completed) => return Ok(()),
+                Some(end) => {
+                    let (how, reason) = self.reason(end).await;
+                    return Err(self.abandon(how, reason).await);
+                }
+                None => self.step().await?,
+            }
+        }
+    }
+
+    /// Ends the capture; the guest runs on if it ran before. What is read from the stream afterwards means nothing.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn cancel(&mut self) -> Result<()> {
+        // QEMU's writer may sit in a full socket, which nobody may be reading any more.
+        self.reader.take();
+        if self.course.end.is_none() {
+            self.qemu.qmp().migrate_cancel().await?;
+        }
+        while self.course.end.is_none() {
+            self.step().await?;
+        }
+        self.let_run_on().await
+    }
+
+    /// Lets a guest that was standing still run while its memory is still being written ([`CaptureMode::Background`]): to be called once the
+    /// first page has arrived on the stream.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn release(&self) -> Result<()> {
+        // This round trip makes sure that QEMU's own step after the point has been taken: it would put the run state back.
+        self.qemu.qmp().migration().await?;
+        self.qemu.resume().await
+    }
+
+    async fn step(&mut self) -> Result<()> {
+        match self.events.next().await {
+            Ok(event) => self.course.take(&event),
+            Err(Error::Disconnected) => return Err(self.qemu.ended().await),
+            Err(error) => {
+                self.course.disturbed.get_or_insert_with(|| error.to_string());
+                self.resync().await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Events were missed: only the end can still be told.
+    async fn resync(&mut self) -> Result<()> {
+        let status = self.qemu.qmp().migration().await?.status;
+        self.course.take_status(status);
+        Ok(())
+    }
+
+    async fn reason(&self, end: MigrationStatus) -> (&'static str, String) {
+        let how = if end == MigrationStatus::Cancelled { "cancelled" } else { "failed" };
+        let info = self.qemu.qmp().migration().await.unwrap_or_default();
+        (how, info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into()))
+    }
+
+    async fn abandon(&mut self, how: &'static str, reason: String) -> Error {
+        match self.cancel().await {
+            Ok(()) => Error::Migration { how, reason },
+            Err(error) => error,
+        }
+    }
+
+    /// QEMU does not restart a guest that it stopped for a capture which then failed.
+    async fn let_run_on(&self) -> Result<()> {
+        let ours = self.was_running && self.course.stopped.is_some() && self.course.disturbed.is_none();
+        if ours && self.qemu.qmp().status().await?.status == "paused" {
+            self.qemu.resume().await?;
+        }
+        Ok(())
+    }
+}
+
+/// What a capture's events tell. Pure.
+#[derive(Debug, Default)]
+struct Course {
+    active: bool,
+    stopped: Option<Stamp>,
+    resumed: Option<Stamp>,
+    disturbed: Option<String>,
+    end: Option<MigrationStatus>,
+}
+
+impl Course {
+    fn take(&mut self, event: &Event) {
+        match &event.kind {
+            EventKind::Migration(status) => self.take_status(*status),
+            _ if self.resumed.is_some() => {}
+            EventKind::Stop if self.active && self.stopped.is_none() => self.stamp(event, |course| &mut course.stopped),
+            EventKind::Resume if self.stopped.is_some() => self.stamp(event, |course| &mut course.resumed),
+            kind => {
+                if let Some(cause) = disturbance(kind) {
+                    self.disturbed.get_or_insert_with(|| cause.into());
+                }
+            }
+        }
+    }
+
+    fn take_status(&mut self, status: MigrationStatus) {
+        match status {
+            MigrationStatus::Active => self.active = true,
+            MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled => {
+                self.end = Some(status)
+            }
+            _ => {}
+        }
+    }
+
+    fn stamp(&mut self, event: &Event, field: impl Fn(&mut Self) -> &mut Option<Stamp>) {
+        match event.at {
+            Some(at) => *field(self) = Some(at),
+            None => self.disturbed = Some("QEMU could not read the clock".into()),
+        }
+    }
+
+    /// The point, if it is known; an error if there will be none.
+    fn point(&self) -> Result<Option<Point>, String> {
+        match (&self.disturbed, self.stopped, self.resumed) {
+            (Some(cause), ..) => Err(cause.clone()),
+            (None, Some(stopped), Some(resumed)) => Ok(Some(Point { stopped, resumed })),
+            (None, ..) if self.end == Some(MigrationStatus::Completed) => {
+                Err("it completed without letting the guest run on".into())
+            }
+            _ => Ok(None),
+        }
+    }
+}
+
+/// Why a guest stopped, ran or began anew by something else than the capture.
+fn disturbance(kind: &EventKind) -> Option<&'static str> {
+    match kind {
+        EventKind::Stop => Some("the guest was stopped by something else"),
+        EventKind::Resume => Some("the guest was resumed by something else"),
+        EventKind::Shutdown { .. } => Some("the guest shut down"),
+        EventKind::Reset { .. } => Some("the guest was reset"),
+        EventKind::GuestPanicked => Some("the guest panicked"),
+        EventKind::BlockIoError { stops: true, .. } => Some("a disk failed"),
+        _ => None,
+    }
+}
+
+/// The wall clock beside the steady one.
+#[derive(Debug, Clone, Copy)]
+struct ClockPair {
+    wall: u64,
+    steady: u64,
+}
+
+impl ClockPair {
+    fn now() -> Self {
+        let read = |id| {
+            let time = clock_gettime(id);
+            time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
+        };
+        // The steady clock is read around the wall clock: a preemption in between is not a step.
+        let (before, wall, after) = (read(ClockId::Monotonic), read(ClockId::Realtime), read(ClockId::Monotonic));
+        if after - before > CLOCK_TOLERANCE / 2 { Self::now() } else { Self { wall, steady: before } }
+    }
+
+    /// By how much the wall clock was set since then, microseconds; what a clock is slewed (500 ppm at most) does not count.
+    fn strayed(self) -> u64 {
+        let now = Self::now();
+        let steady = now.steady - self.steady;
+        let wall = now.wall as i64 - self.wall as i64;
+        wall.abs_diff(steady as i64).saturating_sub(steady / 2000)
+    }
+}
+
+/// How memory is restored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RestoreMode {
+    /// All of it before the guest can run.
+    Eager,
+    /// The guest can run as soon as its devices are loaded; pages follow, first those it asks for (QEMU's postcopy). The stream is written and read.
+    Lazy,
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct Restore {
+    qemu: Qemu,
+    events: Events,
+    writer: Option<UnixStream>,
+    mode: RestoreMode,
+}
+
+impl Restore {
+    /// The stream, for a thread (it blocks).
+    ///
+    /// # Panics
+    /// If it was taken before.
+    pub fn writer(&mut self) -> UnixStream {
+        self.writer.take().expect("the writer is taken once")
+    }
+
+    /// Waits until the machine stands ready to run. Nothing is lost if the future is dropped.
+    ///
+    /// # Errors
+    /// [`Error::Exited`] with QEMU's words if it could not load the stream; [`Error::Migration`].
+    pub async fn loaded(&mut self) -> Result<()> {
+        let ready =
+            if self.mode == RestoreMode::Eager { MigrationStatus::Completed } else { MigrationStatus::PostcopyActive };
+        self.reached(ready).await
+    }
+
+    /// Waits until all pages are there.
+    ///
+    /// # Errors
+    /// As [`Restore::loaded`].
+    pub async fn finished(&mut self) -> Result<()> {
+        self.reached(MigrationStatus::Completed).await
+    }
+
+    async fn reached(&mut self, wanted: MigrationStatus) -> Result<()> {
+        let mut status = self.qemu.qmp().migration().await.map(|info| info.status);
+        loop {
+            match status {
+                Ok(now) if now == wanted || now == MigrationStatus::Completed => return Ok(()),
+                Ok(MigrationStatus::Failed) => {
+                    let info = self.qemu.qmp().migration().await.unwrap_or_default();
+                    let reason = info.error_desc.unwrap_or_else(|| "QEMU gives no reason".into());
+                    return Err(Error::Migration { how: "failed", reason });
+                }
+                // QEMU ends when it cannot load a machine.
+                Err(Error::Disconnected) => return Err(self.qemu.ended().await),
+                Err(error @ (Error::Refused { .. } | Error::Protocol(_))) => return Err(error),
+                // Under way; or events were missed, and the state is asked for below.
+                Ok(_) | Err(_) => {}
+            }
+            status = match self.events.next().await {
+                Ok(Event { kind: EventKind::Migration(status), .. }) => Ok(status),
+                Ok(_) => Ok(MigrationStatus::Other),
+                Err(Error::EventsMissed(_)) => self.qemu.qmp().migration().await.map(|info| info.status),
+                Err(error) => Err(error),
+            };
+        }
+    }
+}
