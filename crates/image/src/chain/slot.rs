@@ -1,0 +1,188 @@
+//! One layer in its place in a chain: tickets taken and kept, what is unsynced, what failed, what a fold must copy again.
+
+use super::touched::Touched;
+use crate::{Change, Error, ErrorKind, Extent, Kind, Layer, LayerInfo, Result, Run, Source};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use store::Store;
+
+/// Zeros are written in pieces of this many bytes.
+const ZEROS: usize = 256 << 10;
+
+/// A layer and what the chain must know of it. All offsets are multiples of the sector size.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    layer: Arc<dyn Layer>,
+    store: Arc<dyn Store>,
+    /// Virtual size, bytes.
+    size: u64,
+    /// Allocation unit, bytes.
+    block: u64,
+    sector: u32,
+    differencing: bool,
+    /// Something may have been written since the last flush *began*.
+    unsynced: AtomicBool,
+    /// A write or sync failed (invariant 10).
+    poisoned: AtomicBool,
+    /// Ranges written while a fold copies this layer.
+    touched: Touched,
+}
+
+impl Slot {
+    pub(crate) fn new(layer: Arc<dyn Layer>) -> Self {
+        let LayerInfo { size, block_size, sector_size, kind, .. } = layer.info();
+        Self {
+            store: Arc::clone(layer.store()),
+            layer,
+            size,
+            block: u64::from(block_size),
+            sector: sector_size,
+            differencing: kind == Kind::Differencing,
+            // Whoever made the layer may have written to it: the first flush asks.
+            unsynced: AtomicBool::new(true),
+            poisoned: AtomicBool::new(false),
+            touched: Touched::new(size),
+        }
+    }
+
+    pub(crate) fn layer(&self) -> &Arc<dyn Layer> {
+        &self.layer
+    }
+
+    pub(crate) fn is(&self, layer: &Arc<dyn Layer>) -> bool {
+        std::ptr::addr_eq(Arc::as_ptr(&self.layer), Arc::as_ptr(layer))
+    }
+
+    pub(crate) fn size(&self) -> u64 {
+        self.size
+    }
+
+    pub(crate) fn block(&self) -> u64 {
+        self.block
+    }
+
+    pub(crate) fn sector(&self) -> u32 {
+        self.sector
+    }
+
+    pub(crate) fn touched(&self) -> &Touched {
+        &self.touched
+    }
+
+    /// Whether what this layer does not hold is asked of a parent.
+    pub(crate) fn differencing(&self) -> bool {
+        self.differencing
+    }
+
+    pub(crate) fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
+        self.layer.map(offset, len, out)
+    }
+
+    /// Whether everything is still the parent's.
+    pub(crate) fn is_empty(&self) -> Result<bool> {
+        let mut runs = Vec::new();
+        if self.size > 0 {
+            self.map(0, self.size, &mut runs)?;
+        }
+        Ok(runs.iter().all(|run| run.source == Source::Absent))
+    }
+
+    /// Reads from the layer's file.
+    pub(crate) fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
+        Ok(self.store.read_at(buf, at)?)
+    }
+
+    /// Writes sectors, wherever the layer wants them; they are read back once this returns. Says where they went.
+    pub(crate) fn write(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
+        self.trusted()?;
+        let ticket = self.layer.prepare(offset, data.len() as u64, Change::Data)?;
+        let extents = ticket.extents.clone();
+        let result = extents
+            .iter()
+            .try_for_each(|e| {
+                let from = (e.offset - offset) as usize;
+                self.put(&data[from..from + e.len as usize], e.at)
+            })
+            .and_then(|()| self.layer.commit(ticket));
+        self.wrote(offset, data.len() as u64);
+        result.map(|()| extents)
+    }
+
+    /// Writes sectors that this layer exposes already, in place.
+    pub(crate) fn rewrite(&self, data: &[u8], offset: u64, at: u64) -> Result<()> {
+        self.trusted()?;
+        let result = self.put(data, at);
+        self.layer.wrote();
+        self.wrote(offset, data.len() as u64);
+        result
+    }
+
+    /// Makes sectors read as zeros, whatever a parent holds (invariant 11).
+    pub(crate) fn zero(&self, offset: u64, len: u64) -> Result<()> {
+        self.trusted()?;
+        let ticket = self.layer.prepare(offset, len, Change::Zero)?;
+        let extents = ticket.extents.clone();
+        let result =
+            extents.iter().try_for_each(|e| self.put_zeros(e.at, e.len)).and_then(|()| self.layer.commit(ticket));
+        self.wrote(offset, len);
+        result
+    }
+
+    /// Whether a flush has anything to do, or to complain about.
+    pub(crate) fn wants_flush(&self) -> bool {
+        self.unsynced.load(Ordering::SeqCst) || self.poisoned.load(Ordering::SeqCst)
+    }
+
+    /// Makes durable what was written before this was called. Flushes of one slot must not overlap: the second would find
+    /// nothing to do while the first is still under way.
+    pub(crate) fn flush(&self) -> Result<()> {
+        if !self.unsynced.swap(false, Ordering::SeqCst) {
+            return self.trusted();
+        }
+        self.trusted()?;
+        self.layer.flush().inspect_err(|_| self.poison())
+    }
+
+    /// After the data and before the request is acknowledged: a flush, or a fold's next pass, that begins later sees it. A write
+    /// that failed counts: it may have changed something.
+    fn wrote(&self, offset: u64, len: u64) {
+        self.unsynced.store(true, Ordering::SeqCst);
+        self.touched.mark(offset, len);
+    }
+
+    fn put(&self, data: &[u8], at: u64) -> Result<()> {
+        self.store.write_at(data, at).map_err(|error| {
+            // No space is an answer, not a fault: the same write may succeed later.
+            if error.kind != store::ErrorKind::NoSpace {
+                self.poison();
+            }
+            error.into()
+        })
+    }
+
+    fn put_zeros(&self, at: u64, len: u64) -> Result<()> {
+        let zeros = vec![0; ZEROS.min(len as usize)];
+        let mut done = 0;
+        while done < len {
+            let piece = (len - done).min(ZEROS as u64);
+            self.put(&zeros[..piece as usize], at + done)?;
+            done += piece;
+        }
+        Ok(())
+    }
+
+    fn poison(&self) {
+        self.poisoned.store(true, Ordering::SeqCst);
+    }
+
+    fn trusted(&self) -> Result<()> {
+        if self.poisoned.load(Ordering::SeqCst) {
+            return Err(Error::new(
+                ErrorKind::Poisoned,
+                "a layer",
+                "an earlier write or sync failed; it is not written any more",
+            ));
+        }
+        Ok(())
+    }
+}

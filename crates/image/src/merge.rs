@@ -1,0 +1,380 @@
+//! Folding a layer into its parent, whose file then plays the layer's part.
+//!
+//! ```text
+//!   before            copying                       after the commit
+//!   leaf   ──┐        leaf                          leaf ──┐
+//!   child  ──┤        child ══ data, zeros ══╗             │
+//!   parent ──┤        parent ◄═══════════════╝      parent ┤   (with the child's content and id)
+//!   base   ──┘        base                          base ──┘
+//! ```
+//!
+//! Until `commit` has returned the child is the truth: what is copied into the parent lies under the child's own copy, so the chain
+//! reads the same at every moment, and a fold that was cut off anywhere is repeated or forgotten without loss. After it the parent
+//! is, and the child's file is of no use.
+//!
+//! If the child is the leaf, the guest goes on writing to it: passes copy again what was written meanwhile, and the last, short one
+//! happens while requests wait.
+//!
+//! # Ids
+//!
+//! Somebody else's child must not take the mixture for the old parent, and what stands on the child must not be touched. `G` is fresh:
+//!
+//! | step | child links to | parent is | |
+//! | --- | --- | --- | --- |
+//! | | old | old | |
+//! | 1 | old or G | old | |
+//! | 2 | old or G | G | now the parent's content changes |
+//! | 3 | child's id or G | G | all is copied and synced |
+//! | 4 | child's id or G | child's id | what stands on the child accepts the parent |
+//! | commit | – | child's id | |
+//!
+//! In every row the child accepts the parent, so a crash between two steps leaves a chain that opens.
+
+use crate::chain::{Access, Chain, Slot, Stack, invalid};
+use crate::{Error, ErrorKind, Format, Layer, ParentLink, Result, Run, Source};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Duration;
+use uuid::Uuid;
+
+/// Data moves in pieces of this many bytes.
+const PIECE: u64 = 1 << 20;
+/// A layer is looked at in windows of this many bytes, a multiple of every block size.
+const WINDOW: u64 = 1 << 30;
+/// Requests are held for the last pass when no more than this is left to copy, bytes.
+const SMALL: u64 = 4 << 20;
+/// A guest that writes faster than we copy is held after this many passes, whatever is left.
+const PASSES: usize = 10;
+/// How often to ask whether the push above a layer has been settled.
+const PATIENCE: Duration = Duration::from_millis(5);
+
+/// How far a fold is. Both only grow.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes copied.
+    pub done: u64,
+    /// Bytes to copy, as far as is known by now.
+    pub total: u64,
+}
+
+/// How a fold ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The child's content is the parent's now, and the child is out of the chain.
+    Folded,
+    /// `progress` said to stop. The chain reads as before; a later fold begins again.
+    Cancelled,
+}
+
+/// Why a fold did not happen. The chain reads as before.
+#[derive(Debug, thiserror::Error)]
+pub enum FoldError<E> {
+    /// An image failed.
+    #[error(transparent)]
+    Image(#[from] Error),
+    /// The caller's commit failed. If it is not certain that nothing was committed, nothing more may be written to this chain.
+    #[error("the commit failed")]
+    Commit(E),
+}
+
+/// Bytes of data that a fold of `child` into `parent` moves.
+pub fn plan(child: &Arc<dyn Layer>, parent: &Arc<dyn Layer>) -> Result<u64> {
+    let (child, parent) = (Slot::new(Arc::clone(child)), Slot::new(Arc::clone(parent)));
+    check_pair(&child, &parent)?;
+    let mut bytes = 0;
+    each_window(0, child.size(), &child, |run| {
+        if matches!(run.source, Source::Data(_)) {
+            bytes += run.len;
+        }
+        Ok::<_, Error>(())
+    })?;
+    Ok(bytes)
+}
+
+/// Folds `child` into `parent`, live in `chain` (where they stand next to each other; see [`Chain::replace`]) or offline (`None`).
+///
+/// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table; a fold
+/// that was begun before goes on with the id it finds. `progress` is called after each piece. `commit` runs once, when all is
+/// durable; it must not use the chain. Ends with neither layer closed; the child's file is the caller's to remove.
+///
+/// Refused with [`ErrorKind::Unsupported`]: layers of different sizes.
+pub fn fold_down<E>(
+    chain: Option<&Chain>,
+    child: &Arc<dyn Layer>,
+    parent: &Arc<dyn Layer>,
+    g: Uuid,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    commit: impl FnOnce() -> Result<(), E>,
+) -> Result<Outcome, FoldError<E>> {
+    let offline;
+    let chain = if let Some(chain) = chain {
+        chain
+    } else {
+        offline = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
+        &offline
+    };
+    let _one = chain.folding();
+    let mut fold = Fold::begin(chain, child, parent, progress)?;
+    fold.run(Some(g), commit)
+}
+
+/// Folds the leaf back into the layer below, whose id stays: nothing else stands on either.
+pub(crate) fn fold_back<E>(
+    chain: &Chain,
+    commit: impl FnOnce() -> Result<(), E>,
+) -> Result<Arc<dyn Layer>, FoldError<E>> {
+    let _one = chain.folding();
+    let layers = chain.layers();
+    let [.., parent, leaf] = layers.as_slice() else {
+        return Err(invalid("the only layer of a chain cannot be taken away").into());
+    };
+    if chain.shared().is_ambiguous(layers.len() - 1) {
+        return Err(invalid("the last push is still ambiguous: cancel it").into());
+    }
+    let progress = &mut |_| ControlFlow::Continue(());
+    Fold::begin(chain, leaf, parent, progress)?.run(None, commit)?;
+    Ok(Arc::clone(leaf))
+}
+
+/// Why copying stopped early.
+enum Stop {
+    Cancelled,
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// A fold under way; the child's writes are noted as long as it lives.
+struct Fold<'a> {
+    chain: &'a Chain,
+    child: Arc<Slot>,
+    parent: Arc<Slot>,
+    report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
+    progress: Progress,
+    buffer: Vec<u8>,
+}
+
+impl Drop for Fold<'_> {
+    fn drop(&mut self) {
+        self.child.touched().stop();
+    }
+}
+
+impl<'a> Fold<'a> {
+    fn begin(
+        chain: &'a Chain,
+        child: &Arc<dyn Layer>,
+        parent: &Arc<dyn Layer>,
+        report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<Self> {
+        let stack = chain.alone();
+        let position = stack.position(child).filter(|&at| at > 0 && stack.slot(at - 1).is(parent));
+        let position = position.ok_or_else(|| invalid("child and parent are not neighbours in this chain"))?;
+        let (child, parent) = (Arc::clone(stack.slot(position)), Arc::clone(stack.slot(position - 1)));
+        check_pair(&child, &parent)?;
+        child.touched().start();
+        drop(stack);
+        Ok(Self { chain, child, parent, report, progress: Progress::default(), buffer: vec![0; PIECE as usize] })
+    }
+
+    fn run<E>(&mut self, g: Option<Uuid>, commit: impl FnOnce() -> Result<(), E>) -> Result<Outcome, FoldError<E>> {
+        let mut commit = Some(commit);
+        let ended = self.copy_all(g).and_then(|()| {
+            loop {
+                if let Some(result) = self.end(g, &mut commit)? {
+                    return Ok(result);
+                }
+                // A snapshot is just being taken: what belongs into the child is open until it is settled.
+                self.tell()?;
+                std::thread::sleep(PATIENCE);
+            }
+        });
+        match ended {
+            Ok(committed) => committed.map(|()| Outcome::Folded).map_err(FoldError::Commit),
+            Err(Stop::Cancelled) => Ok(Outcome::Cancelled),
+            Err(Stop::Failed(error)) => Err(error.into()),
+        }
+    }
+
+    /// Everything, then what was written meanwhile, until little is left.
+    fn copy_all(&mut self, g: Option<Uuid>) -> Result<(), Stop> {
+        if let Some(g) = g {
+            self.take_apart(g)?;
+        }
+        self.progress.total = plan(self.child.layer(), self.parent.layer())?;
+        self.tell()?;
+        self.copy(0, self.child.size())?;
+        for _ in 0..PASSES {
+            if self.child.touched().bytes() <= SMALL {
+                break;
+            }
+            self.copy_touched()?;
+        }
+        // So that the last flush, while requests may wait, is short.
+        Ok(self.chain.flush_slot(&self.parent)?)
+    }
+
+    /// Copies the rest, commits and splices. `None`: not yet, a push above the child is ambiguous.
+    fn end<E, F: FnOnce() -> Result<(), E>>(
+        &mut self,
+        g: Option<Uuid>,
+        commit: &mut Option<F>,
+    ) -> Result<Option<Result<(), E>>, Stop> {
+        let chain = self.chain;
+        let Some((position, leaf)) = self.place(&chain.shared())? else { return Ok(None) };
+        let _flushing = chain.flushing();
+        // A sealed child does not change any more: requests go on beside the sync and the commit.
+        let held = leaf.then(|| chain.alone());
+        if let Some(stack) = &held
+            && self.place(stack)? != Some((position, true))
+        {
+            return Ok(None);
+        }
+        self.copy_touched()?;
+        self.parent.flush()?;
+        if g.is_some() {
+            self.hand_over()?;
+        }
+        let commit = commit.take().expect("a fold ends once");
+        if let Err(error) = commit() {
+            return Ok(Some(Err(error)));
+        }
+        let mut stack = held.unwrap_or_else(|| chain.alone());
+        let position = stack.position(self.child.layer()).expect("one fold at a time takes layers away");
+        chain.splice(&mut stack, position);
+        Ok(Some(Ok(())))
+    }
+
+    /// Where the child stands and whether it is the leaf; `None` while that is ambiguous.
+    fn place(&self, stack: &Stack) -> Result<Option<(usize, bool)>> {
+        let position = stack.position(self.child.layer()).ok_or_else(|| invalid("the child left the chain"))?;
+        Ok((!stack.is_ambiguous(position)).then(|| (position, stack.is_leaf(position))))
+    }
+
+    /// Steps 1 and 2 of the module's table: the parent is nobody else's parent any more.
+    fn take_apart(&self, g: Uuid) -> Result<()> {
+        let Some(link) = self.link() else { return Ok(()) };
+        let id = self.parent.layer().info().data_id;
+        if link.linkage2 == Some(id) {
+            return Ok(()); // An earlier fold has come this far: its G serves.
+        }
+        self.child.layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
+        self.parent.layer().relink(Some(g), None)
+    }
+
+    /// Steps 3 and 4: the parent takes the child's id.
+    fn hand_over(&self) -> Result<()> {
+        let Some(link) = self.link() else { return Ok(()) };
+        let id = self.child.layer().info().data_id;
+        let g = self.parent.layer().info().data_id;
+        self.child.layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
+        self.parent.layer().relink(Some(id), None)
+    }
+
+    /// The child's link, if ids matter: a raw parent has none, and only the ledger knows whose it is.
+    fn link(&self) -> Option<ParentLink> {
+        let raw = self.parent.layer().info().format == Format::Raw;
+        self.child.layer().info().parent.filter(|_| !raw)
+    }
+
+    fn copy_touched(&mut self) -> Result<(), Stop> {
+        let ranges = self.child.touched().take();
+        self.progress.total += ranges.iter().map(|(_, len)| len).sum::<u64>();
+        for (offset, len) in ranges {
+            let end = self.progress.done + len;
+            self.copy(offset, len)?;
+            self.progress.done = end; // What is not data is done as well.
+        }
+        Ok(())
+    }
+
+    /// Copies what the child holds of a range. Beside writes of the guest the copy may be torn; it is then made again.
+    fn copy(&mut self, offset: u64, len: u64) -> Result<(), Stop> {
+        let child = Arc::clone(&self.child);
+        each_window(offset, len, &child, |run| match run.source {
+            Source::Data(at) => self.copy_data(run.offset, run.len, at),
+            Source::Zero => self.copy_zeros(run.offset, run.len),
+            Source::Absent => Ok(()),
+        })
+    }
+
+    fn copy_data(&mut self, offset: u64, len: u64, at: u64) -> Result<(), Stop> {
+        let mut done = 0;
+        while done < len {
+            let piece = PIECE.min(len - done);
+            let data = &mut self.buffer[..piece as usize];
+            self.child.read(data, at + done)?;
+            self.parent.write(data, offset + done)?;
+            done += piece;
+            self.progress.done += piece;
+            self.tell()?;
+        }
+        Ok(())
+    }
+
+    fn copy_zeros(&mut self, offset: u64, len: u64) -> Result<(), Stop> {
+        // Whole blocks of the parent, so that it can let go of them.
+        let unit = self.parent.block().max(PIECE);
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let next = end.min((at / unit + 1) * unit);
+            if self.shows_through(at, next - at)? {
+                self.parent.zero(at, next - at)?;
+            }
+            at = next;
+        }
+        self.tell()
+    }
+
+    /// Whether a range of the parent may read as anything but zeros.
+    fn shows_through(&self, offset: u64, len: u64) -> Result<bool> {
+        let mut runs = Vec::new();
+        self.parent.map(offset, len, &mut runs)?;
+        Ok(runs.iter().any(|run| match run.source {
+            Source::Data(_) => true,
+            Source::Zero => false,
+            Source::Absent => self.parent.differencing(),
+        }))
+    }
+
+    fn tell(&mut self) -> Result<(), Stop> {
+        self.progress.total = self.progress.total.max(self.progress.done);
+        match (self.report)(self.progress) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Stop::Cancelled),
+        }
+    }
+}
+
+/// A child that ends elsewhere would have to move its parent's end, which needs a resize of the parent first.
+fn check_pair(child: &Slot, parent: &Slot) -> Result<()> {
+    if child.size() != parent.size() {
+        let message = format!("a layer of {} bytes cannot be folded into one of {} yet", child.size(), parent.size());
+        return Err(Error::new(ErrorKind::Unsupported, "disk chain", message));
+    }
+    Ok(())
+}
+
+fn each_window<E: From<Error>>(
+    offset: u64,
+    len: u64,
+    layer: &Slot,
+    mut visit: impl FnMut(Run) -> Result<(), E>,
+) -> Result<(), E> {
+    let end = offset + len;
+    let mut runs = Vec::new();
+    let mut at = offset;
+    while at < end {
+        let next = end.min((at / WINDOW + 1) * WINDOW);
+        runs.clear();
+        layer.map(at, next - at, &mut runs)?;
+        runs.drain(..).try_for_each(&mut visit)?;
+        at = next;
+    }
+    Ok(())
+}
