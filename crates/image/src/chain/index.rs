@@ -116,7 +116,6 @@ impl Runs {
         let first = self.packed.partition_point(|run| run.first() < from);
         let last = self.packed.partition_point(|run| run.first() <= to);
         let rest = (to < self.end).then(|| self.packed[last - 1].cut(to));
-        let last = if to < self.end { last } else { self.packed.len() };
         let before = first.checked_sub(1).map(|index| self.packed[index]);
         let joined = before.is_some_and(|run| run.continues(new));
         let rest = rest.filter(|rest| !new.continues(*rest));
@@ -176,7 +175,8 @@ impl Shard {
         self.bytes += runs.bytes();
         self.make_room();
         self.by_block.insert(block, self.entries.len());
-        self.entries.push(Entry { block, used: true, runs });
+        // Not used yet: what is looked at once only, by a scan, makes room first.
+        self.entries.push(Entry { block, used: false, runs });
     }
 
     /// Bytes `[offset, offset + len)`, inside one block, now lie at `at` of `layer`.

@@ -1,0 +1,419 @@
+//! A chain against plain bytes: whatever is done to it, it reads like one disk.
+
+mod mem;
+
+use image::merge::{Outcome, fold_down, plan};
+use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, RunKind};
+use mem::MemLayer;
+use proptest::prelude::*;
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+fn leaf(size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
+    MemLayer::new(size, sector, block, Kind::Differencing)
+}
+
+fn base(size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
+    MemLayer::new(size, sector, block, Kind::Dynamic)
+}
+
+/// Bytes that tell where they were meant to be and who wrote them.
+fn pattern(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut bytes = Vec::with_capacity(len + 8);
+    while bytes.len() < len {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        bytes.extend_from_slice(&state.to_le_bytes());
+    }
+    bytes.truncate(len);
+    bytes
+}
+
+fn content(chain: &Chain) -> Vec<u8> {
+    let mut bytes = vec![0xAA; chain.size() as usize];
+    chain.read(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn go_on(_: image::merge::Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+fn fold(chain: &Chain, position: usize) -> Outcome {
+    let layers = chain.layers();
+    let (parent, child) = (&layers[position - 1], &layers[position]);
+    fold_down(Some(chain), child, parent, Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap()
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Write { at: u64, len: u64, aligned: bool },
+    Zero { at: u64, len: u64 },
+    Discard { at: u64, len: u64 },
+    Flush,
+    Push { size: u64, block: u32 },
+    Pop,
+    Fold { which: usize },
+    Reopen { index: usize },
+}
+
+fn range() -> impl Strategy<Value = (u64, u64)> {
+    let at = prop_oneof![0..6 * MIB, Just(0), Just(2 * MIB), (2 * MIB - 2000)..(2 * MIB + 2000)];
+    let len = prop_oneof![1u64..600, 1u64..20_000, 1..3 * MIB, Just(512), Just(4096), Just(2 * MIB)];
+    (at, len)
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        8 => (range(), any::<bool>()).prop_map(|((at, len), aligned)| Op::Write { at, len, aligned }),
+        3 => range().prop_map(|(at, len)| Op::Zero { at, len }),
+        3 => range().prop_map(|(at, len)| Op::Discard { at, len }),
+        1 => Just(Op::Flush),
+        3 => (size(), block()).prop_map(|(size, block)| Op::Push { size, block }),
+        1 => Just(Op::Pop),
+        2 => any::<usize>().prop_map(|which| Op::Fold { which }),
+        1 => prop_oneof![Just(0), Just(100 << 10), Just(64 << 20)].prop_map(|index| Op::Reopen { index }),
+    ]
+}
+
+/// Mostly the same size: folds are refused between others.
+fn size() -> impl Strategy<Value = u64> {
+    prop_oneof![6 => Just(5 * MIB + 4096), 1 => Just(3 * MIB), 1 => Just(7 * MIB), 1 => Just(4096u64)]
+}
+
+fn block() -> impl Strategy<Value = u32> {
+    prop_oneof![Just(4096u32), Just(64 << 10), Just(2 << 20), Just(4 << 20)]
+}
+
+fn clip(at: u64, len: u64, size: u64) -> (u64, u64) {
+    let at = at.min(size);
+    (at, len.min(size - at))
+}
+
+fn zero_model(model: &mut [u8], at: u64, len: u64) {
+    model[at as usize..(at + len) as usize].fill(0);
+}
+
+/// Runs cover the range, say zeros only where there are zeros, and can be asked for piecemeal.
+fn check_runs(chain: &Chain, model: &[u8], at: u64, len: u64) {
+    let whole = chain.runs(at, len, usize::MAX).unwrap();
+    let mut expected = at;
+    for run in &whole {
+        assert!(run.offset == expected && run.len > 0, "{run:?}");
+        expected += run.len;
+        let bytes = &model[run.offset as usize..(run.offset + run.len) as usize];
+        assert!(run.kind == RunKind::Data || bytes.iter().all(|&byte| byte == 0), "{run:?}");
+        assert_eq!(run.layer.is_none(), run.kind == RunKind::Absent);
+    }
+    assert_eq!(expected, at + len);
+    let mut pieces: Vec<ChainRun> = Vec::new();
+    let mut next = at;
+    while next < at + len {
+        let some = chain.runs(next, at + len - next, 1).unwrap();
+        assert_eq!(some.len(), 1);
+        next += some[0].len;
+        pieces.extend(some);
+    }
+    assert_eq!(pieces, whole);
+}
+
+fn run_ops(sector: u32, ops: Vec<Op>) {
+    let first = base(5 * MIB + 4096, sector, 64 << 10);
+    let mut chain = Chain::new(vec![first], Access::Write).unwrap();
+    let mut model = vec![0u8; chain.size() as usize];
+    for (n, op) in ops.into_iter().enumerate() {
+        let size = chain.size();
+        match op {
+            Op::Write { at, len, aligned } => {
+                let (mut at, mut len) = clip(at, len, size);
+                if aligned {
+                    at -= at % u64::from(sector);
+                    len = len.next_multiple_of(u64::from(sector)).min(size - at);
+                }
+                let data = pattern(n as u64, len as usize);
+                chain.write(&data, at).unwrap();
+                model[at as usize..(at + len) as usize].copy_from_slice(&data);
+            }
+            Op::Zero { at, len } => {
+                let (at, len) = clip(at, len, size);
+                chain.zero(at, len).unwrap();
+                zero_model(&mut model, at, len);
+            }
+            Op::Discard { at, len } => {
+                let (at, len) = clip(at, len, size);
+                chain.discard(at, len).unwrap();
+                let sector = u64::from(sector);
+                let (from, to) = (at.next_multiple_of(sector), (at + len) / sector * sector);
+                zero_model(&mut model, from, to.saturating_sub(from));
+            }
+            Op::Flush => chain.flush().unwrap(),
+            Op::Push { size, block } => {
+                chain.push(leaf(size, sector, block)).unwrap();
+                model.resize(size as usize, 0);
+            }
+            Op::Pop => match chain.pop_leaf(|| Ok::<_, Infallible>(())) {
+                Ok(_) => {}
+                Err(image::merge::FoldError::Image(error)) => {
+                    assert!(matches!(error.kind, ErrorKind::Unsupported | ErrorKind::Invalid));
+                }
+                Err(error) => panic!("{error}"),
+            },
+            Op::Fold { which } => {
+                let layers = chain.layers();
+                if layers.len() < 2 {
+                    continue;
+                }
+                let position = 1 + which % (layers.len() - 1);
+                let (parent, child) = (&layers[position - 1], &layers[position]);
+                if plan(child, parent).is_ok() {
+                    let (depth, id) = (layers.len(), child.info().data_id);
+                    assert_eq!(fold(&chain, position), Outcome::Folded);
+                    assert_eq!(chain.layers().len(), depth - 1);
+                    assert_eq!(parent.info().data_id, id);
+                } else {
+                    assert_ne!(child.info().size, parent.info().size);
+                }
+            }
+            Op::Reopen { index } => {
+                chain = Chain::with_index(chain.layers(), Access::Write, index).unwrap();
+            }
+        }
+        assert_eq!(chain.size(), model.len() as u64);
+        assert!(content(&chain) == model, "after operation {n}");
+    }
+    let (at, len) = clip(1000, 3 * MIB + 77, chain.size());
+    check_runs(&chain, &model, at, len);
+    check_runs(&chain, &model, 0, chain.size());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_chain_reads_like_plain_bytes(sector in prop_oneof![Just(512u32), Just(4096)], ops in prop::collection::vec(op(), 1..40)) {
+        run_ops(sector, ops);
+    }
+}
+
+#[test]
+fn a_layer_cuts_off_what_lies_under_it() {
+    let layers = vec![base(10 * MIB, 512, 2 << 20), leaf(5 * MIB, 512, 2 << 20), leaf(10 * MIB, 512, 2 << 20)];
+    let lowest = Chain::new(vec![Arc::clone(&layers[0])], Access::Write).unwrap();
+    lowest.write(&vec![7; 10 * MIB as usize], 0).unwrap();
+    let chain = Chain::new(layers, Access::Read).unwrap();
+    let bytes = content(&chain);
+    assert!(bytes[..5 * MIB as usize].iter().all(|&byte| byte == 7));
+    assert!(bytes[5 * MIB as usize..].iter().all(|&byte| byte == 0));
+    let kinds: Vec<_> = chain.runs(0, 10 * MIB, 9).unwrap().iter().map(|run| (run.kind, run.len)).collect();
+    assert_eq!(kinds, [(RunKind::Data, 5 * MIB), (RunKind::Absent, 5 * MIB)]);
+}
+
+#[test]
+fn zero_over_parent_data_stays_zero() {
+    let chain = Chain::new(vec![base(4 * MIB, 512, 2 << 20)], Access::Write).unwrap();
+    chain.write(&vec![7; 4 * MIB as usize], 0).unwrap();
+    chain.push(leaf(4 * MIB, 512, 2 << 20)).unwrap();
+    chain.zero(0, 2 * MIB).unwrap();
+    chain.discard(2 * MIB, 4096).unwrap();
+    chain.push(leaf(4 * MIB, 512, 2 << 20)).unwrap();
+    let mut expected = vec![7; 4 * MIB as usize];
+    expected[..(2 * MIB + 4096) as usize].fill(0);
+    assert!(content(&chain) == expected);
+    assert_eq!(fold(&chain, 1), Outcome::Folded);
+    assert!(content(&chain) == expected);
+}
+
+#[test]
+fn zeroing_what_reads_as_zeros_changes_nothing() {
+    let chain = Chain::new(vec![base(64 * MIB, 512, 2 << 20), leaf(64 * MIB, 512, 2 << 20)], Access::Write).unwrap();
+    chain.discard(0, 64 * MIB).unwrap();
+    let runs = chain.runs(0, 64 * MIB, 10).unwrap();
+    assert_eq!(runs, [ChainRun { offset: 0, len: 64 * MIB, kind: RunKind::Absent, layer: None }]);
+}
+
+#[test]
+fn what_is_out_of_range_is_refused() {
+    let chain = Chain::new(vec![base(MIB, 512, 4096)], Access::Write).unwrap();
+    let invalid = |result: image::Result<()>| assert_eq!(result.unwrap_err().kind, ErrorKind::Invalid);
+    invalid(chain.read(&mut [0; 2], MIB - 1));
+    invalid(chain.read(&mut [0; 2], u64::MAX));
+    invalid(chain.write(&[0; 512], MIB));
+    invalid(chain.zero(1, MIB));
+    invalid(chain.discard(u64::MAX - 5, 10));
+    chain.read(&mut [], MIB).unwrap();
+    chain.write(&[], 0).unwrap();
+    let read_only = Chain::new(chain.layers(), Access::Read).unwrap();
+    invalid(read_only.write(&[0; 512], 0));
+    invalid(read_only.push(leaf(MIB, 512, 4096)));
+    assert_eq!(chain.push(leaf(MIB, 4096, 4096)).unwrap_err().kind, ErrorKind::Unsupported);
+    invalid(Chain::new(vec![], Access::Read).map(|_| ()));
+    invalid(Chain::new(vec![base(MIB, 512, 4096); 4097], Access::Read).map(|_| ()));
+    chain.close().unwrap();
+    invalid(chain.read(&mut [0; 2], 0));
+    invalid(chain.flush());
+}
+
+#[test]
+fn a_flush_covers_every_layer_with_unsynced_data() {
+    let lower = MemLayer::new(MIB, 512, 4096, Kind::Dynamic);
+    let upper = MemLayer::new(MIB, 512, 4096, Kind::Differencing);
+    let flushes = || (lower.flushes.load(Ordering::SeqCst), upper.flushes.load(Ordering::SeqCst));
+    let chain = Chain::new(vec![Arc::clone(&lower) as Arc<dyn Layer>], Access::Write).unwrap();
+    chain.write(&[1; 512], 0).unwrap();
+    chain.push(Arc::clone(&upper) as Arc<dyn Layer>).unwrap();
+    chain.flush().unwrap();
+    assert_eq!(flushes(), (1, 0), "acknowledged just before the switch, flushed just after");
+    chain.write(&[1; 512], 0).unwrap();
+    chain.flush().unwrap();
+    chain.flush().unwrap();
+    assert_eq!(flushes(), (1, 1));
+    chain.write(&[2; 512], 0).unwrap();
+    chain.flush().unwrap();
+    assert_eq!(flushes(), (1, 2), "a write in place is one, too");
+}
+
+#[test]
+fn a_cancelled_or_failed_fold_changes_nothing() {
+    let chain = Chain::new(vec![base(8 * MIB, 512, 2 << 20), leaf(8 * MIB, 512, 64 << 10)], Access::Write).unwrap();
+    let data = pattern(1, 8 * MIB as usize);
+    chain.write(&data, 0).unwrap();
+    let layers = chain.layers();
+    let mut calls = 0;
+    let mut after_three = |_| {
+        calls += 1;
+        if calls > 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let g = Uuid::new_v4();
+    let never = || -> Result<(), Infallible> { panic!("nothing to commit") };
+    let outcome = fold_down(Some(&chain), &layers[1], &layers[0], g, &mut after_three, never).unwrap();
+    assert_eq!(outcome, Outcome::Cancelled);
+    assert!(content(&chain) == data && chain.layers().len() == 2);
+    assert_eq!(layers[0].info().data_id, g, "nobody takes the mixture for the old parent");
+    assert_eq!(layers[1].info().parent.unwrap().linkage2, Some(g));
+
+    let failing = fold_down(Some(&chain), &layers[1], &layers[0], Uuid::new_v4(), &mut go_on, || Err("no"));
+    assert!(matches!(failing, Err(image::merge::FoldError::Commit("no"))));
+    assert!(content(&chain) == data && chain.layers().len() == 2);
+
+    // Offline, on the same layers, it goes through.
+    drop(chain);
+    fold_down(None, &layers[1], &layers[0], Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap();
+    let chain = Chain::new(vec![Arc::clone(&layers[0])], Access::Read).unwrap();
+    assert!(content(&chain) == data);
+    assert_eq!(layers[0].info().data_id, layers[1].info().data_id);
+}
+
+#[test]
+fn a_fold_moves_only_what_the_child_holds() {
+    let layers = [base(64 * MIB, 512, 2 << 20), leaf(64 * MIB, 512, 2 << 20)];
+    let chain = Chain::new(layers.to_vec(), Access::Write).unwrap();
+    chain.write(&[1; 512], 5 * MIB).unwrap();
+    chain.write(&[2; 4096], 9 * MIB + 512).unwrap();
+    assert_eq!(plan(&layers[1], &layers[0]).unwrap(), 512 + 4096);
+    assert_eq!(fold(&chain, 1), Outcome::Folded);
+    let data = chain.runs(0, 64 * MIB, 100).unwrap();
+    let data: u64 = data.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.len).sum();
+    assert_eq!(data, 512 + 4096);
+}
+
+/// A thread's own bytes, shifted so that neighbours share sectors.
+struct Own {
+    at: u64,
+    model: Vec<u8>,
+    seed: u64,
+}
+
+impl Own {
+    fn next(&mut self, below: u64) -> u64 {
+        self.seed ^= self.seed << 13;
+        self.seed ^= self.seed >> 7;
+        self.seed ^= self.seed << 17;
+        (self.seed >> 11) % below
+    }
+
+    fn step(&mut self, chain: &Chain) {
+        let size = self.model.len() as u64;
+        let at = self.next(size);
+        let len = match self.next(4) {
+            0 => 1 + self.next(size - at),
+            _ => 1 + self.next((size - at).min(5000)),
+        };
+        let (from, to) = (at as usize, (at + len) as usize);
+        match self.next(8) {
+            0 | 1 => {
+                chain.zero(self.at + at, len).unwrap();
+                self.model[from..to].fill(0);
+            }
+            2 => {
+                chain.discard(self.at + at, len).unwrap();
+                let first = (self.at + at).next_multiple_of(512) - self.at;
+                let last = ((self.at + at + len) / 512 * 512).saturating_sub(self.at);
+                if first < last {
+                    self.model[first as usize..last as usize].fill(0);
+                }
+            }
+            3 => chain.flush().unwrap(),
+            _ => {
+                let data = pattern(self.seed, len as usize);
+                chain.write(&data, self.at + at).unwrap();
+                self.model[from..to].copy_from_slice(&data);
+            }
+        }
+        let at = self.next(size);
+        let len = 1 + self.next(size - at);
+        let mut bytes = vec![0xAA; len as usize];
+        chain.read(&mut bytes, self.at + at).unwrap();
+        assert!(bytes == self.model[at as usize..(at + len) as usize], "own bytes at {}", self.at + at);
+    }
+}
+
+#[test]
+fn many_threads_while_layers_come_and_go() {
+    const PART: u64 = 300_000;
+    let size = 8 * MIB;
+    let chain = Chain::with_index(vec![base(size, 512, 64 << 10)], Access::Write, 1 << 20).unwrap();
+    let over = AtomicBool::new(false);
+    let mut parts: Vec<Own> =
+        (0..24).map(|n| Own { at: 100 + n * PART, model: vec![0; PART as usize], seed: 77 + n * 1_000_003 }).collect();
+    std::thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for own in parts.chunks_mut(6) {
+            let chain = &chain;
+            threads.push(scope.spawn(move || {
+                for n in 0..1200 {
+                    own[n % 6].step(chain);
+                }
+            }));
+        }
+        scope.spawn(|| {
+            let mut turn = 0;
+            while !over.load(Ordering::SeqCst) {
+                turn += 1;
+                let depth = chain.layers().len();
+                match turn % 7 {
+                    0 | 1 | 4 => chain.push(leaf(size, 512, [4096, 64 << 10, 2 << 20][turn % 3])).unwrap(),
+                    2 if depth > 1 => assert_eq!(fold(&chain, depth - 1), Outcome::Folded),
+                    3 if depth > 2 => assert_eq!(fold(&chain, 1 + turn % (depth - 1)), Outcome::Folded),
+                    5 if depth > 1 => drop(chain.pop_leaf(|| Ok::<_, Infallible>(())).unwrap()),
+                    _ => std::thread::yield_now(),
+                }
+            }
+        });
+        let ended: Vec<_> = threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        over.store(true, Ordering::SeqCst);
+        for end in ended {
+            end.unwrap();
+        }
+    });
+    let bytes = content(&chain);
+    for own in &parts {
+        assert!(bytes[own.at as usize..(own.at + PART) as usize] == own.model);
+    }
+}
