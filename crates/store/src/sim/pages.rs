@@ -1,0 +1,113 @@
+//! The bytes of a simulated file: pages that copies of the file share.
+
+use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+/// Bytes in a page.
+pub(super) const PAGE: u64 = 4096;
+
+type Page = [u8; PAGE as usize];
+
+/// A file's bytes. A page that is not there reads as zeros. A clone shares all pages.
+#[derive(Clone, Default)]
+pub(super) struct Pages {
+    len: u64,
+    pages: BTreeMap<u64, Arc<Page>>,
+}
+
+impl Pages {
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Pages that take space.
+    pub(super) fn allocated(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// Pages that a write of this range would add.
+    pub(super) fn missing(&self, offset: u64, len: u64) -> u64 {
+        let touched = offset / PAGE..(offset + len).div_ceil(PAGE);
+        (touched.end - touched.start) - self.pages.range(touched).count() as u64
+    }
+
+    /// Changes the length only: pages beyond it stay, and a greater length shows them again. See [`Pages::truncate`].
+    pub(super) fn set_len(&mut self, len: u64) {
+        self.len = len;
+    }
+
+    /// Drops what lies beyond the length, so that growing shows zeros.
+    pub(super) fn truncate(&mut self) {
+        self.pages.split_off(&self.len.div_ceil(PAGE));
+        let edge = self.len % PAGE;
+        if edge != 0 {
+            self.zero(self.len, PAGE - edge);
+        }
+    }
+
+    /// Copies bytes out, zeros where there is no page; the length is not looked at.
+    pub(super) fn read(&self, buf: &mut [u8], offset: u64) {
+        for (index, at, part) in split(buf.len() as u64, offset) {
+            let buf = &mut buf[part];
+            match self.pages.get(&index) {
+                Some(page) => buf.copy_from_slice(&page[at..at + buf.len()]),
+                None => buf.fill(0),
+            }
+        }
+    }
+
+    /// Copies bytes in; the length is left alone.
+    pub(super) fn write(&mut self, buf: &[u8], offset: u64) {
+        for (index, at, part) in split(buf.len() as u64, offset) {
+            let buf = &buf[part];
+            let page = self.pages.entry(index).or_insert_with(|| Arc::new([0; PAGE as usize]));
+            Arc::make_mut(page)[at..at + buf.len()].copy_from_slice(buf);
+        }
+    }
+
+    /// Makes a range read as zeros, dropping whole pages.
+    pub(super) fn zero(&mut self, offset: u64, len: u64) {
+        for index in self.touched(offset, len) {
+            let start = offset.max(index * PAGE) - index * PAGE;
+            let end = (offset + len).min((index + 1) * PAGE) - index * PAGE;
+            if (start, end) == (0, PAGE) {
+                self.pages.remove(&index);
+            } else if let Some(page) = self.pages.get_mut(&index) {
+                Arc::make_mut(page)[start as usize..end as usize].fill(0);
+            }
+        }
+    }
+
+    /// The pages in a range that are there.
+    pub(super) fn touched(&self, offset: u64, len: u64) -> Vec<u64> {
+        self.pages.range(offset / PAGE..(offset + len).div_ceil(PAGE)).map(|(index, _)| *index).collect()
+    }
+}
+
+/// Two files of the same bytes hash alike, however they came by them.
+impl Hash for Pages {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.len.hash(state);
+        for (index, page) in &self.pages {
+            if page.iter().any(|byte| *byte != 0) {
+                (index, page).hash(state);
+            }
+        }
+    }
+}
+
+/// The pieces of a range by pages: page, offset in the page, part of the range.
+fn split(len: u64, offset: u64) -> impl Iterator<Item = (u64, usize, std::ops::Range<usize>)> {
+    let mut done = 0;
+    std::iter::from_fn(move || {
+        if done == len {
+            return None;
+        }
+        let (index, at) = ((offset + done) / PAGE, (offset + done) % PAGE);
+        let step = (PAGE - at).min(len - done);
+        let part = done as usize..(done + step) as usize;
+        done += step;
+        Some((index, at as usize, part))
+    })
+}
