@@ -1,54 +1,85 @@
-//! Debian packages that are unpacked beside the system, not installed into it.
+//! Debian packages: which there are, and how they are unpacked beside the system without being installed.
+//!
+//! The package lists are our own, in target/debian: they also know backports, whatever the system's sources say, need no root, and
+//! leave the system's lists alone.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{call, output_of};
+use crate::{call, output_of, target};
 
-/// Downloads `packages` as `apt` (a command line of apt-get, up to its verb) would, and unpacks them all into `to`, unless that is
-/// done already. `to` appears only when it is complete.
-pub(crate) fn unpack(apt: &Apt, packages: &[String], to: &Path) -> Result<()> {
-    let wanted = packages.join("\n");
-    let stamp = to.join("packages");
-    if fs::read_to_string(&stamp).is_ok_and(|have| have == wanted) {
-        return Ok(());
-    }
-    let making = to.with_extension("making");
-    let downloads = making.join("downloads");
-    remove(&making)?;
-    remove(to)?;
-    fs::create_dir_all(&downloads)?;
-    call(apt.command("apt-get").args(["-qq", "download"]).args(packages).current_dir(&downloads))
-        .context("cannot download")?;
-    for file in fs::read_dir(&downloads)? {
-        call(Command::new("dpkg").arg("-x").arg(file?.path()).arg(&making))?;
-    }
-    remove(&downloads)?;
-    fs::write(making.join("packages"), wanted)?;
-    fs::rename(&making, to)?;
-    Ok(())
-}
+/// Lists younger than this are not fetched again.
+const FRESH: Duration = Duration::from_secs(3600);
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
-/// How apt is asked: the system's own lists, or lists of ours.
-#[derive(Default)]
+/// apt with our lists.
 pub(crate) struct Apt {
     options: Vec<String>,
+    /// The suite that holds newer versions for this release: `bookworm-backports`.
+    pub(crate) backports: String,
 }
 
 impl Apt {
-    /// The same question to another set of lists.
-    pub(crate) fn with_options(options: Vec<String>) -> Self {
-        Self { options }
+    /// Fetches the lists, unless they are fresh.
+    pub(crate) fn open() -> Result<Self> {
+        let folder = target().join("debian/lists");
+        let sources = target().join("debian/sources");
+        let apt = Self {
+            options: vec![
+                format!("Dir::State::Lists={}", folder.display()),
+                format!("Dir::Etc::SourceParts={}", sources.display()),
+                // Nothing of ours is written outside our folder, even by root.
+                "Dir::Cache::pkgcache=".to_owned(),
+                "Dir::Cache::srcpkgcache=".to_owned(),
+                // Root's downloads go to folders that apt's own user may not enter.
+                "APT::Sandbox::User=root".to_owned(),
+            ],
+            backports: format!("{}-backports", codename()?),
+        };
+        let fresh = |stamp: &Path| -> Result<bool> { Ok(fs::metadata(stamp)?.modified()?.elapsed()? < FRESH) };
+        let stamp = folder.join("fetched");
+        if !fresh(&stamp).unwrap_or(false) {
+            apt.fetch_lists(&folder, &sources)?;
+            fs::write(stamp, "")?;
+        }
+        Ok(apt)
     }
 
-    /// `program` (apt-get, apt-cache) with our options.
+    fn fetch_lists(&self, folder: &Path, sources: &Path) -> Result<()> {
+        remove(sources)?;
+        fs::create_dir_all(sources)?;
+        fs::create_dir_all(folder.join("partial"))?;
+        for file in fs::read_dir("/etc/apt/sources.list.d").into_iter().flatten() {
+            let file = file?;
+            fs::copy(file.path(), sources.join(file.file_name()))?;
+        }
+        self.update()?;
+        // Which mirror the system uses is known only now.
+        let question = ["indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)"];
+        let known = output_of(self.command("apt-get").args(question))?;
+        if !known.lines().any(|line| line.starts_with(&self.backports)) {
+            let release = self.backports.trim_end_matches("-backports");
+            let mirror = known.lines().find_map(|line| line.strip_prefix(&format!("{release} main ")));
+            let mirror = mirror.with_context(|| format!("apt's sources do not name a mirror of {release}"))?;
+            let source = format!("deb [signed-by={KEYRING}] {mirror} {} main\n", self.backports);
+            fs::write(sources.join("backports.list"), source)?;
+            self.update()?;
+        }
+        Ok(())
+    }
+
+    fn update(&self) -> Result<()> {
+        call(self.command("apt-get").args(["-qq", "update"])).context("cannot fetch the lists of packages")
+    }
+
+    /// `program` (apt-get, apt-cache) with our lists.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // Root's downloads go to folders that apt's own user may not enter; it would say so each time.
-        command.args(["-o", "APT::Sandbox::User=root"]).args(self.options.iter().flat_map(|option| ["-o", option]));
+        command.args(self.options.iter().flat_map(|option| ["-o", option]));
         command.env("LC_ALL", "C").env("DEBIAN_FRONTEND", "noninteractive");
         command
     }
@@ -62,6 +93,47 @@ impl Apt {
             None => bail!("apt knows no {prefix}… behind {package}"),
         }
     }
+
+    /// `package` and what it needs beyond what is installed, as `name=version`, if it were installed from `suite` and `foe`, which
+    /// may be installed in a version that it does not go with, were not there.
+    pub(crate) fn closure(&self, package: &str, suite: &str, foe: &str) -> Result<Vec<String>> {
+        let simulated = ["-s", "--no-install-recommends", "--allow-downgrades", "install"];
+        let wishes = [format!("{package}/{suite}"), format!("{foe}-")];
+        let said = output_of(self.command("apt-get").args(["-t", suite]).args(simulated).args(wishes))?;
+        Ok(installations(&said))
+    }
+
+    /// Downloads `packages` and unpacks them all into `to`, unless that is done already. `to` appears only when it is complete.
+    pub(crate) fn unpack(&self, packages: &[String], to: &Path) -> Result<()> {
+        let making = to.with_extension("making");
+        let downloads = making.join("downloads");
+        remove(&making)?;
+        remove(to)?;
+        fs::create_dir_all(&downloads)?;
+        call(self.command("apt-get").args(["-qq", "download"]).args(packages).current_dir(&downloads))?;
+        for file in fs::read_dir(&downloads)? {
+            call(Command::new("dpkg").arg("-x").arg(file?.path()).arg(&making))?;
+        }
+        remove(&downloads)?;
+        fs::rename(&making, to).with_context(|| to.display().to_string())
+    }
+}
+
+/// What apt's simulation says it would install: `Inst NAME [OLD] (NEW …`.
+fn installations(said: &str) -> Vec<String> {
+    let wish = |line: &str| {
+        let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+        let version = rest.split_once('(')?.1.split_whitespace().next()?;
+        Some(format!("{name}={version}"))
+    };
+    said.lines().filter_map(wish).collect()
+}
+
+/// The name of this Debian release: `bookworm`.
+pub(crate) fn codename() -> Result<String> {
+    let release = fs::read_to_string("/etc/os-release").context("this is no Debian: there is no /etc/os-release")?;
+    let name = release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    Ok(name.context("/etc/os-release does not name its release")?.trim_matches('"').to_owned())
 }
 
 /// The one file below `folder` whose name is accepted by `is`.
@@ -80,11 +152,23 @@ pub(crate) fn find(folder: &Path, is: &dyn Fn(&str) -> bool) -> Result<Option<Pa
 }
 
 /// Removes a folder that may not be there.
-fn remove(folder: &Path) -> Result<()> {
+pub(crate) fn remove(folder: &Path) -> Result<()> {
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| folder.display().to_string())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::installations;
+
+    #[test]
+    fn a_simulation_is_read() {
+        let said = "Reading package lists...\nInst seabios [1.16.2-1] (1.16.3-2~bpo12+1 Debian Backports [all])\nConf seabios (1)\n\
+                    Remv qemu-utils [1:10.0]\nInst liburing2 (2.3-3 Debian:12.15/oldstable [amd64]) []\nInst broken\n";
+        assert_eq!(installations(said), ["seabios=1.16.3-2~bpo12+1", "liburing2=2.3-3"]);
     }
 }

@@ -60,11 +60,11 @@ fn host_triple() -> Result<String> {
 /// The kernel that the metapackage stands for today, and busybox. What was unpacked once is kept: a build needs no network again.
 fn unpack_packages(guest: &Path) -> Result<PathBuf> {
     let unpacked = guest.join("debian");
-    if !unpacked.join("packages").exists() {
+    if !unpacked.exists() {
         fs::create_dir_all(guest)?;
-        let apt = Apt::default();
+        let apt = Apt::open()?;
         let kernel = apt.dependency("linux-image-cloud-amd64", "linux-image-")?;
-        debian::unpack(&apt, &[kernel, "busybox-static".to_owned()], &unpacked)?;
+        apt.unpack(&[kernel, "busybox-static".to_owned()], &unpacked)?;
     }
     Ok(unpacked)
 }

@@ -3,13 +3,15 @@
 //! ```text
 //!   setup   Debian packages that are missing           check   the direction of dependencies
 //!   guest   the test guest, into target/guest          test    everything that CI runs
-//!   demo    a week in the life of a machine            bench   the numbers of SPECIFICATION.md
+//!   qemu    both versions of QEMU, into target/qemu    bench   the numbers of SPECIFICATION.md
+//!   demo    a week in the life of a machine
 //! ```
 
 mod bench;
 mod check;
 mod cpio;
 mod debian;
+mod emulators;
 mod guest;
 mod setup;
 mod suite;
@@ -24,6 +26,7 @@ usage: cargo xtask <command>
 
   setup    install the Debian packages that are missing, and say which and why
   guest    build the test guest into target/guest
+  qemu     provide both versions of QEMU that the tests use, in target/qemu
   demo     build Tenby and play a week on a real guest
   test     format, lints, direction, unit tests and the whole system
   check    only the direction of dependencies between the crates
@@ -47,6 +50,7 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
     match command {
         "setup" => setup::run(),
         "guest" => guest::build().map(|_| ()),
+        "qemu" => emulators::provide().map(|_| ()),
         "demo" => demo(),
         "test" => suite::run(rest),
         "check" => check::run(),
