@@ -1,0 +1,153 @@
+//! From a memory disk to a migration stream: all of RAM, then the devices, before the guest runs.
+
+use crate::spans::spans;
+use crate::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
+use crate::table::{Content, Layout, Table, damaged};
+use crate::{Counts, Error, Result};
+use image::Chain;
+use std::io::Write;
+
+/// Bytes read from the disk at a time, at most.
+const READ: usize = 1 << 20;
+/// Zeros in larger blocks are not sent: only guest RAM is that large, and a new QEMU that waits for a stream begins with zeros
+/// there. Smaller ones may be ROM, which QEMU fills from files when it starts.
+const ZEROS_SENT_UP_TO: u64 = 64 << 20;
+
+/// What a memory disk holds.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// The machine's type as QEMU names it (`pc-q35-10.0`): only the very same can load it.
+    pub machine: String,
+    /// The blocks of RAM.
+    pub blocks: Vec<Block>,
+    /// What the capture that wrote this disk did with its pages.
+    pub counts: Counts,
+    /// Bytes of the devices' state.
+    pub device_state: u64,
+}
+
+impl MemoryInfo {
+    /// Bytes of RAM, of all blocks together.
+    pub fn ram(&self) -> u64 {
+        self.blocks.iter().map(|block| block.len).sum()
+    }
+}
+
+/// What a memory disk holds: [`crate::ErrorKind::Damaged`] if it is none, or not sound. Reads a few kilobytes.
+pub fn inspect(chain: &Chain) -> Result<MemoryInfo> {
+    let table = Table::read(chain)?;
+    let machine = machine_of(&read_content(chain, table.layout().prelude, table.prelude)?)?;
+    Ok(MemoryInfo { machine, blocks: table.blocks, counts: table.counts, device_state: table.state.len })
+}
+
+/// Writes the whole stream of a memory disk to a QEMU that was started with `-incoming defer`.
+///
+/// The table and everything that is not RAM is read and checked before the first byte is written. `progress` gets the bytes of RAM
+/// done, of all; it never goes back. Returns the bytes written.
+pub fn restore(chain: &Chain, to: impl Write, progress: impl FnMut(u64, u64)) -> Result<u64> {
+    let table = Table::read(chain)?;
+    let layout = table.layout();
+    let prelude = read_content(chain, layout.prelude, table.prelude)?;
+    machine_of(&prelude)?;
+    let devices = DeviceState {
+        state: read_content(chain, layout.state, table.state)?,
+        description: read_content(chain, layout.description, table.description)?,
+    };
+
+    let mut sender = Sender { chain, to, out: Vec::with_capacity(READ * 2), sent: 0, progress };
+    let mut emitter = Emitter::new(table.section, &table.blocks);
+    sender.out.extend_from_slice(&prelude);
+    emitter.start(&mut sender.out);
+    emitter.open_end(&mut sender.out);
+    sender.ram(&mut emitter, &table.blocks, &layout)?;
+    emitter.close(&mut sender.out);
+    Emitter::finish(&mut sender.out, &devices);
+    sender.send()?;
+    sender.to.flush().map_err(write_error)?;
+    Ok(sender.sent)
+}
+
+/// The stream on its way out.
+struct Sender<'a, W, P> {
+    chain: &'a Chain,
+    to: W,
+    /// What is not written yet.
+    out: Vec<u8>,
+    sent: u64,
+    progress: P,
+}
+
+impl<W: Write, P: FnMut(u64, u64)> Sender<'_, W, P> {
+    /// The pages of all blocks.
+    fn ram(&mut self, emitter: &mut Emitter<'_>, blocks: &[Block], layout: &Layout) -> Result<()> {
+        let total = blocks.iter().map(|block| block.len).sum();
+        let (mut below, mut data) = (Vec::new(), Vec::new());
+        let mut before = 0;
+        for (index, block) in blocks.iter().enumerate() {
+            let start = layout.blocks[index];
+            let zeros = block.len <= ZEROS_SENT_UP_TO;
+            spans(self.chain, start, block.len, &mut below)?;
+            for span in &below {
+                for done in (0..span.len).step_by(READ) {
+                    let (at, len) = (span.at + done, (span.len - done).min(READ as u64));
+                    if span.data {
+                        data.resize(len as usize, 0);
+                        self.chain.read(&mut data, at)?;
+                        self.pages(emitter, index, at - start, &data, zeros);
+                    } else if zeros {
+                        (0..len).step_by(PAGE).for_each(|page| emitter.zero_page(&mut self.out, index, at - start + page));
+                    }
+                    if self.out.len() >= READ {
+                        self.send()?;
+                    }
+                }
+                (self.progress)(before + span.at + span.len - start, total);
+            }
+            before += block.len;
+        }
+        Ok(())
+    }
+
+    /// Some pages of a block.
+    fn pages(&mut self, emitter: &mut Emitter<'_>, block: usize, offset: u64, data: &[u8], zeros: bool) {
+        for (page, offset) in data.chunks_exact(PAGE).zip((offset..).step_by(PAGE)) {
+            if page != [0; PAGE] {
+                emitter.page(&mut self.out, block, offset, page);
+            } else if zeros {
+                emitter.zero_page(&mut self.out, block, offset);
+            }
+        }
+    }
+
+    fn send(&mut self) -> Result<()> {
+        self.to.write_all(&self.out).map_err(write_error)?;
+        self.sent += self.out.len() as u64;
+        self.out.clear();
+        Ok(())
+    }
+}
+
+fn write_error(error: std::io::Error) -> Error {
+    Error::stream("the migration stream cannot be written", error)
+}
+
+/// Reads a region and checks it.
+fn read_content(chain: &Chain, at: u64, content: Content) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; content.len as usize];
+    chain.read(&mut bytes, at)?;
+    if Content::of(&bytes) != content {
+        return Err(damaged("the checksum of a region is wrong"));
+    }
+    Ok(bytes)
+}
+
+/// The machine's type that a prelude names.
+fn machine_of(mut prelude: &[u8]) -> Result<String> {
+    let mut parser = Parser::new();
+    while let Some(event) = parser.next(&mut prelude)? {
+        if let Event::Configuration(machine) = event {
+            return Ok(machine.to_owned());
+        }
+    }
+    Err(damaged("it does not name its machine's type"))
+}

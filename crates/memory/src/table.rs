@@ -1,0 +1,258 @@
+//! What lies where on a memory disk.
+//!
+//! ```text
+//!   0        2 MiB                                                                                      size
+//!   │ table  │ RAM block │ RAM block │ … │ prelude (2 MiB) │ description (8 MiB) │ device state (32 MiB) │
+//! ```
+//!
+//! Every region begins at a multiple of 2 MiB, in the stream's order of blocks. Places follow from the list of blocks alone, so
+//! the disk can be made when that list has been read, and two disks with the same list agree on every place. The room for
+//! what is not known yet is generous: the image is sparse.
+
+use crate::format::{MAGIC, RawHead, RawRegion, VERSION, kind};
+use crate::stream::{Block, MAX_BLOCKS, PAGE};
+use crate::{Counts, Error, ErrorKind, Result};
+use image::Chain;
+use zerocopy::{FromBytes, IntoBytes};
+
+/// Regions begin at multiples of this, bytes: an allocation unit of the image.
+pub const STEP: u64 = 2 << 20;
+/// Room for the table, bytes.
+const TABLE_ROOM: u64 = STEP;
+/// Room for the stream up to RAM, bytes.
+pub(crate) const PRELUDE_ROOM: u64 = STEP;
+/// Room for the description of the devices' state, bytes.
+pub(crate) const DESCRIPTION_ROOM: u64 = 8 << 20;
+/// Room for the devices' state, bytes.
+pub(crate) const STATE_ROOM: u64 = 32 << 20;
+const _: () = assert!(size_of::<RawHead>() + (MAX_BLOCKS + 3) * size_of::<RawRegion>() <= TABLE_ROOM as usize);
+
+/// Where the regions of a memory disk begin, bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Each RAM block.
+    pub blocks: Vec<u64>,
+    /// The stream up to RAM.
+    pub prelude: u64,
+    /// The description of the devices' state.
+    pub description: u64,
+    /// The devices' state.
+    pub state: u64,
+    /// The size of the disk.
+    pub size: u64,
+}
+
+impl Layout {
+    /// The layout for these blocks.
+    pub fn of(blocks: &[Block]) -> Self {
+        let mut end = TABLE_ROOM;
+        let mut place = |len: u64| {
+            let at = end;
+            end = (at + len).next_multiple_of(STEP);
+            at
+        };
+        Self {
+            blocks: blocks.iter().map(|block| place(block.len)).collect(),
+            prelude: place(PRELUDE_ROOM),
+            description: place(DESCRIPTION_ROOM),
+            state: place(STATE_ROOM),
+            size: end,
+        }
+    }
+}
+
+/// A region whose content is checked as a whole: everything but RAM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Content {
+    /// Its length in bytes.
+    pub len: u64,
+    /// CRC-32C of it.
+    pub checksum: u32,
+}
+
+impl Content {
+    /// What a region with these bytes is recorded as.
+    pub fn of(bytes: &[u8]) -> Self {
+        Self { len: bytes.len() as u64, checksum: crc32c::crc32c(bytes) }
+    }
+}
+
+/// The table at the beginning of a memory disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// The stream's id of the RAM section.
+    pub section: u32,
+    /// The blocks of RAM.
+    pub blocks: Vec<Block>,
+    /// What the capture did.
+    pub counts: Counts,
+    /// The stream up to RAM.
+    pub prelude: Content,
+    /// The description of the devices' state.
+    pub description: Content,
+    /// The devices' state.
+    pub state: Content,
+}
+
+impl Table {
+    /// Where the regions are.
+    pub fn layout(&self) -> Layout {
+        Layout::of(&self.blocks)
+    }
+
+    /// Reads and checks the table of a memory disk: [`ErrorKind::Damaged`] if it is none, or not sound.
+    pub fn read(chain: &Chain) -> Result<Self> {
+        if chain.sector_size() as usize != PAGE || chain.size() < TABLE_ROOM {
+            return Err(damaged("its sectors or its size are not those of a memory disk"));
+        }
+        let mut bytes = vec![0; PAGE];
+        chain.read(&mut bytes, 0)?;
+        let len = Self::encoded_len(&bytes)?;
+        bytes.resize(len.max(PAGE), 0);
+        chain.read(&mut bytes[PAGE..], PAGE as u64)?;
+        let table = Self::decode(&bytes[..len])?;
+        if table.layout().size != chain.size() {
+            return Err(damaged("its table belongs to a disk of another size"));
+        }
+        Ok(table)
+    }
+
+    /// The table's bytes, padded with zeros to whole pages.
+    pub fn encode(&self) -> Vec<u8> {
+        let layout = self.layout();
+        let ram = self.blocks.iter().zip(&layout.blocks).map(|(block, &at)| {
+            region(kind::RAM, &block.name, at, Content { len: block.len, checksum: 0 })
+        });
+        let rest = [
+            region(kind::PRELUDE, "", layout.prelude, self.prelude),
+            region(kind::DESCRIPTION, "", layout.description, self.description),
+            region(kind::STATE, "", layout.state, self.state),
+        ];
+        let mut bytes = self.head(layout.size).as_bytes().to_vec();
+        ram.chain(rest).for_each(|region| bytes.extend_from_slice(region.as_bytes()));
+        let checksum = crc32c::crc32c(&bytes);
+        bytes[CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
+        bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
+        bytes
+    }
+
+    fn head(&self, size: u64) -> RawHead {
+        RawHead {
+            magic: MAGIC,
+            version: VERSION.into(),
+            checksum: 0.into(),
+            entries: (self.blocks.len() as u32 + 3).into(),
+            section: self.section.into(),
+            page: (PAGE as u32).into(),
+            reserved: 0.into(),
+            size: size.into(),
+            stored: self.counts.stored.into(),
+            zeroed: self.counts.zeroed.into(),
+            same: self.counts.same.into(),
+            empty: self.counts.empty.into(),
+            padding: [0; 56],
+        }
+    }
+
+    /// The length of the table that these bytes begin, head and regions.
+    fn encoded_len(bytes: &[u8]) -> Result<usize> {
+        let Ok((head, _)) = RawHead::ref_from_prefix(bytes) else { return Err(damaged("its table is cut short")) };
+        if head.magic != MAGIC {
+            return Err(damaged("it has no table: not a memory disk, or one that was never finished"));
+        }
+        if head.version != VERSION {
+            let message = format!("memory disk of version {}; {VERSION} is known", head.version);
+            return Err(Error::new(ErrorKind::Unsupported, message));
+        }
+        let entries = head.entries.get() as usize;
+        if !(4..=MAX_BLOCKS + 3).contains(&entries) {
+            return Err(damaged("its table has an impossible number of regions"));
+        }
+        Ok(size_of::<RawHead>() + entries * size_of::<RawRegion>())
+    }
+
+    /// Makes a table of its bytes (zeros may follow them), checking all of it.
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let len = Self::encoded_len(bytes)?;
+        let bytes = bytes.get(..len).ok_or_else(|| damaged("its table is cut short"))?;
+        let (head, regions) = RawHead::ref_from_prefix(bytes).map_err(|_| damaged("its table is cut short"))?;
+        let regions = <[RawRegion]>::ref_from_bytes(regions).map_err(|_| damaged("its table is cut short"))?;
+        let mut unsummed = bytes.to_vec();
+        unsummed[CHECKSUM].fill(0);
+        if crc32c::crc32c(&unsummed) != head.checksum.get() || head.page.get() as usize != PAGE {
+            return Err(damaged("the checksum of its table is wrong"));
+        }
+        let (ram, rest) = regions.split_at(regions.len() - 3);
+        let table = Self {
+            section: head.section.get(),
+            blocks: ram.iter().map(block).collect::<Result<_>>()?,
+            counts: Counts {
+                stored: head.stored.get(),
+                zeroed: head.zeroed.get(),
+                same: head.same.get(),
+                empty: head.empty.get(),
+            },
+            prelude: content(&rest[0], kind::PRELUDE, PRELUDE_ROOM)?,
+            description: content(&rest[1], kind::DESCRIPTION, DESCRIPTION_ROOM)?,
+            state: content(&rest[2], kind::STATE, STATE_ROOM)?,
+        };
+        table.check_places(head, regions)?;
+        Ok(table)
+    }
+
+    /// Places follow from the blocks; a table that says otherwise is not one of ours, whatever its checksum.
+    fn check_places(&self, head: &RawHead, regions: &[RawRegion]) -> Result<()> {
+        let Layout { blocks, prelude, description, state, size } = self.layout();
+        let places = blocks.into_iter().chain([prelude, description, state]);
+        if size != head.size.get() || !places.eq(regions.iter().map(|region| region.offset.get())) {
+            return Err(damaged("its regions are not where they belong"));
+        }
+        let mut names: Vec<_> = self.blocks.iter().map(|block| &block.name).collect();
+        names.sort_unstable();
+        if names.windows(2).any(|pair| pair[0] == pair[1]) {
+            return Err(damaged("two of its RAM blocks have one name"));
+        }
+        Ok(())
+    }
+}
+
+/// Where the head's checksum lies.
+const CHECKSUM: std::ops::Range<usize> = 12..16;
+
+fn region(kind: u32, name: &str, offset: u64, content: Content) -> RawRegion {
+    let mut padded = [0; 255];
+    padded[..name.len()].copy_from_slice(name.as_bytes());
+    RawRegion {
+        kind: kind.into(),
+        checksum: content.checksum.into(),
+        offset: offset.into(),
+        len: content.len.into(),
+        name_len: name.len() as u8,
+        name: padded,
+    }
+}
+
+fn block(region: &RawRegion) -> Result<Block> {
+    let name = std::str::from_utf8(&region.name[..usize::from(region.name_len)]);
+    let len = region.len.get();
+    match name {
+        Ok(name) if region.kind.get() == kind::RAM && len.is_multiple_of(PAGE as u64) && len <= MAX_LEN => {
+            Ok(Block { name: name.to_owned(), len })
+        }
+        _ => Err(damaged("a RAM block in its table is not sound")),
+    }
+}
+
+/// The most bytes of one RAM block; keeps the sum of all of them from overflowing.
+const MAX_LEN: u64 = 1 << 46;
+
+fn content(region: &RawRegion, kind: u32, room: u64) -> Result<Content> {
+    if region.kind.get() != kind || region.len.get() > room {
+        return Err(damaged("a region in its table is not sound"));
+    }
+    Ok(Content { len: region.len.get(), checksum: region.checksum.get() })
+}
+
+pub(crate) fn damaged(what: &str) -> Error {
+    Error::new(ErrorKind::Damaged, format!("the memory disk is damaged: {what}"))
+}
