@@ -120,6 +120,17 @@ impl Stack {
         self.leaf().size()
     }
 
+    /// The parts of a range, from and to, that may not read as zeros. (Beside a write of the same sectors: as before it or after.)
+    fn not_zero(&self, from: u64, to: u64) -> Result<Vec<(u64, u64)>> {
+        if self.log.is_some() {
+            // The log wants every request, in the order in which they took effect.
+            return Ok(vec![(from, to)]);
+        }
+        let found = resolve(&self.slots, from, to - from)?;
+        let data = found.iter().filter(|run| matches!(run.place, Place::Data { .. }));
+        Ok(data.map(|run| (run.offset, run.offset + run.len)).collect())
+    }
+
     /// Where a layer stands, counted from the base.
     pub(crate) fn position(&self, layer: &Arc<dyn Layer>) -> Option<usize> {
         self.slots.iter().position(|slot| slot.is(layer))
@@ -414,7 +425,7 @@ impl Chain {
         let mut at = from;
         while at < to {
             let end = to.min((at / SPAN + 1) * SPAN);
-            let dirty = self.not_zero(stack, at, end)?;
+            let dirty = stack.not_zero(at, end)?;
             for (offset, len) in pieces(at, end - at, unit) {
                 if dirty.iter().any(|&(from, to)| from < offset + len && offset < to) {
                     self.zero_piece(stack, offset, len, received)?;
@@ -423,17 +434,6 @@ impl Chain {
             at = end;
         }
         Ok(())
-    }
-
-    /// The parts of a range, from and to, that may not read as zeros. (Beside a write of the same sectors: as before it or after.)
-    fn not_zero(&self, stack: &Stack, from: u64, to: u64) -> Result<Vec<(u64, u64)>> {
-        if stack.log.is_some() {
-            // The log wants every request, in the order in which they took effect.
-            return Ok(vec![(from, to)]);
-        }
-        let found = resolve(&stack.slots, from, to - from)?;
-        let data = found.iter().filter(|run| matches!(run.place, Place::Data { .. }));
-        Ok(data.map(|run| (run.offset, run.offset + run.len)).collect())
     }
 
     fn zero_piece(&self, stack: &Stack, offset: u64, len: u64, received: Received) -> Result<()> {

@@ -13,6 +13,7 @@
 //! All offsets and lengths are bytes of the virtual disk and multiples of its sector size unless said otherwise.
 
 use crate::Result;
+use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
 use store::Store;
@@ -33,6 +34,9 @@ pub struct LayerInfo {
     pub block_size: u32,
     /// What a child's parent linkage must name (VHDX: the DataWriteGuid). Nil where the format has none (raw).
     pub data_id: Uuid,
+    /// The disk's identity as a guest may see it (VHDX: VirtualDiskId, copied from parent to child, so it is no proof of
+    /// anything). Nil where the format has none (raw).
+    pub disk_id: Uuid,
     /// What this image says of its parent; `None` unless it is differencing.
     pub parent: Option<ParentLink>,
 }
@@ -92,6 +96,18 @@ pub struct Run {
     pub source: Source,
 }
 
+/// Appends `run` to `out`, joined to the last run if that is of one source with it and of index `first` or later.
+pub(crate) fn push_run(out: &mut Vec<Run>, first: usize, run: Run) {
+    let joins = |last: &Run| match (last.source, run.source) {
+        (Source::Data(last_at), Source::Data(at)) => last_at + last.len == at,
+        (last, this) => last == this,
+    };
+    match out[first..].last_mut() {
+        Some(last) if joins(last) => last.len += run.len,
+        _ => out.push(run),
+    }
+}
+
 /// What a ticket is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change {
@@ -131,8 +147,8 @@ pub struct Extent {
     pub len: u64,
 }
 
-/// What a layer hangs on a ticket to learn of its end; see [`Ticket::pin`].
-pub trait Pin: Send + fmt::Debug {}
+/// What a layer hangs on a ticket to learn of its end; see [`Ticket::pin`]. (`Any`: the layer gets its own type back at commit.)
+pub trait Pin: Any + Send + fmt::Debug {}
 
 /// One image file. See the module's text for the protocol.
 pub trait Layer: Send + Sync + fmt::Debug {
@@ -162,6 +178,13 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// Changes the ids: this image's own `data_id`, and, for a differencing one, its link to the parent. Durable and atomic when it
     /// returns. `None` leaves a part as it is. For merges; see `merge.rs`.
     fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()>;
+
+    /// Settles `data_id`: from here on it stays what it is until the layer is closed, whatever is still written. To be called before
+    /// a child is made that names it. (Otherwise the first write after opening changes it, so that nobody takes the changed file
+    /// for the parent that it was.)
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Flushes and leaves the file clean (VHDX: log empty). The layer is not to be written afterwards.
     fn close(&self) -> Result<()>;

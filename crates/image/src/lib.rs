@@ -2,8 +2,14 @@
 //!
 //! Read [`layer`] first: the contract between a format and everything else.
 
+pub mod chain;
 pub mod layer;
+pub mod merge;
+pub mod open;
+pub mod raw;
+pub mod vhdx;
 
+pub use chain::{Access, Ambiguous, Chain, ChainRun, Received, RunKind};
 pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Pin, Run, Source, Ticket};
 
 /// What went wrong, coarsely; the command line maps these to exit codes.
@@ -44,8 +50,41 @@ pub struct Error {
     pub message: String,
     /// What the store said, if it was the store.
     #[source]
-    pub source: Option<store::Error>,
+    pub source: Option<Box<store::Error>>,
+}
+
+impl Error {
+    /// An error of this kind about `file`.
+    pub fn new(kind: ErrorKind, file: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { kind, file: file.into(), message: message.into(), source: None }
+    }
+}
+
+/// The kind that says most about what the store reported.
+impl From<store::ErrorKind> for ErrorKind {
+    fn from(kind: store::ErrorKind) -> Self {
+        match kind {
+            store::ErrorKind::NotFound => Self::NotFound,
+            store::ErrorKind::Exists => Self::Exists,
+            store::ErrorKind::Locked => Self::Locked,
+            store::ErrorKind::NoSpace => Self::NoSpace,
+            // A file that ends before what it promises is a damaged file.
+            store::ErrorKind::PastEnd => Self::Damaged,
+            _ => Self::Io,
+        }
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(source: store::Error) -> Self {
+        Self {
+            kind: source.kind.into(),
+            file: source.name.clone(),
+            message: format!("{} failed", source.operation),
+            source: Some(Box::new(source)),
+        }
+    }
 }
 
 /// The result of an operation on an image.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;

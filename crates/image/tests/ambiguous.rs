@@ -146,11 +146,11 @@ proptest! {
 fn a_full_log_can_only_be_cancelled() {
     let chain = Arc::new(Chain::new(vec![layer(Kind::Dynamic, 4096)], Access::Write).unwrap());
     let mut ambiguous = chain.push_ambiguous(layer(Kind::Differencing, 4096), 100_000).unwrap();
-    chain.write(&[1; 60_000], 0).unwrap();
+    chain.write(&vec![1; 60_000], 0).unwrap();
     assert!(!ambiguous.is_full());
-    chain.write(&[2; 60_000], 60_000).unwrap();
+    chain.write(&vec![2; 60_000], 60_000).unwrap();
     assert!(ambiguous.is_full() && ambiguous.logged() == 0);
-    chain.write(&[3; 60_000], 120_000).unwrap();
+    chain.write(&vec![3; 60_000], 120_000).unwrap();
     assert_eq!(ambiguous.settle_before(Received::now()).unwrap_err().kind, ErrorKind::Invalid);
     assert_eq!(ambiguous.finish(Received::now()).unwrap_err().kind, ErrorKind::Invalid);
     let expected = content(&chain);

@@ -323,6 +323,85 @@ fn a_fold_moves_only_what_the_child_holds() {
     assert_eq!(data, 512 + 4096);
 }
 
+#[test]
+fn a_write_beside_a_look_up_is_not_forgotten() {
+    let size = 130 * MIB;
+    let lower = MemLayer::new(size, 512, 4096, Kind::Dynamic);
+    let layers = vec![Arc::clone(&lower) as Arc<dyn Layer>, leaf(size, 512, 4096)];
+    let chain = Arc::new(Chain::with_index(layers, Access::Write, 0).unwrap());
+    let other = Arc::clone(&chain);
+    // The leaf has just said that it holds nothing, when it gets a sector, and the index forgets about the block.
+    let hook = move || {
+        other.write(&[9; 512], 512).unwrap();
+        other.read(&mut [0; 512], 128 * MIB).unwrap();
+    };
+    *lower.on_map.0.lock().unwrap() = Some(Box::new(hook));
+    chain.read(&mut [0; 512], 0).unwrap();
+    let mut bytes = [0; 512];
+    chain.read(&mut bytes, 512).unwrap();
+    assert_eq!(bytes, [9; 512]);
+}
+
+/// Readers see a sector's own content or zeros: never what another sector gets in the place that it had.
+#[test]
+fn places_given_away_are_not_read() {
+    const SECTORS: u64 = 64;
+    let chain = Chain::new(vec![base(SECTORS * 512, 512, 1024)], Access::Write).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let mut changers = Vec::new();
+        for seed in 1..=2 {
+            let chain = &chain;
+            changers.push(scope.spawn(move || {
+                let mut own = Own { at: 0, model: Vec::new(), seed };
+                for _ in 0..20_000 {
+                    let sector = own.next(SECTORS);
+                    match own.next(2) {
+                        0 => chain.write(&[sector as u8 + 1; 512], sector * 512).unwrap(),
+                        _ => chain.zero(sector / 2 * 1024, 1024).unwrap(),
+                    }
+                }
+            }));
+        }
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let mut bytes = vec![0; SECTORS as usize * 512];
+                while !over.load(Ordering::SeqCst) {
+                    chain.read(&mut bytes, 0).unwrap();
+                    for (sector, bytes) in bytes.chunks(512).enumerate() {
+                        let own = sector as u8 + 1;
+                        assert!(bytes.iter().all(|&byte| byte == own || byte == 0), "sector {sector}: {}", bytes[0]);
+                    }
+                }
+            });
+        }
+        let ended: Vec<_> = changers.into_iter().map(std::thread::ScopedJoinHandle::join).collect();
+        over.store(true, Ordering::SeqCst);
+        for end in ended {
+            end.unwrap();
+        }
+    });
+}
+
+#[test]
+fn unaligned_writes_of_one_sector_keep_each_others_bytes() {
+    let chain = Chain::new(vec![base(4096, 512, 4096)], Access::Write).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 0..8u64 {
+            let chain = &chain;
+            scope.spawn(move || {
+                for n in 0..2000u32 {
+                    let own = [n.to_le_bytes(), n.to_be_bytes()].concat();
+                    chain.write(&own, thread * 60).unwrap();
+                    let mut back = [0; 8];
+                    chain.read(&mut back, thread * 60).unwrap();
+                    assert_eq!(back[..], own);
+                }
+            });
+        }
+    });
+}
+
 /// A thread's own bytes, shifted so that neighbours share sectors.
 struct Own {
     at: u64,

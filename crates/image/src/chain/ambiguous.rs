@@ -110,7 +110,10 @@ impl Log {
     /// Takes the first request if it came in before `time`.
     fn pop_before(&self, time: Received) -> Option<Request> {
         let mut inner = locked(&self.inner);
-        let request = inner.requests.pop_front_if(|request| request.received < time)?;
+        if inner.requests.front()?.received >= time {
+            return None;
+        }
+        let request = inner.requests.pop_front()?;
         inner.bytes -= request.bytes();
         Some(request)
     }

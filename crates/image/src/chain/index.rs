@@ -48,7 +48,7 @@ impl Packed {
                 ));
             }
         };
-        Ok(Self(first << (LAYER_BITS + AT_BITS) | layer << AT_BITS | at))
+        Ok(Self((first << (LAYER_BITS + AT_BITS)) | (layer << AT_BITS) | at))
     }
 
     fn first(self) -> u64 {
@@ -69,7 +69,8 @@ impl Packed {
     fn cut(self, first: u64) -> Self {
         let at = self.0 & AT_ZERO;
         let skip = if at >= AT_HOLE { 0 } else { first - self.first() };
-        Self(first << (LAYER_BITS + AT_BITS) | (self.0 & ((1 << (LAYER_BITS + AT_BITS)) - 1)) + skip)
+        let rest = self.0 & ((1 << (LAYER_BITS + AT_BITS)) - 1);
+        Self((first << (LAYER_BITS + AT_BITS)) | (rest + skip))
     }
 
     /// Whether `next` only says what this one says anyway.

@@ -90,6 +90,19 @@ pub(crate) struct MemLayer {
     /// Flushes that had something to do.
     pub(crate) flushes: AtomicU64,
     unsynced: Mutex<bool>,
+    /// Called once, at the next look-up.
+    pub(crate) on_map: OnMap,
+}
+
+type Hook = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+pub(crate) struct OnMap(pub(crate) Mutex<Option<Hook>>);
+
+impl std::fmt::Debug for OnMap {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnMap")
+    }
 }
 
 #[derive(Debug)]
@@ -143,6 +156,7 @@ impl MemLayer {
             state: Arc::new(Mutex::new(state)),
             flushes: AtomicU64::new(0),
             unsynced: Mutex::new(false),
+            on_map: OnMap::default(),
         })
     }
 }
@@ -194,6 +208,10 @@ impl Layer for MemLayer {
     }
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
+        let hook = self.on_map.0.lock().unwrap().take();
+        if let Some(hook) = hook {
+            hook();
+        }
         let state = self.state.lock().unwrap();
         let size = state.sector();
         let mut runs: Vec<Run> = Vec::new();

@@ -1,0 +1,74 @@
+//! Opening an image file: which format it is, and its lock.
+
+use crate::layer::{Format, Layer};
+use crate::{Error, ErrorKind, Result, raw, vhdx};
+use std::sync::Arc;
+use store::{Lock, Mode, Store};
+
+/// What a file's signature says that it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Signature {
+    /// A VHDX.
+    Vhdx,
+    /// Another image format, by its name.
+    Foreign(&'static str),
+}
+
+/// Signatures of image formats: offset, bytes, and what they mean.
+const SIGNATURES: [(u64, &[u8], Signature); 6] = [
+    (0, b"vhdxfile", Signature::Vhdx),
+    (0, b"QFI\xfb", Signature::Foreign("qcow2")),
+    (0, b"conectix", Signature::Foreign("VHD")),
+    (0, b"KDMV", Signature::Foreign("VMDK")),
+    (0, b"# Disk DescriptorFile", Signature::Foreign("VMDK")),
+    (64, b"\x7f\x10\xda\xbe", Signature::Foreign("VDI")),
+];
+/// A fixed VHD has its signature only here, so many bytes before its end (files of old tools: one byte less).
+const VHD_FOOTER: [u64; 2] = [512, 511];
+
+/// What the file's signature says; `None` if it has none that we know.
+pub fn probe(store: &dyn Store) -> Result<Option<Signature>> {
+    let length = store.len()?;
+    let has = |at: u64, signature: &[u8]| {
+        if at + signature.len() as u64 > length {
+            return Ok(false);
+        }
+        let mut bytes = vec![0; signature.len()];
+        store.read_at(&mut bytes, at).map(|()| bytes == signature)
+    };
+    for (at, bytes, signature) in SIGNATURES {
+        if has(at, bytes)? {
+            return Ok(Some(signature));
+        }
+    }
+    for at in VHD_FOOTER.into_iter().filter_map(|footer| length.checked_sub(footer)) {
+        if has(at, b"conectix")? {
+            return Ok(Some(Signature::Foreign("VHD")));
+        }
+    }
+    Ok(None)
+}
+
+/// Opens an image, locked: exclusively for [`Mode::Write`], else shared. Its format is the one that its signature says; a file
+/// without a signature is opened only if `format` says [`Format::Raw`].
+///
+/// # Errors
+/// [`ErrorKind::Locked`] if somebody else uses the file, [`ErrorKind::Unsupported`] if the signature is of another format (named),
+/// if it is not of the `format` that was asked for, or if there is none and `format` does not say raw.
+pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result<Arc<dyn Layer>> {
+    let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, store.name(), message));
+    store.lock(if mode == Mode::Write { Lock::Exclusive } else { Lock::Shared })?;
+    match (probe(&*store)?, format) {
+        (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => Ok(vhdx::open(store, mode)?),
+        (None, Some(Format::Raw)) => Ok(raw::open(store, mode)?),
+        (Some(Signature::Vhdx), Some(Format::Raw)) => {
+            refuse("it was to be read as raw, but its signature says VHDX: name it so, or remove the signature".to_owned())
+        }
+        (Some(Signature::Foreign(name)), Some(Format::Raw)) => {
+            refuse(format!("it was to be read as raw, but its signature says {name}: convert it first"))
+        }
+        (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not read here yet")),
+        (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
+        (None, _) => refuse("it has no signature of an image format: if it is a raw disk, say so (raw)".to_owned()),
+    }
+}

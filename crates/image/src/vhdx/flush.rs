@@ -1,0 +1,190 @@
+//! Making what was committed durable, and changing the ids.
+
+use super::format::{PAGE, PAGE_BYTES};
+use super::header::read;
+use super::journal::Journal;
+use super::metadata::{self, Fault, Locator};
+use super::page::PageBytes;
+use super::write::Freed;
+use super::{Inner, lock};
+use crate::layer::ParentLink;
+use crate::{ErrorKind, Result};
+use std::sync::atomic::Ordering;
+use uuid::Uuid;
+
+/// What the writer of metadata keeps while the image is open.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) journal: Journal,
+    /// The file has a new FileWriteGuid from this session.
+    pub(crate) file_identified: bool,
+    /// The file has a DataWriteGuid from this session, or one that it was told to keep.
+    pub(crate) data_identified: bool,
+}
+
+/// What one flush makes durable.
+struct Capture {
+    /// Pages and their file offsets, in an order of which every prefix is sound.
+    pages: Vec<(u64, PageBytes)>,
+    freed: Vec<Freed>,
+    file_length: u64,
+}
+
+impl Inner {
+    /// Gives the file its new ids before its first change in this session, as the format asks.
+    pub(crate) fn start(&self) -> Result<()> {
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let mut session = lock(&self.session);
+        let data_id = (!session.data_identified).then(Uuid::new_v4);
+        self.poison_on_error(self.identify(&mut session, data_id))?;
+        self.started.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    fn identify(&self, session: &mut Session, data_id: Option<Uuid>) -> Result<()> {
+        let new_file_id = (!session.file_identified).then(Uuid::new_v4);
+        if new_file_id.is_none() && data_id.is_none() {
+            return Ok(());
+        }
+        session.journal.set_header(&*self.store, |header| {
+            header.file_write = new_file_id.unwrap_or(header.file_write);
+            header.data_write = data_id.unwrap_or(header.data_write);
+        })?;
+        session.file_identified = true;
+        if let Some(data_id) = data_id {
+            session.data_identified = true;
+            lock(&self.ids).data_id = data_id;
+        }
+        Ok(())
+    }
+
+    /// See [`crate::Layer::flush`].
+    pub(crate) fn flush(&self) -> Result<()> {
+        if !self.writable {
+            return Ok(());
+        }
+        let mut session = lock(&self.session);
+        self.check_sound()?;
+        // Taken before the sync: what is written from here on is the next flush's.
+        let wrote = self.wrote.swap(false, Ordering::AcqRel);
+        let capture = self.capture();
+        if !wrote && capture.pages.is_empty() {
+            return Ok(());
+        }
+        self.poison_on_error(self.write_out(&mut session.journal, &capture))?;
+        self.release(capture.freed);
+        Ok(())
+    }
+
+    /// Takes over everything that was committed and is not durable. Only committed tickets have changed pages, so that their data
+    /// is in the file already and the sync that follows covers it.
+    fn capture(&self) -> Capture {
+        let mut meta = lock(&self.meta);
+        self.reclaim(&mut meta);
+        let bitmaps = std::mem::take(&mut meta.dirty_bitmaps);
+        let bat = std::mem::take(&mut meta.dirty_bat);
+        // Bits first, then the entries that make them count; and backwards through the table, where a chunk's bitmap entry stands
+        // behind its blocks' entries.
+        let bitmaps = bitmaps.into_iter().map(|at| {
+            let place = self.bitmap_page_place(at).expect("a bitmap that was changed has a place");
+            (place, self.bitmaps.bytes(at))
+        });
+        let bat = bat.into_iter().rev().map(|page| {
+            let (offset, bytes) = self.bat.page(page);
+            (self.bat_region.offset + offset, bytes)
+        });
+        let pages = bitmaps.chain(bat).collect();
+        Capture { pages, freed: std::mem::take(&mut meta.freed), file_length: meta.space.len() }
+    }
+
+    fn write_out(&self, journal: &mut Journal, capture: &Capture) -> Result<()> {
+        journal.sync(&*self.store)?;
+        journal.write(&*self.store, capture.file_length, &capture.pages)
+    }
+
+    /// Gives the space of places that no entry in the file names any more back to the file system.
+    fn release(&self, freed: Vec<Freed>) {
+        // A place that cannot be punched is lost until the image is opened again; nothing else depends on it.
+        let punched = freed.into_iter().filter(|freed| self.store.punch(freed.at, self.geometry.block).is_ok());
+        let punched: Vec<_> = punched.collect();
+        lock(&self.meta).draining.extend(punched);
+    }
+
+    /// Makes places free that were given up before the last flush, and to which no ticket can write any more.
+    fn reclaim(&self, meta: &mut super::Meta) {
+        let (free, busy): (Vec<_>, Vec<_>) = std::mem::take(&mut meta.draining)
+            .into_iter()
+            .partition(|freed| self.users(freed.block).load(Ordering::SeqCst) == 0);
+        meta.draining = busy;
+        for freed in free {
+            meta.space.give(freed.at, self.geometry.block);
+        }
+    }
+
+    /// See [`crate::Layer::relink`].
+    pub(crate) fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
+        self.check_writable()?;
+        let mut session = lock(&self.session);
+        if let Some(link) = parent {
+            let mut locator = lock(&self.ids)
+                .parent
+                .clone()
+                .ok_or_else(|| self.error(ErrorKind::Invalid, "only a differencing image has a parent to name"))?;
+            locator.relink(&link);
+            // What cannot be written is refused before anything has changed.
+            let pages = self.locator_pages(&locator)?;
+            self.poison_on_error(self.identify(&mut session, None))?;
+            let file_length = lock(&self.meta).space.len();
+            self.poison_on_error(self.write_metadata(&mut session.journal, file_length, &pages))?;
+            let mut ids = lock(&self.ids);
+            (ids.parent, ids.link) = (Some(locator), Some(link));
+        }
+        if data_id.is_some() {
+            self.poison_on_error(self.identify(&mut session, data_id))?;
+        }
+        Ok(())
+    }
+
+    fn write_metadata(&self, journal: &mut Journal, file_length: u64, pages: &[(u64, PageBytes)]) -> Result<()> {
+        // The entry says how long the file is known to be: so it must be.
+        journal.sync(&*self.store)?;
+        journal.write(&*self.store, file_length, pages)
+    }
+
+    /// The pages of the metadata region that a new locator changes: one log entry holds them all.
+    fn locator_pages(&self, locator: &Locator) -> Result<Vec<(u64, PageBytes)>> {
+        let fault = |(kind, message): Fault| self.error(kind, message);
+        let region = self.metadata_region;
+        let old = read(&*self.store, region.offset, region.length as usize)?;
+        let mut new = old.clone();
+        metadata::replace_locator(&mut new, locator).map_err(fault)?;
+        let pages: Vec<_> = (0..region.length / PAGE_BYTES)
+            .filter_map(|index| {
+                let bytes = index as usize * PAGE..(index as usize + 1) * PAGE;
+                let page: PageBytes = Box::new(new[bytes.clone()].try_into().expect("a page long"));
+                (old[bytes] != page[..]).then_some((region.offset + index * PAGE_BYTES, page))
+            })
+            .collect();
+        if pages.len() > super::log::ENTRY_PAGES {
+            return Err(self.error(ErrorKind::Unsupported, "the parent's name is too long to change it in one step"));
+        }
+        Ok(pages)
+    }
+
+    /// See [`crate::Layer::close`].
+    pub(crate) fn close(&self) -> Result<()> {
+        if !self.writable || self.closed.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.flush()?;
+        let mut session = lock(&self.session);
+        self.poison_on_error(session.journal.finish(&*self.store))?;
+        if session.file_identified {
+            // Only now: a log that counts on the file's length must not be left behind a shorter file.
+            lock(&self.meta).space.trim(&*self.store)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,394 @@
+//! The metadata region: a table of items, and what the items say.
+
+use super::format::{
+    BLOCK_SIZES, HAS_PARENT, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS, ITEM_INCOMPLETE, ITEM_LOGICAL_SECTOR,
+    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_REQUIRED, ITEM_USER, ITEM_VIRTUAL_DISK, KIB, LEAVE_ALLOCATED, LOCATOR_TYPE,
+    MAX_ITEMS, MAX_SIZE, METADATA_SIGNATURE, RawFileParameters, RawItem, RawLocator, RawLocatorEntry, RawMetadataTable,
+    TABLE_BYTES, parse, put,
+};
+use crate::{ErrorKind, ParentLink};
+use std::collections::HashSet;
+use uuid::Uuid;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// Where a new file's first item lies inside the region.
+const FIRST_ITEM: u32 = 64 * KIB as u32;
+/// Where a new file's parent locator lies inside the region, with room behind it.
+const LOCATOR_AT: u32 = 128 * KIB as u32;
+/// The longest parent locator that we read or write.
+const MAX_LOCATOR: u32 = 256 * KIB as u32;
+/// The most keys that a locator may have. Windows writes five.
+const MAX_KEYS: u16 = 64;
+
+/// What is wrong with a piece of metadata; the caller knows the file.
+pub(crate) type Fault = (ErrorKind, String);
+
+fn damaged(message: impl Into<String>) -> Fault {
+    (ErrorKind::Damaged, message.into())
+}
+
+fn unsupported(message: impl Into<String>) -> Fault {
+    (ErrorKind::Unsupported, message.into())
+}
+
+/// What the items say.
+#[derive(Debug, Clone)]
+pub(crate) struct Metadata {
+    pub(crate) size: u64,
+    pub(crate) block_size: u32,
+    pub(crate) sector_size: u32,
+    pub(crate) physical_sector_size: u32,
+    pub(crate) disk_id: Uuid,
+    /// Blocks keep their places (a fixed disk).
+    pub(crate) leave_allocated: bool,
+    /// `Some` for a differencing file.
+    pub(crate) locator: Option<Locator>,
+}
+
+/// The parent locator: keys and values in the file's order, also those that we do not use.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Locator(Vec<(String, String)>);
+
+const LINKAGE: &str = "parent_linkage";
+const LINKAGE2: &str = "parent_linkage2";
+const RELATIVE: &str = "relative_path";
+const ABSOLUTE: &str = "absolute_win32_path";
+const VOLUME: &str = "volume_path";
+
+impl Locator {
+    /// The locator that says this.
+    pub(crate) fn of(link: &ParentLink) -> Self {
+        let mut locator = Self(Vec::new());
+        locator.relink(link);
+        locator
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|(found, _)| found == key).map(|(_, value)| value.as_str())
+    }
+
+    fn put(&mut self, key: &str, value: Option<String>) {
+        match (self.0.iter().position(|(found, _)| found == key), value) {
+            (Some(at), Some(value)) => self.0[at].1 = value,
+            (Some(at), None) => drop(self.0.remove(at)),
+            (None, Some(value)) => self.0.push((key.to_owned(), value)),
+            (None, None) => (),
+        }
+    }
+
+    /// Takes over what `link` says. Keys that we do not know stay.
+    pub(crate) fn relink(&mut self, link: &ParentLink) {
+        if self.get(RELATIVE) != link.relative_path.as_deref() || self.get(ABSOLUTE) != link.absolute_path.as_deref() {
+            // It names the old parent.
+            self.put(VOLUME, None);
+        }
+        self.put(LINKAGE, Some(link.linkage.braced().to_string()));
+        self.put(LINKAGE2, link.linkage2.map(|id| id.braced().to_string()));
+        self.put(RELATIVE, link.relative_path.clone());
+        self.put(ABSOLUTE, link.absolute_path.clone());
+    }
+
+    /// What the locator says. Windows writes an all-zero second linkage, which says nothing.
+    pub(crate) fn link(&self) -> Result<ParentLink, Fault> {
+        let id = |key: &str| match self.get(key) {
+            Some(text) => Uuid::try_parse(text.trim())
+                .map(Some)
+                .map_err(|_| damaged(format!("the parent locator's {key} is not a GUID: {text:?}"))),
+            None => Ok(None),
+        };
+        Ok(ParentLink {
+            linkage: id(LINKAGE)?.ok_or_else(|| damaged("the parent locator has no parent_linkage"))?,
+            linkage2: id(LINKAGE2)?.filter(|id| !id.is_nil()),
+            relative_path: self.get(RELATIVE).map(str::to_owned),
+            absolute_path: self.get(ABSOLUTE).map(str::to_owned),
+        })
+    }
+
+    fn parse(item: &[u8]) -> Result<Self, Fault> {
+        let head: RawLocator = parse(item, 0).ok_or_else(|| damaged("the parent locator is cut short"))?;
+        if Uuid::from(head.kind) != LOCATOR_TYPE {
+            return Err(unsupported(format!("the parent locator is of the unknown type {:?}", head.kind)));
+        }
+        if head.count.get() > MAX_KEYS {
+            return Err(damaged(format!("the parent locator has {} keys", head.count)));
+        }
+        let text = |offset: U32, length: u16| {
+            let bytes = (offset.get() as usize).checked_add(length.into()).and_then(|end| item.get(offset.get() as usize..end));
+            let bytes = bytes.filter(|bytes| bytes.len().is_multiple_of(2));
+            let units = bytes.map(|bytes| bytes.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]])));
+            units
+                .and_then(|units| char::decode_utf16(units).collect::<Result<String, _>>().ok())
+                .ok_or_else(|| damaged("the parent locator holds a text that lies outside of it or is not UTF-16"))
+        };
+        let mut keys = Vec::new();
+        for index in 0..usize::from(head.count.get()) {
+            let entry: RawLocatorEntry = parse(item, size_of::<RawLocator>() + index * size_of::<RawLocatorEntry>())
+                .ok_or_else(|| damaged("the parent locator is cut short"))?;
+            let key = text(entry.key_offset, entry.key_length.get())?;
+            let value = text(entry.value_offset, entry.value_length.get())?;
+            if keys.iter().any(|(found, _)| *found == key) {
+                return Err(damaged(format!("the parent locator has the key {key:?} twice")));
+            }
+            keys.push((key, value));
+        }
+        Ok(Self(keys))
+    }
+
+    /// The item's bytes.
+    fn encode(&self) -> Result<Vec<u8>, Fault> {
+        let too_long = || (ErrorKind::Invalid, "the parent's path is too long for the image".to_owned());
+        let mut item = vec![0; size_of::<RawLocator>() + self.0.len() * size_of::<RawLocatorEntry>()];
+        put(&mut item, 0, &RawLocator { kind: LOCATOR_TYPE.into(), reserved: 0.into(), count: (self.0.len() as u16).into() });
+        for (index, (key, value)) in self.0.iter().enumerate() {
+            let mut text = |text: &str| {
+                let at = item.len() as u32;
+                item.extend(text.encode_utf16().flat_map(u16::to_le_bytes));
+                let length = u16::try_from(item.len() - at as usize).map_err(|_| too_long())?;
+                Ok::<_, Fault>((at, length))
+            };
+            let ((key_at, key_length), (value_at, value_length)) = (text(key)?, text(value)?);
+            let entry = RawLocatorEntry {
+                key_offset: key_at.into(),
+                value_offset: value_at.into(),
+                key_length: key_length.into(),
+                value_length: value_length.into(),
+            };
+            put(&mut item, size_of::<RawLocator>() + index * size_of::<RawLocatorEntry>(), &entry);
+        }
+        if item.len() > MAX_LOCATOR as usize { Err(too_long()) } else { Ok(item) }
+    }
+}
+
+/// The table's entries.
+fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
+    let table: RawMetadataTable = parse(region, 0).ok_or_else(|| damaged("the metadata region is too small"))?;
+    if table.signature != METADATA_SIGNATURE {
+        return Err(damaged("the metadata table has no signature"));
+    }
+    if table.count.get() > MAX_ITEMS || region.len() < TABLE_BYTES {
+        return Err(damaged(format!("the metadata table names {} items", table.count)));
+    }
+    let mut seen = HashSet::new();
+    let mut items = Vec::new();
+    for index in 0..usize::from(table.count.get()) {
+        let item: RawItem = parse(region, (index + 1) * size_of::<RawItem>())
+            .ok_or_else(|| damaged("the metadata table is cut short"))?;
+        let id = Uuid::from(item.id);
+        let end = u64::from(item.offset.get()) + u64::from(item.length.get());
+        let empty = item.length.get() == 0;
+        if end > region.len() as u64 || (!empty && (item.offset.get() as usize) < TABLE_BYTES) {
+            return Err(damaged(format!("metadata item {id} lies outside of its region")));
+        }
+        if !seen.insert((id, item.flags.get() & ITEM_USER)) {
+            return Err(damaged(format!("metadata item {id} is there twice")));
+        }
+        items.push(item);
+    }
+    Ok(items)
+}
+
+/// What a region of metadata says. The region is bounded by the caller.
+pub(crate) fn read(region: &[u8]) -> Result<Metadata, Fault> {
+    let items = items(region)?;
+    let find = |id: Uuid| {
+        let item = items.iter().find(|item| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == id)?;
+        Some(&region[item.offset.get() as usize..][..item.length.get() as usize])
+    };
+    if find(ITEM_INCOMPLETE).is_some() {
+        return Err(damaged("the image was never finished: what was making it stopped half-way"));
+    }
+    let known = [
+        ITEM_FILE_PARAMETERS,
+        ITEM_DISK_SIZE,
+        ITEM_DISK_ID,
+        ITEM_LOGICAL_SECTOR,
+        ITEM_PHYSICAL_SECTOR,
+        ITEM_PARENT_LOCATOR,
+    ];
+    let strange = |item: &&RawItem| {
+        item.flags.get() & ITEM_REQUIRED != 0 && (item.flags.get() & ITEM_USER != 0 || !known.contains(&item.id.into()))
+    };
+    if let Some(item) = items.iter().find(strange) {
+        return Err(unsupported(format!("the image needs the unknown metadata item {:?}", item.id)));
+    }
+    let need = |id: Uuid, what: &str| find(id).ok_or_else(|| damaged(format!("the image does not say its {what}")));
+    let cut = |what: &str| damaged(format!("the image's {what} is cut short"));
+    let number = |id: Uuid, what: &str| {
+        U32::read_from_prefix(need(id, what)?).map(|(value, _)| value.get()).map_err(|_| cut(what))
+    };
+
+    let parameters: RawFileParameters =
+        parse(need(ITEM_FILE_PARAMETERS, "block size")?, 0).ok_or_else(|| cut("block size"))?;
+    let block_size = parameters.block_size.get();
+    if !block_size.is_power_of_two() || !BLOCK_SIZES.contains(&block_size) {
+        return Err(damaged(format!("the block size of {block_size} bytes is none that the format allows")));
+    }
+    let sector_size = number(ITEM_LOGICAL_SECTOR, "sector size")?;
+    if sector_size != 512 && sector_size != 4096 {
+        return Err(damaged(format!("the sector size of {sector_size} bytes is none that the format allows")));
+    }
+    let size = U64::read_from_prefix(need(ITEM_DISK_SIZE, "size")?).map_err(|_| cut("size"))?.0.get();
+    if size == 0 || size > MAX_SIZE || !size.is_multiple_of(sector_size.into()) {
+        return Err(damaged(format!("the size of {size} bytes is none that the format allows")));
+    }
+    let locator = if parameters.flags.get() & HAS_PARENT == 0 {
+        None
+    } else {
+        let item = need(ITEM_PARENT_LOCATOR, "parent")?;
+        if item.len() > MAX_LOCATOR as usize {
+            return Err(damaged("the parent locator is too long"));
+        }
+        let locator = Locator::parse(item)?;
+        locator.link()?;
+        Some(locator)
+    };
+    let disk_id = find(ITEM_DISK_ID).and_then(|item| item.get(..16)).and_then(|id| id.try_into().ok());
+    Ok(Metadata {
+        size,
+        block_size,
+        sector_size,
+        physical_sector_size: number(ITEM_PHYSICAL_SECTOR, "physical sector size").unwrap_or(sector_size),
+        disk_id: disk_id.map_or(Uuid::nil(), Uuid::from_bytes_le),
+        leave_allocated: parameters.flags.get() & LEAVE_ALLOCATED != 0,
+        locator,
+    })
+}
+
+/// The region's beginning for a new file: table and items; the rest of it is zeros.
+pub(crate) fn encode(metadata: &Metadata) -> Result<Vec<u8>, Fault> {
+    let flags = if metadata.leave_allocated { LEAVE_ALLOCATED } else { 0 }
+        | if metadata.locator.is_some() { HAS_PARENT } else { 0 };
+    let parameters = RawFileParameters { block_size: metadata.block_size.into(), flags: flags.into() };
+    let disk = ITEM_REQUIRED | ITEM_VIRTUAL_DISK;
+    let mut items = vec![
+        (ITEM_FILE_PARAMETERS, ITEM_REQUIRED, parameters.as_bytes().to_vec()),
+        (ITEM_DISK_SIZE, disk, metadata.size.to_le_bytes().to_vec()),
+        (ITEM_DISK_ID, disk, metadata.disk_id.to_bytes_le().to_vec()),
+        (ITEM_LOGICAL_SECTOR, disk, metadata.sector_size.to_le_bytes().to_vec()),
+        (ITEM_PHYSICAL_SECTOR, disk, metadata.physical_sector_size.to_le_bytes().to_vec()),
+    ];
+    if let Some(locator) = &metadata.locator {
+        items.push((ITEM_PARENT_LOCATOR, ITEM_REQUIRED, locator.encode()?));
+    }
+    let mut region = vec![0; TABLE_BYTES];
+    let mut table = RawMetadataTable::new_zeroed();
+    table.signature = METADATA_SIGNATURE;
+    table.count = (items.len() as u16).into();
+    put(&mut region, 0, &table);
+    let mut free = FIRST_ITEM;
+    for (index, (id, flags, bytes)) in items.into_iter().enumerate() {
+        let offset = if id == ITEM_PARENT_LOCATOR { LOCATOR_AT } else { free };
+        let item = RawItem {
+            id: id.into(),
+            offset: offset.into(),
+            length: (bytes.len() as u32).into(),
+            flags: flags.into(),
+            reserved: 0.into(),
+        };
+        put(&mut region, (index + 1) * size_of::<RawItem>(), &item);
+        region.resize(region.len().max(offset as usize + bytes.len()), 0);
+        put(&mut region, offset as usize, bytes.as_slice());
+        free += bytes.len() as u32;
+    }
+    Ok(region)
+}
+
+/// Replaces the parent locator inside a region's bytes: in its place if there is room, else behind everything else.
+pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<(), Fault> {
+    let items = items(region)?;
+    let is_locator = |item: &&RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_PARENT_LOCATOR;
+    let index = items.iter().position(|item| is_locator(&item)).ok_or_else(|| damaged("the image has no parent locator"))?;
+    let bytes = locator.encode()?;
+    let others = || items.iter().enumerate().filter(|(other, item)| *other != index && item.length.get() != 0).map(|(_, item)| item);
+    let fits = |start: usize| {
+        let end = start + bytes.len();
+        end <= region.len()
+            && others().all(|item| {
+                let other = item.offset.get() as usize;
+                end <= other || other + item.length.get() as usize <= start
+            })
+    };
+    let old = items[index].offset.get() as usize;
+    let behind = others().map(|item| item.offset.get() + item.length.get()).max().unwrap_or(0).max(FIRST_ITEM);
+    let start = [old, behind.next_multiple_of(4096) as usize]
+        .into_iter()
+        .find(|start| *start >= TABLE_BYTES && fits(*start))
+        .ok_or_else(|| unsupported("the metadata region has no room for the parent's name"))?;
+    let mut item = items[index];
+    item.offset = (start as u32).into();
+    item.length = (bytes.len() as u32).into();
+    put(region, (index + 1) * size_of::<RawItem>(), &item);
+    put(region, start, bytes.as_slice());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn link(path: &str) -> ParentLink {
+        ParentLink {
+            linkage: Uuid::from_u128(0x0011_2233_4455_6677_8899_aabb_ccdd_eeff),
+            linkage2: None,
+            relative_path: Some(path.to_owned()),
+            absolute_path: None,
+        }
+    }
+
+    fn metadata(path: &str) -> Metadata {
+        Metadata {
+            size: 5 << 20,
+            block_size: 2 << 20,
+            sector_size: 512,
+            physical_sector_size: 4096,
+            disk_id: Uuid::from_u128(3),
+            leave_allocated: false,
+            locator: Some(Locator::of(&link(path))),
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let read = read(&encode(&metadata(r".\Überlauf.vhdx")).unwrap()).unwrap();
+        assert_eq!((read.size, read.block_size, read.sector_size), (5 << 20, 2 << 20, 512));
+        assert_eq!(read.locator.unwrap().link().unwrap(), link(r".\Überlauf.vhdx"));
+    }
+
+    #[test]
+    fn a_longer_locator_replaces_a_shorter_one_and_unknown_keys_stay() {
+        let mut region = encode(&metadata(r".\a")).unwrap();
+        region.resize(1 << 20, 0);
+        let mut locator = Locator::of(&link(r".\a"));
+        locator.put("house_number", Some("7".to_owned()));
+        let mut other = link(&"x".repeat(3000));
+        other.linkage2 = Some(Uuid::from_u128(9));
+        locator.relink(&other);
+        replace_locator(&mut region, &locator).unwrap();
+        let found = read(&region).unwrap().locator.unwrap();
+        assert_eq!(found.link().unwrap(), other);
+        assert_eq!(found.get("house_number"), Some("7"));
+    }
+
+    #[test]
+    fn a_locator_without_room_is_refused() {
+        let mut region = encode(&metadata(r".\a")).unwrap();
+        assert!(replace_locator(&mut region, &Locator::of(&link(&"x".repeat(32_000)))).is_err());
+    }
+
+    #[test]
+    fn an_unknown_required_item_is_refused_and_an_unknown_other_is_not() {
+        let mut region = encode(&metadata(r".\a")).unwrap();
+        let mut item: RawItem = parse(&region, 32).unwrap();
+        item.id = Uuid::from_u128(77).into();
+        item.offset = 0.into();
+        item.length = 0.into();
+        let table: RawMetadataTable = parse(&region, 0).unwrap();
+        put(&mut region, 8 + 2, &(table.count.get() + 1).to_le_bytes());
+        for (flags, fine) in [(0, true), (ITEM_REQUIRED, false), (ITEM_USER, true), (ITEM_USER | ITEM_REQUIRED, false)] {
+            item.flags = flags.into();
+            put(&mut region, 32 * (1 + usize::from(table.count.get())), &item);
+            assert_eq!(read(&region).is_ok(), fine, "flags {flags}");
+        }
+    }
+}

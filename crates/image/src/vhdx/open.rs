@@ -1,0 +1,269 @@
+//! Opening an image: everything that the file says is checked here, once, before anything relies on it.
+
+use super::alloc::Space;
+use super::bat::{Bat, Entry, Geometry, State};
+use super::bitmap::Bitmaps;
+use super::flush::Session;
+use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE};
+use super::header::{self, Header, Region, Regions, read};
+use super::journal::Journal;
+use super::metadata::{self, Fault, Metadata};
+use super::replay::{self, Replayed};
+use super::{Ids, Inner, Meta, USERS, VhdxLayer};
+use crate::layer::Kind;
+use crate::{Error, ErrorKind, Result};
+use std::collections::{BTreeSet, HashMap};
+use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::{Arc, Mutex};
+use store::{Mode, Store};
+use uuid::Uuid;
+
+/// The longest file that we open, 256 TiB: four times the largest disk.
+const MAX_FILE: u64 = 1 << 48;
+/// The longest metadata region that we read. Every file seen has 1 MiB.
+const MAX_METADATA: u64 = 16 * MIB;
+/// How much of the table is read at once, in bytes.
+const TABLE_STEP: u64 = MIB;
+
+/// Opens a VHDX.
+///
+/// A log that is in use is replayed: for [`Mode::Write`] in the file, for [`Mode::Read`] in memory only.
+///
+/// # Errors
+/// [`ErrorKind::Damaged`] for a file that breaks the format's rules (places that overlap or lie outside, reserved states, bad
+/// checksums), [`ErrorKind::Unsupported`] for one that requires what we do not know.
+pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
+    let name = store.name();
+    let fault = |(kind, message): Fault| Error::new(kind, name.clone(), message);
+    if read(&*store, 0, FILE_SIGNATURE.len())? != FILE_SIGNATURE {
+        return Err(fault((ErrorKind::Damaged, "it is no VHDX: the signature is missing".to_owned())));
+    }
+    let copies = [read(&*store, HEADER_AT[0], PAGE)?, read(&*store, HEADER_AT[1], PAGE)?];
+    let (header, slot) = header::current([&copies[0], &copies[1]]).map_err(fault)?;
+    let mut journal = Journal::new(header, slot);
+    let mut replayed = false;
+    let store = match (replay::pending(&*store, &header)?, mode) {
+        (None, _) => store,
+        (Some(replay), Mode::Read) => Arc::new(Replayed::new(store, replay)?),
+        (Some(replay), Mode::Write) => {
+            replay::carry_out(&*store, &replay)?;
+            journal.empty_log(&*store)?;
+            replayed = true;
+            store
+        }
+    };
+    let regions = header::regions(&*store)?;
+    if regions.metadata.length > MAX_METADATA {
+        let message = format!("its metadata region has {} bytes, which is too much", regions.metadata.length);
+        return Err(fault((ErrorKind::Unsupported, message)));
+    }
+    let mut used = Used::new(&name, store.len()?)?;
+    used.mark_fixed(&header, &regions)?;
+    let metadata = metadata::read(&read(&*store, regions.metadata.offset, regions.metadata.length as usize)?).map_err(fault)?;
+    let geometry = geometry(&metadata);
+    let bat = read_table(&*store, regions.bat, &geometry, &mut used)?;
+    let session = Session { journal, file_identified: replayed, data_identified: false };
+    let space = used.into_space(geometry.block);
+    let writable = mode == Mode::Write;
+    let inner = Inner::new(store, writable, &metadata, &regions, bat, space, session).map_err(fault)?;
+    Ok(Arc::new(VhdxLayer(Arc::new(inner))))
+}
+
+/// How metadata cuts the disk into blocks.
+pub(crate) fn geometry(metadata: &Metadata) -> Geometry {
+    Geometry {
+        size: metadata.size,
+        sector: metadata.sector_size.into(),
+        block: metadata.block_size.into(),
+        differencing: metadata.locator.is_some(),
+    }
+}
+
+impl Inner {
+    pub(crate) fn new(
+        store: Arc<dyn Store>,
+        writable: bool,
+        metadata: &Metadata,
+        regions: &Regions,
+        bat: Bat,
+        space: Space,
+        session: Session,
+    ) -> std::result::Result<Self, Fault> {
+        let geometry = geometry(metadata);
+        let link = metadata.locator.as_ref().map(metadata::Locator::link).transpose()?;
+        let ids = Ids { data_id: session.journal.header().data_write, parent: metadata.locator.clone(), link };
+        let meta = Meta {
+            space,
+            dirty_bat: BTreeSet::new(),
+            dirty_bitmaps: BTreeSet::new(),
+            pending: HashMap::new(),
+            pending_bitmaps: HashMap::new(),
+            freed: Vec::new(),
+            draining: Vec::new(),
+            next_ticket: 0,
+        };
+        Ok(Self {
+            file: store.name(),
+            store,
+            writable,
+            geometry,
+            kind: match (&metadata.locator, metadata.leave_allocated) {
+                (Some(_), _) => Kind::Differencing,
+                (None, true) => Kind::Fixed,
+                (None, false) => Kind::Dynamic,
+            },
+            disk_id: metadata.disk_id,
+            bat_region: regions.bat,
+            metadata_region: regions.metadata,
+            bat,
+            bitmaps: Bitmaps::new(geometry),
+            users: (0..USERS).map(|_| AtomicU32::new(0)).collect(),
+            meta: Mutex::new(meta),
+            ids: Mutex::new(ids),
+            wrote: AtomicBool::new(false),
+            started: AtomicBool::new(session.data_identified),
+            session: Mutex::new(session),
+            poisoned: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+        })
+    }
+}
+
+/// Reads the table and checks every entry.
+fn read_table(store: &dyn Store, region: Region, geometry: &Geometry, used: &mut Used) -> Result<Bat> {
+    let bytes = geometry.entries() * 8;
+    if bytes > region.length {
+        return Err(used.damaged(format!("its block table has {} bytes of {bytes}", region.length)));
+    }
+    let bat = Bat::new(geometry.entries());
+    for start in (0..bytes).step_by(TABLE_STEP as usize) {
+        let step = read(store, region.offset + start, TABLE_STEP.min(bytes - start) as usize)?;
+        for (page, bytes) in step.chunks(PAGE).enumerate() {
+            bat.load(start / PAGE as u64 + page as u64, bytes);
+        }
+        for (index, entry) in step.chunks_exact(8).enumerate() {
+            let entry = Entry(u64::from_le_bytes(entry.try_into().expect("chunks of eight")));
+            if entry.0 != 0 {
+                check_entry(geometry, start / 8 + index as u64, entry, used)?;
+            }
+        }
+    }
+    check_bitmaps(&bat, geometry, used)?;
+    Ok(bat)
+}
+
+fn check_entry(geometry: &Geometry, index: u64, entry: Entry, used: &mut Used) -> Result<()> {
+    let Some(block) = geometry.block_of(index) else {
+        // A bitmap entry counts in a differencing file only.
+        if geometry.differencing && entry.place().is_some() {
+            used.mark(entry.offset(), MIB, MIB, "a bitmap block")?;
+        }
+        return Ok(());
+    };
+    match entry.state() {
+        Some(State::Partial) if !geometry.differencing => {
+            Err(used.damaged(format!("block {block} is partly the parent's, and there is no parent")))
+        }
+        // Only what lies inside the disk must be there: the last block may be cut off.
+        Some(State::Full | State::Partial) => {
+            used.mark(entry.offset(), geometry.block, geometry.inside(block), &format!("block {block}"))
+        }
+        Some(State::NotPresent | State::Zero) => Ok(()),
+        None => Err(used.damaged(format!("block {block} is in the reserved state {}", entry.state_number()))),
+    }
+}
+
+/// Every partial block needs its chunk's bitmap.
+fn check_bitmaps(bat: &Bat, geometry: &Geometry, used: &Used) -> Result<()> {
+    if !geometry.differencing {
+        return Ok(());
+    }
+    for chunk in (0..geometry.chunks()).filter(|chunk| bat.get(geometry.bitmap_index(*chunk)).place().is_none()) {
+        let blocks = chunk * geometry.ratio()..((chunk + 1) * geometry.ratio()).min(geometry.blocks());
+        for block in blocks {
+            if bat.get(geometry.payload_index(block)).state() == Some(State::Partial) {
+                return Err(used.damaged(format!("block {block} is partial and its bitmap is missing")));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Which MiB of the file belong to something.
+struct Used {
+    file: String,
+    length: u64,
+    bits: Vec<u64>,
+    /// The end of everything that was marked.
+    end: u64,
+}
+
+impl Used {
+    fn new(file: &str, length: u64) -> Result<Self> {
+        if length > MAX_FILE {
+            return Err(Error::new(ErrorKind::Unsupported, file, format!("it has {length} bytes, which is too much")));
+        }
+        // A block may stick out past the file's end by almost its own length, 256 MiB.
+        let units = length / MIB + 512;
+        Ok(Self { file: file.to_owned(), length, bits: vec![0; units.div_ceil(64) as usize], end: 0 })
+    }
+
+    fn damaged(&self, message: String) -> Error {
+        Error::new(ErrorKind::Damaged, self.file.clone(), message)
+    }
+
+    /// Marks the format's own places.
+    fn mark_fixed(&mut self, header: &Header, regions: &Regions) -> Result<()> {
+        self.mark(0, HEADER_SECTION, HEADER_SECTION, "the header")?;
+        self.mark(header.log_offset, header.log_length, header.log_length, "the log")?;
+        self.mark(regions.bat.offset, regions.bat.length, regions.bat.length, "the block table")?;
+        self.mark(regions.metadata.offset, regions.metadata.length, regions.metadata.length, "the metadata")?;
+        for other in &regions.others {
+            self.mark(other.offset, other.length, other.length, "an unknown region")?;
+        }
+        Ok(())
+    }
+
+    /// Marks `len` bytes at `at`, both multiples of 1 MiB, of which the first `needed` must lie inside the file.
+    fn mark(&mut self, at: u64, len: u64, needed: u64, what: &str) -> Result<()> {
+        let inside = at.checked_add(needed).is_some_and(|end| end <= self.length);
+        if !inside {
+            return Err(self.damaged(format!("{what} lies at {at}, past the file's end at {}", self.length)));
+        }
+        for unit in at / MIB..(at + len) / MIB {
+            let (word, bit) = ((unit / 64) as usize, 1 << (unit % 64));
+            if self.bits[word] & bit != 0 {
+                return Err(self.damaged(format!("{what} lies at {at}, where something else lies too")));
+            }
+            self.bits[word] |= bit;
+        }
+        self.end = self.end.max(at + len);
+        Ok(())
+    }
+
+    /// What is left, for blocks of `block` bytes.
+    fn into_space(self, block: u64) -> Space {
+        let mut space = Space::new(self.length, self.end, block);
+        let is_used = |unit: u64| self.bits[(unit / 64) as usize] >> (unit % 64) & 1 == 1;
+        let mut free_since = None;
+        for unit in 0..=self.end / MIB {
+            match (unit == self.end / MIB || is_used(unit), free_since) {
+                (true, Some(start)) => {
+                    space.give(start * MIB, (unit - start) * MIB);
+                    free_since = None;
+                }
+                (false, None) => free_since = Some(unit),
+                _ => (),
+            }
+        }
+        space
+    }
+}
+
+impl Journal {
+    /// Says that the log, which was carried out, is empty; with a new FileWriteGuid, since the file has changed.
+    fn empty_log(&mut self, store: &dyn Store) -> Result<()> {
+        self.sync(store)?;
+        self.set_header(store, |header| (header.file_write, header.log) = (Uuid::new_v4(), Uuid::nil()))
+    }
+}
