@@ -1,0 +1,379 @@
+//! A root of its own, and the program in it.
+
+use std::fs::{File, TryLockError};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::{DEADLINE, Witness, guest, place, wait_for};
+
+/// The name of the machine that [`Lab::with_base`] begins with.
+pub const BASE: &str = "Tenby";
+/// RAM of that machine.
+const BASE_MEMORY: &str = "128M";
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Output {
+    /// The exit code; -1 if a signal ended it.
+    pub code: i32,
+    /// What it printed.
+    pub stdout: String,
+    /// What it said besides.
+    pub stderr: String,
+    /// The command, for messages.
+    pub command: String,
+}
+
+impl Output {
+    /// Itself, if the exit code is `code`.
+    ///
+    /// # Panics
+    /// If it is another.
+    #[track_caller]
+    pub fn exits(&self, code: i32) -> &Self {
+        assert_eq!(self.code, code, "{}\nstdout: {}\nstderr: {}", self.command, self.stdout, self.stderr);
+        self
+    }
+
+    /// The document on standard output.
+    ///
+    /// # Panics
+    /// If there is none, or something besides.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        let parsed = serde_json::from_str(&self.stdout);
+        parsed.unwrap_or_else(|error| {
+            panic!("{}: {error}\nstdout: {}\nstderr: {}", self.command, self.stdout, self.stderr)
+        })
+    }
+}
+
+/// Machines of one test. What it started is killed, and what it made is removed, when it is dropped.
+pub struct Lab {
+    folder: tempfile::TempDir,
+    qemu: Option<PathBuf>,
+}
+
+impl Lab {
+    /// An empty root.
+    ///
+    /// # Panics
+    /// If there is no room for it.
+    pub fn empty() -> Self {
+        // Sockets are found below it, and their paths have to be short.
+        let folder = tempfile::Builder::new().prefix("te-").tempdir_in("/tmp").expect("there is room for a folder");
+        Self { folder, qemu: None }
+    }
+
+    /// The same lab with another QEMU.
+    #[must_use]
+    pub fn on_qemu(mut self, qemu: PathBuf) -> Self {
+        self.qemu = Some(qemu);
+        self
+    }
+
+    /// A root with the machine [`BASE`], saved just after its guest came up, and with the same nonce in each test.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn with_base() -> Self {
+        let lab = Self::empty();
+        copy(&base(), &lab.root());
+        lab
+    }
+
+    /// [`Lab::with_base`], the machine running.
+    pub fn running() -> (Self, Witness) {
+        let lab = Self::with_base();
+        lab.ok(&["vm", "start", BASE]);
+        let mut witness = lab.witness(BASE);
+        witness.resync();
+        (lab, witness)
+    }
+
+    /// The root of the machines.
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    /// A place for files of the test.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The program, ready to run in this root with `args`.
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(place::tenby());
+        command.args(args).env("TENBY_ROOT", self.root()).env("TENBY_RUNTIME", self.folder.path().join("run"));
+        command.env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1").env("COLUMNS", "80").stdin(Stdio::null());
+        command.current_dir(self.folder.path());
+        if let Some(qemu) = &self.qemu {
+            command.env("TENBY_QEMU", qemu);
+        }
+        command
+    }
+
+    /// Runs the program to its end.
+    ///
+    /// # Panics
+    /// If there is no end.
+    #[track_caller]
+    pub fn tenby(&self, args: &[&str]) -> Output {
+        finish(&mut self.command(args))
+    }
+
+    /// Runs the program, which has to succeed, and gives what it printed.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[track_caller]
+    pub fn ok(&self, args: &[&str]) -> String {
+        self.tenby(args).exits(0).stdout.clone()
+    }
+
+    /// Runs the program with `--json`; it has to succeed.
+    ///
+    /// # Panics
+    /// If it fails.
+    #[track_caller]
+    pub fn json(&self, args: &[&str]) -> Value {
+        self.tenby(&[&["--json"], args].concat()).exits(0).json()
+    }
+
+    /// Runs the program, which has to end with `code`, an error in JSON, and a message with `words` in it.
+    ///
+    /// # Panics
+    /// If anything of that is otherwise.
+    #[track_caller]
+    pub fn fails(&self, code: i32, words: &str, args: &[&str]) -> Value {
+        let output = self.tenby(&[&["--json"], args].concat());
+        let error = output.exits(code).json()["error"].clone();
+        let message = error["message"].as_str().unwrap_or_default();
+        assert!(error["kind"].is_string() && !message.is_empty(), "{}: {error}", output.command);
+        assert!(message.contains(words), "{}: \"{message}\" does not say \"{words}\"", output.command);
+        error
+    }
+
+    /// Makes a machine of the test guest, with two disks of 64 MiB, off.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn create_guest(&self, name: &str) {
+        let guest = guest();
+        let (kernel, initrd) = (guest.kernel.to_string_lossy(), guest.initrd.to_string_lossy());
+        let files = ["--kernel", &kernel, "--initrd", &initrd, "--append", guest.append.trim()];
+        let hardware = ["--memory", BASE_MEMORY, "--accel", "tcg", "--disk", "new:64M", "--disk", "new:64M"];
+        self.ok(&[&["vm", "create", name], &hardware[..], &files[..]].concat());
+    }
+
+    /// Opens the serial console of a machine.
+    ///
+    /// # Panics
+    /// If it cannot be opened.
+    pub fn witness(&self, name: &str) -> Witness {
+        let mut command = self.command(&["vm", "console", name]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let mut console = command.spawn().expect("the program can be started");
+        let (from, to): (ChildStdout, ChildStdin) =
+            (console.stdout.take().expect("it is a pipe"), console.stdin.take().expect("it is a pipe"));
+        Witness::new(from, to, Some(Box::new(Console(console))))
+    }
+
+    /// The state of a machine.
+    #[track_caller]
+    pub fn state(&self, name: &str) -> String {
+        self.json(&["vm", "show", name])["state"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// Every process of this lab: the program's, its workers' and their QEMUs'.
+    pub fn processes(&self) -> Vec<Process> {
+        let mark = self.folder.path().to_string_lossy().into_owned();
+        processes().filter(|process| process.environ.contains(&mark) || process.command.contains(&mark)).collect()
+    }
+
+    /// The worker of the only machine, if one runs.
+    pub fn worker(&self) -> Option<Pid> {
+        let workers = self.processes();
+        workers.iter().find(|process| process.command.contains("\0worker\0")).map(|process| process.pid)
+    }
+
+    /// Kills the worker as the kernel does when memory ends, and waits until it is gone.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn kill_worker(&self) {
+        let worker = self.worker().expect("a worker runs");
+        kill_process(worker, Signal::KILL).expect("it is ours");
+        self.wait_gone(worker);
+    }
+
+    /// Kills QEMU in the same way.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn kill_qemu(&self) {
+        let all = self.processes();
+        let qemu = all.iter().find(|process| process.is_qemu()).expect("a QEMU runs").pid;
+        kill_process(qemu, Signal::KILL).expect("it is ours");
+        self.wait_gone(qemu);
+    }
+
+    /// Waits until a process of this lab has ended.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn wait_gone(&self, pid: Pid) {
+        wait_for("a process to end", || self.processes().iter().all(|process| process.pid != pid).then_some(()));
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // A worker may be starting a QEMU just now, so this is repeated until nothing is left.
+        for _ in 0..100 {
+            let left = self.processes();
+            if left.is_empty() {
+                return;
+            }
+            for process in left {
+                // It may be gone already.
+                let _ = kill_process(process.pid, Signal::KILL);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+/// A process, as /proc shows it; words end with zero bytes.
+#[derive(Debug)]
+pub struct Process {
+    /// Its id.
+    pub pid: Pid,
+    command: String,
+    environ: String,
+}
+
+impl Process {
+    /// Whether it is a QEMU that runs a machine (not one that is asked for its version).
+    pub fn is_qemu(&self) -> bool {
+        let program = self.command.split('\0').next().unwrap_or_default();
+        program.contains("qemu-system") && self.command.contains("\0-qmp") || self.command.contains("\0-kernel\0")
+    }
+}
+
+fn processes() -> impl Iterator<Item = Process> {
+    let entries = std::fs::read_dir("/proc").expect("there is a /proc");
+    entries.filter_map(|entry| {
+        let entry = entry.ok()?;
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        let read = |name| Some(String::from_utf8_lossy(&std::fs::read(entry.path().join(name)).ok()?).into_owned());
+        let process = Process { pid, command: read("cmdline")?, environ: read("environ")? };
+        // One that has ended and waits for its parent has no command any more.
+        (!process.command.is_empty() && pid != rustix::process::getpid()).then_some(process)
+    })
+}
+
+/// A console that ends with the conversation.
+struct Console(Child);
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs a command to its end, within the deadline.
+#[track_caller]
+fn finish(command: &mut Command) -> Output {
+    let line = words(command);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the program can be started");
+    let pid = Pid::from_child(&child);
+    let (send, done) = std::sync::mpsc::channel();
+    std::thread::spawn(move || send.send(child.wait_with_output()));
+    let Ok(output) = done.recv_timeout(DEADLINE) else {
+        // The thread still waits for it, so the id is still its own.
+        let _ = kill_process(pid, Signal::KILL);
+        panic!("{line} does not end");
+    };
+    let output = output.expect("the program is our child");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the program prints text");
+    Output {
+        code: output.status.code().unwrap_or(-1),
+        stdout: text(output.stdout),
+        stderr: text(output.stderr),
+        command: line,
+    }
+}
+
+fn words(command: &Command) -> String {
+    let words = command.get_args().map(|word| word.to_string_lossy().into_owned());
+    std::iter::once("tenby".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// The saved machine that tests begin with: made by the first test that asks for it, again whenever the program, the guest or QEMU
+/// has changed, and by one process at a time.
+fn base() -> PathBuf {
+    let folder = place::target().join("e2e");
+    std::fs::create_dir_all(&folder).expect("target can be written");
+    let lock = File::create(folder.join("lock")).expect("target can be written");
+    wait_for("another test to make the base machine", || match lock.try_lock() {
+        Ok(()) => Some(()),
+        Err(TryLockError::WouldBlock) => None,
+        Err(TryLockError::Error(error)) => panic!("the base machine's lock: {error}"),
+    });
+    let base = folder.join(format!("base-{:016x}", version()));
+    if !base.exists() {
+        forget_older(&folder);
+        make_base(&base);
+    }
+    base
+}
+
+/// A number that changes with everything that a saved machine depends on.
+fn version() -> u64 {
+    let guest = guest();
+    let mut hash = DefaultHasher::new();
+    for file in [place::tenby(), guest.initrd, guest.kernel] {
+        let about = std::fs::metadata(&file).expect("the file was found before");
+        (about.len(), about.modified().ok()).hash(&mut hash);
+    }
+    (guest.append, std::env::var_os("TENBY_QEMU")).hash(&mut hash);
+    hash.finish()
+}
+
+fn forget_older(folder: &Path) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok) {
+        if entry.file_name().to_string_lossy().starts_with("base-") {
+            // What stays only takes room.
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+fn make_base(base: &Path) {
+    let lab = Lab::empty();
+    lab.create_guest(BASE);
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    witness.prove();
+    drop(witness);
+    lab.ok(&["vm", "save", BASE]);
+    // The ledger is the worker's for as long as it runs.
+    wait_for("the worker to leave", || lab.worker().is_none().then_some(()));
+    copy(&lab.root(), base);
+}
+
+/// Copies a folder with its holes and marks.
+fn copy(from: &Path, to: &Path) {
+    let making = to.with_extension("making");
+    let status = Command::new("cp").args(["-a", "--sparse=always"]).arg(from).arg(&making).status();
+    assert!(status.expect("cp is there").success(), "cannot copy {}", from.display());
+    std::fs::rename(making, to).expect("the copy is ours");
+}
