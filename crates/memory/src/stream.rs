@@ -16,6 +16,8 @@ mod device;
 mod emitter;
 mod format;
 mod parser;
+#[cfg(test)]
+mod tests;
 
 pub use device::DeviceState;
 pub use emitter::Emitter;

@@ -256,3 +256,111 @@ fn content(region: &RawRegion, kind: u32, room: u64) -> Result<Content> {
 pub(crate) fn damaged(what: &str) -> Error {
     Error::new(ErrorKind::Damaged, format!("the memory disk is damaged: {what}"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use zerocopy::FromZeros;
+
+    fn block((name, pages): (String, u64)) -> Block {
+        Block { name, len: pages * PAGE as u64 }
+    }
+
+    fn content(room: u64) -> impl Strategy<Value = Content> {
+        (0..=room, any::<u32>()).prop_map(|(len, checksum)| Content { len, checksum })
+    }
+
+    fn table() -> impl Strategy<Value = Table> {
+        let blocks = proptest::collection::btree_map("[a-z/.@]{0,255}", 0..1u64 << 34, 1..8);
+        let blocks = blocks.prop_map(|blocks| blocks.into_iter().map(block).collect());
+        let counts = any::<[u64; 4]>().prop_map(|[stored, zeroed, same, empty]| Counts { stored, zeroed, same, empty });
+        (any::<u32>(), blocks, counts, content(PRELUDE_ROOM), content(DESCRIPTION_ROOM), content(STATE_ROOM)).prop_map(
+            |(section, blocks, counts, prelude, description, state)| Table { section, blocks, counts, prelude, description, state },
+        )
+    }
+
+    /// Gives changed bytes a checksum that holds, so that the checks behind it are reached.
+    fn seal(bytes: &mut [u8]) {
+        let Ok(len) = Table::encoded_len(bytes) else { return };
+        let Some(bytes) = bytes.get_mut(..len) else { return };
+        bytes[CHECKSUM].fill(0);
+        let checksum = crc32c::crc32c(bytes);
+        bytes[CHECKSUM].copy_from_slice(&checksum.to_le_bytes());
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_written_is_read(table in table()) {
+            let bytes = table.encode();
+            prop_assert_eq!(bytes.len() % PAGE, 0);
+            prop_assert_eq!(Table::decode(&bytes).unwrap(), table);
+        }
+
+        #[test]
+        fn regions_lie_apart_at_their_steps(table in table()) {
+            let layout = table.layout();
+            let ram = layout.blocks.iter().zip(&table.blocks).map(|(&at, block)| (at, block.len));
+            let rest = [(layout.prelude, PRELUDE_ROOM), (layout.description, DESCRIPTION_ROOM), (layout.state, STATE_ROOM)];
+            let mut end = TABLE_ROOM;
+            for (at, len) in ram.chain(rest) {
+                prop_assert!(at >= end && at % STEP == 0 && at < end + STEP);
+                end = at + len;
+            }
+            prop_assert_eq!(layout.size, end);
+        }
+
+        /// One flipped bit anywhere in the table is noticed.
+        #[test]
+        fn a_flipped_bit_is_noticed(table in table(), bit in any::<proptest::sample::Index>()) {
+            let mut bytes = table.encode();
+            let len = Table::encoded_len(&bytes).unwrap();
+            let bit = bit.index(len * 8);
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            Table::decode(&bytes).unwrap_err();
+        }
+
+        /// Whatever the bytes say, checksum or not: an error, or a table that is written back as the same bytes.
+        #[test]
+        fn damage_is_borne(table in table(), damage in vec((any::<proptest::sample::Index>(), any::<u8>()), 1..8), cut in any::<u16>()) {
+            let mut bytes = table.encode();
+            for (at, value) in damage {
+                let at = at.index(bytes.len());
+                bytes[at] = value;
+            }
+            seal(&mut bytes);
+            if let Ok(table) = Table::decode(&bytes) {
+                prop_assert_eq!(Table::decode(&table.encode()).unwrap(), table);
+            }
+            let _ = Table::decode(&bytes[..bytes.len().min(cut.into())]);
+        }
+
+        #[test]
+        fn noise_is_borne(mut noise in vec(any::<u8>(), 0..2000)) {
+            noise.splice(..0, RawHead::new_zeroed().as_bytes().iter().copied());
+            noise[..8].copy_from_slice(&MAGIC);
+            noise[8..12].copy_from_slice(&VERSION.to_le_bytes());
+            noise[16..20].copy_from_slice(&5u32.to_le_bytes());
+            noise[24..28].copy_from_slice(&(PAGE as u32).to_le_bytes());
+            seal(&mut noise);
+            let _ = Table::decode(&noise);
+        }
+    }
+
+    #[test]
+    fn a_newer_version_is_told_from_damage() {
+        let table = Table {
+            section: 1,
+            blocks: vec![block(("ram".into(), 1))],
+            counts: Counts::default(),
+            prelude: Content::default(),
+            description: Content::default(),
+            state: Content::default(),
+        };
+        let mut bytes = table.encode();
+        bytes[8] += 1;
+        assert_eq!(Table::decode(&bytes).unwrap_err().kind, ErrorKind::Unsupported);
+        assert_eq!(Table::decode(&[0; PAGE]).unwrap_err().kind, ErrorKind::Damaged);
+    }
+}

@@ -51,7 +51,7 @@ pub enum Event<'a> {
 
 /// The incremental parser.
 ///
-/// It never panics, whatever the bytes, and holds [`MAX_EARLY`] plus some kilobytes at most. After an error it is not to be used
+/// It never panics, whatever the bytes, and holds twice [`MAX_EARLY`](super::MAX_EARLY) bytes at most. After an error it is not to be used
 /// again.
 ///
 /// ```
@@ -118,6 +118,12 @@ impl Parser {
             State::Devices => Ok(()),
             _ => Err(locate(Error::new(ErrorKind::Truncated, "the stream ends early"), self.taken)),
         }
+    }
+
+    /// Bytes held until their item is whole.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.carry.capacity()
     }
 
     /// Moves `len` bytes of the input behind those carried.
