@@ -1,0 +1,126 @@
+//! The invariants of a machine's rows. [`crate::ledger`] commits no rows that break one, and opens none.
+
+use crate::tree::{Config, DiskId, LayerId, LayerKind, LayerRow, Machine, SnapshotId, State};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Display;
+
+impl Machine {
+    /// Checks that the rows are sound:
+    ///
+    /// - every parent exists, and nothing stands on itself; a layer stands on one of its kind;
+    /// - no two layers share a file;
+    /// - what a snapshot or Now names exists, is of the right kind, and matches the disks of its configuration;
+    /// - Now's leaves are Now's alone: no layer stands on one, no snapshot names one, no two disks share one. (Now writes them,
+    ///   and nothing else may ever change.)
+    pub fn check(&self) -> Result<(), String> {
+        self.check_snapshots()?;
+        self.check_layers()?;
+        for (id, snapshot) in &self.snapshots {
+            let what = format!("snapshot {id}");
+            self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
+        }
+        self.check_names("now", &self.now.config, &self.now.disks, self.now.memory)?;
+        self.check_leaves()?;
+        if self.now.state == State::Saved && self.now.memory.is_none() {
+            return Err("now is saved without a memory".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_snapshots(&self) -> Result<(), String> {
+        check_keys("snapshot", self.snapshots.iter().map(|(key, row)| (*key, row.id)))?;
+        if let Some(parent) = self.now.parent.filter(|id| !self.snapshots.contains_key(id)) {
+            return Err(format!("now stands on snapshot {parent}, which is not there"));
+        }
+        let parents: BTreeMap<SnapshotId, _> = self.snapshots.iter().map(|(id, row)| (*id, row.parent)).collect();
+        check_forest("snapshot", &parents)
+    }
+
+    fn check_layers(&self) -> Result<(), String> {
+        check_keys("layer", self.layers.iter().map(|(key, row)| (*key, row.id)))?;
+        let parents: BTreeMap<LayerId, _> = self.layers.iter().map(|(id, row)| (*id, row.parent)).collect();
+        check_forest("layer", &parents)?;
+        let mut files = BTreeSet::new();
+        for LayerRow { id, kind, file, parent, .. } in self.layers.values() {
+            if !files.insert(file) {
+                return Err(format!("two layers share the file {file}"));
+            }
+            if let Some(parent) = parent.filter(|parent| self.layers[parent].kind != *kind) {
+                return Err(format!("layer {id} stands on layer {parent} of another kind"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_names(
+        &self,
+        what: &str,
+        config: &Config,
+        disks: &BTreeMap<DiskId, LayerId>,
+        memory: Option<LayerId>,
+    ) -> Result<(), String> {
+        let configured: BTreeSet<&DiskId> = config.disks.iter().map(|disk| &disk.id).collect();
+        if configured.len() != config.disks.len() {
+            return Err(format!("{what} has two disks of one id"));
+        }
+        if !configured.iter().copied().eq(disks.keys()) {
+            return Err(format!("{what} has other disks than its configuration"));
+        }
+        let disks = disks.values().map(|id| (*id, LayerKind::Disk));
+        for (id, kind) in disks.chain(memory.map(|id| (id, LayerKind::Memory))) {
+            match self.layers.get(&id) {
+                None => return Err(format!("{what} names layer {id}, which is not there")),
+                Some(row) if row.kind != kind => {
+                    return Err(format!("{what} names layer {id}, which is of another kind"));
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn check_leaves(&self) -> Result<(), String> {
+        let mut leaves = BTreeSet::new();
+        for (disk, leaf) in &self.now.disks {
+            if !leaves.insert(leaf) {
+                return Err(format!("{disk} shares its leaf {leaf} with another disk"));
+            }
+        }
+        if let Some(row) = self.layers.values().find(|row| row.parent.is_some_and(|parent| leaves.contains(&parent))) {
+            return Err(format!("layer {} stands on a leaf of now", row.id));
+        }
+        let shared = |snapshot: &&crate::tree::Snapshot| snapshot.disks.values().any(|layer| leaves.contains(layer));
+        if let Some(snapshot) = self.snapshots.values().find(shared) {
+            return Err(format!("snapshot {} names a leaf of now", snapshot.id));
+        }
+        Ok(())
+    }
+}
+
+fn check_keys<K: Eq + Display>(what: &str, mut rows: impl Iterator<Item = (K, K)>) -> Result<(), String> {
+    match rows.find(|(key, id)| key != id) {
+        Some((key, id)) => Err(format!("{what} {id} is filed under {key}")),
+        None => Ok(()),
+    }
+}
+
+/// Every parent exists, and every row hangs on a root: a circle hangs on none.
+fn check_forest<K: Ord + Copy + Display>(what: &str, parents: &BTreeMap<K, Option<K>>) -> Result<(), String> {
+    let mut rooted: BTreeSet<K> = BTreeSet::new();
+    for id in parents.keys() {
+        let mut path = Vec::new();
+        let mut next = Some(*id);
+        while let Some(id) = next.filter(|id| !rooted.contains(id)) {
+            let Some(parent) = parents.get(&id) else {
+                return Err(format!("a {what} stands on {what} {id}, which is not there"));
+            };
+            path.push(id);
+            if path.len() > parents.len() {
+                return Err(format!("{what} {id} stands on itself"));
+            }
+            next = *parent;
+        }
+        rooted.extend(path);
+    }
+    Ok(())
+}

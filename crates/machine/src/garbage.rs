@@ -1,0 +1,114 @@
+//! Which layers are still needed: what can be removed, what can be folded away, what has to wait. Pure.
+//!
+//! A layer is *named* if a snapshot or Now holds it. One that is not named is on its way out, and what stands on it decides how:
+//!
+//! ```text
+//!   nothing            its file is removed
+//!   one child          the child is folded down into it: the child's blocks go into its file, and the child lives there
+//!   several children   it waits, for each child reads a part of it
+//! ```
+//!
+//! This is the seed's "works out when it can merge and/or delete AVHD files". Nothing is remembered: after a crash the same rows
+//! give the same answer.
+
+use crate::tree::{LayerId, Machine, Now, Snapshot};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// What is to be done about the layers that nothing names.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Garbage {
+    /// Nothing needs these: the rows and files can go. Children before their parents.
+    pub remove: Vec<LayerId>,
+    /// These can be folded, in this order, once `remove` is done.
+    pub fold: Vec<Fold>,
+    /// These have to wait: several layers stand on each.
+    pub wait: Vec<LayerId>,
+}
+
+/// A fold downwards: `child`'s blocks go into the file of `into`, which is `child`'s file from then on. See [`folded`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Fold {
+    /// The layer that nothing names: its row goes, its file stays.
+    pub into: LayerId,
+    /// The one layer that stands on it: its row stays, its file goes.
+    pub child: LayerId,
+}
+
+/// What is to be done about the layers that nothing names. The rows must be sound ([`Machine::check`]).
+pub fn garbage(machine: &Machine) -> Garbage {
+    let named = named(machine);
+    let mut children = machine.children();
+    let remove = removable(machine, &named, &mut children);
+    let mut found = Garbage { remove, ..Garbage::default() };
+    let gone: BTreeSet<LayerId> = found.remove.iter().copied().collect();
+    for id in from_the_base(machine) {
+        if named.contains(&id) || gone.contains(&id) {
+            continue;
+        }
+        match children.get(&id).map_or(&[][..], Vec::as_slice) {
+            [child] => found.fold.push(Fold { into: id, child: *child }),
+            _ => found.wait.push(id),
+        }
+    }
+    found
+}
+
+/// The rows after a fold: `child` lives in the file of `into`, and stands on what that stood on.
+pub fn folded(machine: &mut Machine, into: LayerId, child: LayerId) {
+    if !machine.layers.contains_key(&child) {
+        return;
+    }
+    let Some(gone) = machine.layers.remove(&into) else { return };
+    if let Some(row) = machine.layers.get_mut(&child) {
+        row.file = gone.file;
+        row.in_place = gone.in_place;
+        row.format = gone.format;
+        row.parent = gone.parent;
+    }
+    machine.now.memory_base = machine.now.memory_base.filter(|base| *base != into);
+}
+
+/// The layers that a snapshot or Now holds. (`memory_base` holds nothing: it is a hint.)
+fn named(machine: &Machine) -> BTreeSet<LayerId> {
+    let Now { disks, memory, .. } = &machine.now;
+    let snapshots = machine.snapshots.values().flat_map(|Snapshot { disks, memory, .. }| disks.values().chain(memory));
+    disks.values().chain(memory).chain(snapshots).copied().collect()
+}
+
+/// The unnamed layers without children, then those that are left without by their going, and so on. Takes them out of `children`.
+fn removable(
+    machine: &Machine,
+    named: &BTreeSet<LayerId>,
+    children: &mut BTreeMap<LayerId, Vec<LayerId>>,
+) -> Vec<LayerId> {
+    let bare = |id: &LayerId, children: &BTreeMap<LayerId, Vec<LayerId>>| {
+        !named.contains(id) && children.get(id).is_none_or(Vec::is_empty)
+    };
+    let mut remove: Vec<LayerId> = machine.layers.keys().filter(|id| bare(id, children)).copied().collect();
+    let mut next = 0;
+    while let Some(id) = remove.get(next).copied() {
+        next += 1;
+        let Some(parent) = machine.layers[&id].parent else { continue };
+        if let Some(siblings) = children.get_mut(&parent) {
+            siblings.retain(|child| *child != id);
+        }
+        if machine.layers.contains_key(&parent) && bare(&parent, children) {
+            remove.push(parent);
+        }
+    }
+    remove
+}
+
+/// All layers, each after the one that it stands on. A run of foldable layers is folded from its base upwards: each block then
+/// moves into the base's file once for each layer that holds it, and never on a detour through the layers between.
+fn from_the_base(machine: &Machine) -> Vec<LayerId> {
+    let children = machine.children();
+    let mut order: Vec<LayerId> =
+        machine.layers.values().filter(|row| row.parent.is_none()).map(|row| row.id).collect();
+    let mut next = 0;
+    while let Some(id) = order.get(next) {
+        order.extend(children.get(id).into_iter().flatten());
+        next += 1;
+    }
+    order
+}
