@@ -1,0 +1,37 @@
+//! `tenby` alone: the machines with state, Now and pending work; where there is none, what to type first.
+
+use super::doctor;
+use crate::draw;
+use crate::json;
+use crate::session::Session;
+use machine::request::{Problem, View};
+
+pub(crate) async fn run(session: &Session) -> Result<(), Problem> {
+    let mut machines = Vec::new();
+    for found in session.root.list()? {
+        let reader = session.reader(&found).await?;
+        machines.push((reader.view().await?, reader.tree().await?));
+    }
+    if session.out.json() {
+        let vms: Vec<View> = machines.into_iter().map(|(view, _)| view).collect();
+        session.out.document(&json::Machines { vms: &vms });
+        return Ok(());
+    }
+    if machines.is_empty() {
+        let verdict = doctor::verdict(Some(session.root.path())).await;
+        session.out.text(&format!("{FIRST}\n{verdict}\n"));
+        return Ok(());
+    }
+    session.out.text(&draw::home(&machines, session.out.look()));
+    Ok(())
+}
+
+const FIRST: &str = "There is no machine yet. The first commands:
+
+  tenby vm create web --disk new:20G --cdrom debian.iso --boot cdrom
+  tenby vm start web
+  tenby vm console web                        (Ctrl-] leaves)
+  tenby snapshot create web \"fresh\"
+
+  tenby demo week                             (the story, on a real guest)
+";

@@ -1,0 +1,151 @@
+//! `tenby job`
+
+use super::{later, words};
+use crate::session::{Reader, Session, problem};
+use crate::{draw, follow, json};
+use clap::Subcommand;
+use machine::request::{Job, Problem, ProblemKind};
+use machine::root::Found;
+
+/// What can be done with jobs.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Verb {
+    /// List the jobs of all machines, or of one
+    #[command(after_help = "Examples:\n  tenby job list\n  tenby job list web")]
+    List {
+        /// The machine: its name, its id, or how its id begins
+        #[arg(value_parser = words::name)]
+        vm: Option<String>,
+    },
+    /// Show how a job stands
+    #[command(after_help = "Example:\n  tenby job show 3f9c")]
+    Show {
+        /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
+        id: String,
+    },
+    /// Wait for a job's end, with progress
+    #[command(after_help = "Example:\n  tenby job watch 3f9c")]
+    Watch {
+        /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
+        id: String,
+    },
+    /// Ask a job to cancel
+    #[command(after_help = "Example:\n  tenby job cancel 3f9c")]
+    Cancel {
+        /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
+        id: String,
+    },
+    /// Pause a job
+    #[command(after_help = "Example:\n  tenby job pause 3f9c")]
+    Pause {
+        /// The job's id, or how it begins
+        id: String,
+    },
+    /// Let a paused job go on
+    #[command(after_help = "Example:\n  tenby job resume 3f9c")]
+    Resume {
+        /// The job's id, or how it begins
+        id: String,
+    },
+    /// Limit a job's speed
+    #[command(after_help = "Example:\n  tenby job throttle 3f9c 50M")]
+    Throttle {
+        /// The job's id, or how it begins
+        id: String,
+        /// Bytes a second
+        #[arg(value_parser = words::size, value_name = "BYTES/S")]
+        speed: u64,
+    },
+}
+
+impl Verb {
+    pub(crate) async fn run(self, session: &Session) -> Result<(), Problem> {
+        match self {
+            Self::List { vm } => list(session, vm.as_deref()).await,
+            Self::Show { id } => {
+                let (_, job) = find(session, &id).await?;
+                let now = jiff::Timestamp::now();
+                session.out.show(&job, |_| format!("{}\n", draw::job_line(&job, now)));
+                Ok(())
+            }
+            Self::Watch { id } => {
+                let (found, job) = find(session, &id).await?;
+                let job = if job.state.ended() { job } else { follow::watch(session, &found, job.id).await? };
+                told(session, &job)
+            }
+            Self::Cancel { id } => {
+                let (found, job) = find(session, &id).await?;
+                if job.state.ended() {
+                    return Err(Problem::refused(draw::job_line(&job, jiff::Timestamp::now())));
+                }
+                let job = session.worker(&found).await?.cancel(job.id).await.map_err(problem)?;
+                if session.out.json() {
+                    session.out.document(&job);
+                }
+                session.out.done(&format!("asked to cancel: {}", draw::job_line(&job, jiff::Timestamp::now())));
+                Ok(())
+            }
+            Self::Pause { .. } => Err(later("`tenby job pause`")),
+            Self::Resume { .. } => Err(later("`tenby job resume`")),
+            Self::Throttle { .. } => Err(later("`tenby job throttle`")),
+        }
+    }
+}
+
+/// Tells how a job that ended well ended.
+pub(crate) fn told(session: &Session, job: &Job) -> Result<(), Problem> {
+    if let Some(error) = &job.error {
+        return Err(error.clone());
+    }
+    if session.out.json() {
+        session.out.document(job);
+    }
+    session.out.done(&said(job).unwrap_or_else(|| draw::job_line(job, jiff::Timestamp::now())));
+    Ok(())
+}
+
+/// The job's own words for people.
+pub(crate) fn said(job: &Job) -> Option<String> {
+    job.result.as_ref()?.get("said")?.as_str().map(str::to_owned)
+}
+
+async fn list(session: &Session, vm: Option<&str>) -> Result<(), Problem> {
+    let machines = match vm {
+        Some(name) => vec![session.find(name)?],
+        None => session.root.list()?,
+    };
+    let mut jobs = Vec::new();
+    for found in &machines {
+        jobs.extend(session.reader(found).await?.jobs().await?);
+    }
+    jobs.sort_by_key(|job| (job.started, job.id));
+    session.out.show(&json::Jobs { jobs: &jobs }, |look| draw::jobs(&jobs, look));
+    Ok(())
+}
+
+/// The job whose id begins like this, and its machine.
+async fn find(session: &Session, prefix: &str) -> Result<(Found, Job), Problem> {
+    let wanted = prefix.to_ascii_lowercase();
+    let mut matches = Vec::new();
+    for found in session.root.list()? {
+        let reader: Reader = session.reader(&found).await?;
+        for job in reader.jobs().await? {
+            if !wanted.is_empty() && job.id.to_string().starts_with(&wanted) {
+                matches.push((found.clone(), job));
+            }
+        }
+    }
+    match matches.len() {
+        0 => Err(Problem::not_found(format!("no job has an id that begins with \"{prefix}\"")).hint("tenby job list")),
+        1 => Ok(matches.remove(0)),
+        n => {
+            let mut problem =
+                Problem::new(ProblemKind::Ambiguous, format!("{n} jobs have ids that begin with \"{prefix}\""));
+            problem.candidates = matches.iter().map(|(_, job)| job.id.to_string()).collect();
+            Err(problem.hint("tenby job list"))
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Jobs: a line each.
+
+use super::{Align, Look, Table, duration, plain, short, size};
+use jiff::Timestamp;
+use machine::request::{Job, JobState};
+
+/// A job's state, exactly the contract's word.
+fn state(state: JobState) -> &'static str {
+    match state {
+        JobState::New => "new",
+        JobState::Starting => "starting",
+        JobState::Running => "running",
+        JobState::Waiting => "waiting",
+        JobState::Paused => "paused",
+        JobState::Completed => "completed",
+        JobState::Cancelled => "cancelled",
+        JobState::Failed => "failed",
+    }
+}
+
+/// How a job goes: "snapshot of Tenby: running, 42%, 61M of 145M, 3 s left".
+pub(crate) fn describe(job: &Job, now: Timestamp) -> String {
+    let mut out = format!("{} of {}: {}", plain(&job.kind), plain(&job.vm), state(job.state));
+    if let Some(reason) = &job.reason {
+        out.push_str(&format!(" ({})", plain(reason)));
+    }
+    if !job.state.ended() {
+        out.push_str(&format!(", {}%", job.percent));
+        if job.bytes_total > 0 {
+            out.push_str(&format!(", {} of {}", size(job.bytes_done), size(job.bytes_total)));
+        }
+        if let Some(left) = eta(job, now) {
+            out.push_str(&format!(", {left}"));
+        }
+    } else if let Some(error) = &job.error {
+        out.push_str(&format!(": {}", plain(&error.message)));
+    } else if let Some(ended) = job.ended {
+        out.push_str(&format!(
+            " in {}",
+            duration(ended.as_millisecond().saturating_sub(job.started.as_millisecond()).max(0) as u64)
+        ));
+    }
+    out
+}
+
+/// "3 s left", if that is known.
+fn eta(job: &Job, now: Timestamp) -> Option<String> {
+    let left = job.eta?.as_millisecond() - now.as_millisecond();
+    (left >= 1000).then(|| format!("{} left", duration(left as u64)))
+}
+
+/// Jobs, a row each.
+pub(crate) fn jobs(jobs: &[Job], look: &Look) -> String {
+    use Align::{Left, Right};
+    let columns =
+        [("ID", Left), ("VM", Left), ("KIND", Left), ("STATE", Left), ("%", Right), ("STARTED", Left), ("TOOK", Right)];
+    let mut table = Table::new(&columns);
+    for job in jobs {
+        let took =
+            job.ended.map(|ended| duration((ended.as_millisecond() - job.started.as_millisecond()).max(0) as u64));
+        table.row([
+            short(job.id),
+            look.cut(&plain(&job.vm), 24),
+            plain(&job.kind),
+            state(job.state).to_owned(),
+            job.percent.to_string(),
+            look.date(job.started),
+            took.unwrap_or_default(),
+        ]);
+    }
+    table.draw()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::look;
+    use super::*;
+    use machine::request::Problem;
+    use machine::tree::JobId;
+
+    fn job(state: JobState) -> Job {
+        Job {
+            id: JobId("3f9c0000-0000-4000-8000-000000000000".parse().unwrap()),
+            vm: "Tenby".to_owned(),
+            kind: "snapshot".to_owned(),
+            state,
+            percent: 42,
+            bytes_done: 61 << 20,
+            bytes_total: 145 << 20,
+            eta: Some("2026-11-27T08:00:03Z".parse().unwrap()),
+            reason: None,
+            error: None,
+            result: None,
+            started: "2026-11-27T07:59:58Z".parse().unwrap(),
+            ended: None,
+        }
+    }
+
+    #[test]
+    fn a_job_is_told_in_a_line() {
+        let running = job(JobState::Running);
+        insta::assert_snapshot!(describe(&running, look().now), @"snapshot of Tenby: running, 42%, 61M of 145M, 3.0 s left");
+        let waiting = Job { reason: Some("space".to_owned()), eta: None, ..job(JobState::Waiting) };
+        insta::assert_snapshot!(describe(&waiting, look().now), @"snapshot of Tenby: waiting (space), 42%, 61M of 145M");
+        let failed = Job { error: Some(Problem::failed("no space left on /srv")), ..job(JobState::Failed) };
+        insta::assert_snapshot!(describe(&failed, look().now), @"snapshot of Tenby: failed: no space left on /srv");
+        let done = Job { ended: Some("2026-11-27T08:00:00Z".parse().unwrap()), ..job(JobState::Completed) };
+        insta::assert_snapshot!(describe(&done, look().now), @"snapshot of Tenby: completed in 2.0 s");
+        insta::assert_snapshot!(jobs(&[done, running], &look()), @r"
+        ID        VM     KIND      STATE       %  STARTED        TOOK
+        3f9c0000  Tenby  snapshot  completed  42  27 Nov 07:59  2.0 s
+        3f9c0000  Tenby  snapshot  running    42  27 Nov 07:59
+        ");
+    }
+}

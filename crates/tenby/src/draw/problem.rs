@@ -1,0 +1,69 @@
+//! Problems: `error:` what happened, `hint:` what to type.
+
+use super::{Look, plain};
+use anstyle::{AnsiColor, Style};
+use machine::request::Problem;
+
+/// The lines for standard error.
+pub(crate) fn problem(problem: &Problem, look: &Look) -> String {
+    let error = look.paint("error:", AnsiColor::Red.on_default().bold());
+    let mut out = format!("{error} {}\n", plain(&problem.message));
+    if !problem.candidates.is_empty()
+        && !problem.candidates.iter().any(|candidate| problem.message.contains(candidate.as_str()))
+    {
+        for candidate in &problem.candidates {
+            out.push_str(&format!("       {}\n", plain(candidate)));
+        }
+    }
+    if let Some(hint) = &problem.hint {
+        out.push_str(&format!("{} {}\n", look.paint("hint:", Style::new().bold()), plain(hint)));
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::look;
+    use super::*;
+    use machine::request::ProblemKind;
+
+    #[test]
+    fn what_happened_and_what_to_type() {
+        let lost = Problem::refused(
+            "Tenby has changed since Thursday (12M on 1 disk, and its memory); applying Tuesday would lose that",
+        )
+        .hint("tenby snapshot apply Tenby Tuesday --keep      (or --discard)");
+        insta::assert_snapshot!(problem(&lost, &look()), @r"
+        error: Tenby has changed since Thursday (12M on 1 disk, and its memory); applying Tuesday would lose that
+        hint: tenby snapshot apply Tenby Tuesday --keep      (or --discard)
+        ");
+    }
+
+    #[test]
+    fn candidates_that_the_message_names_are_not_repeated() {
+        let candidates = vec!["3f9c".to_owned(), "a17e".to_owned()];
+        let mut named = Problem::new(
+            ProblemKind::Ambiguous,
+            r#"two snapshots of Tenby are named "back": 3f9c (Mon 23 Nov 10:02), a17e (Tue 24 Nov 18:30)"#,
+        )
+        .hint("tenby snapshot delete Tenby 3f9c");
+        named.candidates.clone_from(&candidates);
+        insta::assert_snapshot!(problem(&named, &look()), @r#"
+        error: two snapshots of Tenby are named "back": 3f9c (Mon 23 Nov 10:02), a17e (Tue 24 Nov 18:30)
+        hint: tenby snapshot delete Tenby 3f9c
+        "#);
+        let mut unnamed = Problem::new(ProblemKind::Ambiguous, r#""a" begins the ids of several machines"#);
+        unnamed.candidates = candidates;
+        insta::assert_snapshot!(problem(&unnamed, &look()), @r#"
+        error: "a" begins the ids of several machines
+               3f9c
+               a17e
+        "#);
+    }
+
+    #[test]
+    fn nothing_that_steers_a_terminal_gets_out() {
+        let hostile = Problem::failed("a \u{1b}]0;name\u{7} of theirs\nerror: all is well");
+        assert_eq!(problem(&hostile, &look()), "error: a  ]0;name  of theirs error: all is well\n");
+    }
+}

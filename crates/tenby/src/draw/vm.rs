@@ -1,0 +1,127 @@
+//! Machines: the list, one of them, and what a deletion would do.
+
+use super::{Align, Look, Table, count, duration, pending, plain, size, state};
+use machine::request::{DeletePlan, TreeView, View};
+use std::fmt::Write;
+
+/// The state and what is under way beside it.
+fn doing(view: &View, look: &Look) -> String {
+    let doing: String = view.doing.iter().map(|word| format!(", {}", plain(word))).collect();
+    format!("{}{doing}", state(look, view.state))
+}
+
+/// `vm list`: a row each.
+pub(crate) fn machines(views: &[View], look: &Look) -> String {
+    use Align::{Left, Right};
+    let mut table = Table::new(&[("NAME", Left), ("STATE", Left), ("MEMORY", Right), ("CPUS", Right), ("DISKS", Left)]);
+    for view in views {
+        let disks: Vec<String> = view.disks.iter().map(|disk| format!("{} {}", disk.id, size(disk.size))).collect();
+        table.row([
+            look.cut(&plain(&view.name), 32),
+            doing(view, look),
+            size(view.memory),
+            view.cpus.to_string(),
+            look.cut(&disks.join(", "), 30),
+        ]);
+    }
+    table.draw()
+}
+
+/// `tenby` alone: where each machine stands, and what is still to do.
+pub(crate) fn home(machines: &[(View, TreeView)], look: &Look) -> String {
+    use Align::Left;
+    let mut table = Table::new(&[("NAME", Left), ("STATE", Left), ("NOW", Left), ("PENDING", Left)]);
+    for (view, tree) in machines {
+        table.row([
+            look.cut(&plain(&view.name), 24),
+            doing(view, look),
+            now(tree, look),
+            pending(&tree.pending).unwrap_or_default(),
+        ]);
+    }
+    table.draw()
+}
+
+/// Where Now stands, in few words.
+fn now(tree: &TreeView, look: &Look) -> String {
+    let parent = tree.now.parent.and_then(|id| tree.snapshots.iter().find(|snapshot| snapshot.id == id));
+    match parent {
+        None => "no snapshot yet".to_owned(),
+        Some(parent) if tree.now.changed => {
+            format!("{} since {}", size(tree.now.disk_bytes), look.cut(&plain(&parent.name), 20))
+        }
+        Some(parent) => format!("at {}", look.cut(&plain(&parent.name), 24)),
+    }
+}
+
+/// `vm show`.
+pub(crate) fn machine(view: &View, look: &Look) -> String {
+    let mut out = format!("{}  {}\n", plain(&view.name), doing(view, look));
+    let mut say = |key: &str, value: &str| writeln!(out, "  {key:10}{value}").expect("writing to a string never fails");
+    if let Some(alert) = &view.alert {
+        say("mind", &plain(alert));
+    }
+    say("id", &view.id.to_string());
+    say("memory", &format!("{}, {}", size(view.memory), count(view.cpus as usize, "processor")));
+    for (i, disk) in view.disks.iter().enumerate() {
+        let files = count(disk.depth as usize, "file");
+        let bus = view.config.disks.iter().find(|d| d.id == disk.id).map(|d| word(d.bus)).unwrap_or_default();
+        say(if i == 0 { "disks" } else { "" }, &format!("{}  {}  {}  {files}", disk.id, size(disk.size), bus));
+        say("", &format!("       {} in {}", size(disk.bytes), plain(&disk.file)));
+    }
+    say("network", &network(view));
+    if let Some(cdrom) = &view.config.cdrom {
+        say("CD", &plain(cdrom));
+    }
+    let kind = view.config.machine_type.as_deref().unwrap_or("chosen at the first start");
+    say("machine", &format!("{kind}, boots from {}, acceleration {}", boots(view), word(view.config.accel)));
+    say("made", look.date(view.created).trim());
+    if let Some(pid) = view.worker {
+        say("worker", &format!("process {pid}{}", view.qemu.map(|pid| format!(", QEMU {pid}")).unwrap_or_default()));
+    }
+    if let Some(sockets) = &view.sockets {
+        say("VNC", &plain(&sockets.vnc));
+    }
+    if !view.note.is_empty() {
+        say("note", &plain(&view.note));
+    }
+    out
+}
+
+fn boots(view: &View) -> String {
+    if view.config.kernel.is_some() { "its own kernel".to_owned() } else { word(view.config.boot) }
+}
+
+fn network(view: &View) -> String {
+    let mut out = word(view.net.mode);
+    if out != "none" {
+        out.push_str(&format!(", {}", plain(&view.net.mac)));
+    }
+    for port in &view.net.publish {
+        out.push_str(&format!(", {}:{} leads to {}", plain(&port.address), port.host, port.guest));
+    }
+    out
+}
+
+/// A value's own word, as in JSON.
+fn word(value: impl serde::Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// `snapshot delete --dry-run`: which snapshots go, each file's fate, how much, how long.
+pub(crate) fn plan(plan: &DeletePlan, tree: &TreeView, look: &Look) -> String {
+    let mut out = String::new();
+    let mut say = |text: String| writeln!(out, "{text}").expect("writing to a string never fails");
+    for id in &plan.snapshots {
+        let name = tree.snapshots.iter().find(|snapshot| snapshot.id == *id).map_or("?", |snapshot| &snapshot.name);
+        say(format!("delete  {} ({})", look.cut(&plain(name), 50), super::short(id)));
+    }
+    for file in &plan.files {
+        let into = file.into.as_deref().map(|into| format!(" into {}", plain(into))).unwrap_or_default();
+        let why = file.reason.as_deref().map(|reason| format!(": {}", plain(reason))).unwrap_or_default();
+        say(format!("{:6}  {} ({}){into}{why}", plain(&file.kind), plain(&file.file), size(file.bytes)));
+    }
+    let time = if plan.bytes_moved > 0 { format!(", about {}", duration(plan.estimated_ms)) } else { String::new() };
+    say(format!("{} to move, {} become free{time}", size(plan.bytes_moved), size(plan.bytes_freed)));
+    out
+}

@@ -1,0 +1,206 @@
+//! Asks a machine for something and stays until it has ended: shows how it goes, passes Ctrl-C on, rejoins after a worker's death.
+//!
+//! The job's id is chosen here, so that asking twice is asking once: after a worker's death the same request is sent to the next one.
+//! If it was recorded, its job is told (undone by recovery, or completed); if not, it has changed nothing and is carried out now.
+
+use crate::out::Progress;
+use crate::session::{Session, cancelled, problem};
+use api::{Client, Error};
+use machine::request::{Job, JobState, Problem, ProblemKind, Request};
+use machine::root::Found;
+use machine::tree::JobId;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// How long one question to the worker waits for news.
+const NEWS: Duration = Duration::from_secs(10);
+
+/// How many workers may die under one request before it is given up.
+const LIVES: u32 = 5;
+
+/// Asks for `request` and waits for its end. A failed job is an error.
+pub(crate) async fn ask(session: &Session, found: &Found, request: Request) -> Result<Job, Problem> {
+    let mut asking = Asking::new(session, found, JobId::new(), Some(request))?;
+    asking.to_the_end().await
+}
+
+/// Asks for `request` and returns as soon as it is a job.
+pub(crate) async fn submit(session: &Session, found: &Found, request: Request) -> Result<Job, Problem> {
+    let client = session.worker(found).await?;
+    let job = JobId::new();
+    match client.submit(found.id, job, request.clone()).await {
+        Err(Error::Gone(_)) => {
+            let client = session.worker(found).await?;
+            client.submit(found.id, job, request).await.map_err(problem)
+        }
+        answer => answer.map_err(problem),
+    }
+}
+
+/// Waits for the end of a job that somebody asked for.
+pub(crate) async fn watch(session: &Session, found: &Found, job: JobId) -> Result<Job, Problem> {
+    Asking::new(session, found, job, None)?.to_the_end().await
+}
+
+/// A request under way.
+struct Asking<'a> {
+    session: &'a Session,
+    found: &'a Found,
+    id: JobId,
+    /// What to send again to the next worker; `None` if the job is somebody else's.
+    request: Option<Request>,
+    interrupts: Signal,
+    progress: Progress,
+    deaths: u32,
+    /// The last that was heard of the job.
+    last: Option<Job>,
+}
+
+/// What happened first.
+enum Event {
+    News(Result<Job, Error>),
+    Interrupt,
+}
+
+impl<'a> Asking<'a> {
+    fn new(session: &'a Session, found: &'a Found, id: JobId, request: Option<Request>) -> Result<Self, Problem> {
+        let interrupts = signal(SignalKind::interrupt())
+            .map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
+        Ok(Self { session, found, id, request, interrupts, progress: session.out.progress(), deaths: 0, last: None })
+    }
+
+    async fn to_the_end(&mut self) -> Result<Job, Problem> {
+        let Some(mut client) = self.join().await? else { return self.vanished() };
+        let mut cancelling = false;
+        let mut asked_at = Instant::now();
+        loop {
+            if let Some(job) = self.last.as_ref().filter(|job| job.state.ended()) {
+                return verdict(job.clone());
+            }
+            let seen = self.last.as_ref().map(seen);
+            let event = tokio::select! {
+                news = client.job(self.id, seen, NEWS) => Event::News(news),
+                _ = self.interrupts.recv() => Event::Interrupt,
+            };
+            match event {
+                Event::News(Ok(job)) => {
+                    if !job.state.ended() {
+                        // An answer that comes at once with nothing new must not become a storm.
+                        tokio::time::sleep(Duration::from_millis(20).saturating_sub(asked_at.elapsed())).await;
+                        asked_at = Instant::now();
+                    }
+                    self.heard(job);
+                }
+                Event::News(Err(Error::Gone(error))) => {
+                    tracing::info!("rejoining: {error}");
+                    match self.join().await? {
+                        Some(next) => client = next,
+                        None => return self.vanished(),
+                    }
+                }
+                Event::News(Err(error)) => return Err(problem(error)),
+                Event::Interrupt if cancelling => return Err(self.left_running()),
+                Event::Interrupt => {
+                    cancelling = true;
+                    self.cancel(&client).await;
+                }
+            }
+        }
+    }
+
+    /// Connects, and asks (again). `None` if the machine is no more.
+    async fn join(&mut self) -> Result<Option<Client>, Problem> {
+        loop {
+            let client = tokio::select! {
+                client = self.session.worker(self.found) => client,
+                _ = self.interrupts.recv() => return Err(self.interrupted_before()),
+            };
+            let client = match client {
+                Err(problem)
+                    if problem.kind == ProblemKind::NotFound && self.deletes_machine() && self.last.is_some() =>
+                {
+                    return Ok(None);
+                }
+                client => client?,
+            };
+            let answer = match &self.request {
+                Some(request) => client.submit(self.found.id, self.id, request.clone()).await,
+                None => client.job(self.id, None, Duration::ZERO).await,
+            };
+            match answer {
+                Ok(job) => {
+                    self.heard(job);
+                    return Ok(Some(client));
+                }
+                Err(Error::Gone(error)) => {
+                    self.deaths += 1;
+                    if self.deaths >= LIVES {
+                        return Err(self.given_up(&error));
+                    }
+                }
+                Err(error) => return Err(problem(error)),
+            }
+        }
+    }
+
+    fn heard(&mut self, job: Job) {
+        self.progress.job(&job);
+        self.last = Some(job);
+    }
+
+    async fn cancel(&self, client: &Client) {
+        self.session.out.note("cancelling; once more leaves it running");
+        // Whatever the answer, the job itself tells how it ends.
+        if let Err(error) = client.cancel(self.id).await {
+            self.session.out.note(&format!("it cannot be cancelled: {error}"));
+        }
+    }
+
+    fn deletes_machine(&self) -> bool {
+        matches!(self.request, Some(Request::DeleteMachine { .. }))
+    }
+
+    /// The machine went, and its worker with it, before the last word was heard.
+    fn vanished(&self) -> Result<Job, Problem> {
+        let job = self.last.clone().ok_or_else(|| Problem::not_found(format!("{} is gone", self.found.name)))?;
+        Ok(Job { state: JobState::Completed, percent: 100, ..job })
+    }
+
+    fn interrupted_before(&self) -> Problem {
+        match &self.last {
+            None => cancelled(format!("cancelled; nothing was asked of {}", self.found.name)),
+            Some(_) => self.left_running(),
+        }
+    }
+
+    fn left_running(&self) -> Problem {
+        cancelled(format!("left running: job {}", self.id)).hint(format!("tenby job watch {}", self.id))
+    }
+
+    fn given_up(&self, error: &std::io::Error) -> Problem {
+        let log = self.session.root.machine_folder(self.found.id).join("log/worker.log");
+        Problem::failed(format!("the worker of {} died {LIVES} times over this request ({error})", self.found.name))
+            .hint(format!("less {}", log.display()))
+    }
+}
+
+/// What the worker is told of what was seen of a job; see [`machine::actor::Handle::job`].
+fn seen(job: &Job) -> u64 {
+    job.bytes_done
+}
+
+/// An ended job, or its error.
+fn verdict(job: Job) -> Result<Job, Problem> {
+    match job.state {
+        JobState::Failed => {
+            Err(job.error.unwrap_or_else(|| Problem::failed(format!("the {} of {} failed", job.kind, job.vm))))
+        }
+        JobState::Cancelled => {
+            let told = job.error.filter(|problem| problem.kind == ProblemKind::Cancelled);
+            Err(told.unwrap_or_else(|| {
+                cancelled(format!("the {} of {} was cancelled; nothing has changed", job.kind, job.vm))
+            }))
+        }
+        _ => Ok(job),
+    }
+}

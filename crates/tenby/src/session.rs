@@ -1,0 +1,140 @@
+//! One invocation: the root, the output, and the ways to a machine.
+
+use crate::connect;
+use crate::out::Out;
+use api::Client;
+use machine::request::{Job, Problem, ProblemKind, TreeView, View};
+use machine::root::{Found, LogLine, Peek, Root};
+use machine::tree::{MachineId, State};
+use std::path::{Path, PathBuf};
+
+/// What every command works with.
+#[derive(Debug, Clone)]
+pub(crate) struct Session {
+    pub(crate) root: Root,
+    pub(crate) out: Out,
+}
+
+impl Session {
+    /// At `root`, or where the environment says.
+    pub(crate) fn open(root: Option<&Path>, out: Out) -> Result<Self, Problem> {
+        let path = match root {
+            Some(root) => {
+                std::path::absolute(root).map_err(|error| Problem::usage(format!("{}: {error}", root.display())))?
+            }
+            None => home()?,
+        };
+        Ok(Self { root: Root::open(&path)?, out })
+    }
+
+    /// The machine of this name, id, or beginning of an id.
+    pub(crate) fn find(&self, name: &str) -> Result<Found, Problem> {
+        self.root.find(name)
+    }
+
+    /// A connection to the machine's worker, which is started if there is none.
+    pub(crate) async fn worker(&self, found: &Found) -> Result<Client, Problem> {
+        connect::worker(&self.root, found, &self.out).await
+    }
+
+    /// Somebody to ask about a machine without waking anybody: its ledger if no worker runs, else the worker.
+    pub(crate) async fn reader(&self, found: &Found) -> Result<Reader, Problem> {
+        // A worker may end between the two questions; then the ledger can be read.
+        let mut last = None;
+        for _ in 0..50 {
+            if let Some(peek) = self.root.peek(found.id)? {
+                return Ok(Reader::Ledger(Box::new(peek)));
+            }
+            match connect::answering(found).await {
+                Ok(client) => return Ok(Reader::Worker(client, found.id)),
+                Err(problem) => last = Some(problem),
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        Err(last.unwrap_or_else(|| Problem::failed(format!("{} cannot be read", found.name))))
+    }
+
+    /// The same; but where a worker has died and left a machine running, the next one is started: it recovers, and what it says is true.
+    pub(crate) async fn sure_reader(&self, found: &Found) -> Result<Reader, Problem> {
+        match self.reader(found).await? {
+            Reader::Ledger(peek) if !matches!(peek.view.state, State::Off | State::Saved) => {
+                Ok(Reader::Worker(self.worker(found).await?, found.id))
+            }
+            reader => Ok(reader),
+        }
+    }
+}
+
+/// Where the machines are, if nothing else is said: `$TENBY_ROOT`, else `/var/lib/tenby` for root, else `$XDG_DATA_HOME/tenby`.
+fn home() -> Result<PathBuf, Problem> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(root) = variable("TENBY_ROOT") {
+        return std::path::absolute(&root).map_err(|error| Problem::usage(format!("{}: {error}", root.display())));
+    }
+    if rustix::process::geteuid().is_root() {
+        return Ok(PathBuf::from("/var/lib/tenby"));
+    }
+    variable("XDG_DATA_HOME")
+        .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+        .map(|data| data.join("tenby"))
+        .ok_or_else(|| Problem::usage("neither XDG_DATA_HOME nor HOME is set").hint("tenby --root DIR"))
+}
+
+/// Somebody who can be asked about a machine.
+#[derive(Debug)]
+pub(crate) enum Reader {
+    /// Its ledger, as it was read.
+    Ledger(Box<Peek>),
+    /// Its worker.
+    Worker(Client, MachineId),
+}
+
+impl Reader {
+    pub(crate) async fn view(&self) -> Result<View, Problem> {
+        match self {
+            Self::Ledger(peek) => Ok(peek.view.clone()),
+            Self::Worker(client, id) => client.view(*id).await.map_err(problem),
+        }
+    }
+
+    pub(crate) async fn tree(&self) -> Result<TreeView, Problem> {
+        match self {
+            Self::Ledger(peek) => Ok(peek.tree.clone()),
+            Self::Worker(client, id) => client.tree(*id).await.map_err(problem),
+        }
+    }
+
+    pub(crate) async fn jobs(&self) -> Result<Vec<Job>, Problem> {
+        match self {
+            Self::Ledger(peek) => Ok(peek.jobs.clone()),
+            Self::Worker(client, _) => client.jobs().await.map_err(problem),
+        }
+    }
+
+    pub(crate) async fn ledger(&self) -> Result<serde_json::Value, Problem> {
+        match self {
+            Self::Ledger(peek) => Ok(peek.ledger.clone()),
+            Self::Worker(client, id) => client.ledger(*id).await.map_err(problem),
+        }
+    }
+
+    pub(crate) async fn log(&self) -> Result<Vec<LogLine>, Problem> {
+        match self {
+            Self::Ledger(peek) => Ok(peek.log.clone()),
+            Self::Worker(client, id) => client.log(*id).await.map_err(problem),
+        }
+    }
+}
+
+/// An answer that did not come, as a problem.
+pub(crate) fn problem(error: api::Error) -> Problem {
+    match error {
+        api::Error::Problem(problem) => problem,
+        error @ (api::Error::Gone(_) | api::Error::Nonsense(_)) => Problem::failed(error.to_string()),
+    }
+}
+
+/// A problem that means that the command was cancelled by its user.
+pub(crate) fn cancelled(message: impl Into<String>) -> Problem {
+    Problem::new(ProblemKind::Cancelled, message)
+}
