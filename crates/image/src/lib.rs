@@ -3,6 +3,8 @@
 //! Read [`layer`] first: the contract between a format and everything else.
 
 pub mod chain;
+pub mod convert;
+pub mod gate;
 pub mod layer;
 pub mod merge;
 pub mod open;
@@ -10,7 +12,9 @@ pub mod raw;
 pub mod vhdx;
 
 pub use chain::{Access, Ambiguous, Chain, ChainRun, Received, RunKind};
+pub use gate::open_path;
 pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Pin, Run, Source, Ticket};
+pub use open::open;
 
 /// What went wrong, coarsely; the command line maps these to exit codes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -61,9 +61,9 @@ pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result
     match (probe(&*store)?, format) {
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => Ok(vhdx::open(store, mode)?),
         (None, Some(Format::Raw)) => Ok(raw::open(store, mode)?),
-        (Some(Signature::Vhdx), Some(Format::Raw)) => {
-            refuse("it was to be read as raw, but its signature says VHDX: name it so, or remove the signature".to_owned())
-        }
+        (Some(Signature::Vhdx), Some(Format::Raw)) => refuse(
+            "it was to be read as raw, but its signature says VHDX: name it so, or remove the signature".to_owned(),
+        ),
         (Some(Signature::Foreign(name)), Some(Format::Raw)) => {
             refuse(format!("it was to be read as raw, but its signature says {name}: convert it first"))
         }

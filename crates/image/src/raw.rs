@@ -69,7 +69,11 @@ impl RawLayer {
 
     fn check_writable(&self) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Poisoned, self.store.name(), "an earlier sync of this image failed; open it again"));
+            return Err(Error::new(
+                ErrorKind::Poisoned,
+                self.store.name(),
+                "an earlier sync of this image failed; open it again",
+            ));
         }
         if !self.writable {
             return Err(Error::new(ErrorKind::Invalid, self.store.name(), "the image is open for reading only"));
@@ -100,11 +104,11 @@ impl Layer for RawLayer {
         self.check_range(offset, len)?;
         let (end, there) = (offset + len, self.length.clamp(offset, offset + len));
         let runs = [(offset, there, Source::Data(offset)), (there, end, Source::Zero)];
-        out.extend(
-            runs.into_iter()
-                .filter(|(start, end, _)| start < end)
-                .map(|(start, end, source)| Run { offset: start, len: end - start, source }),
-        );
+        out.extend(runs.into_iter().filter(|(start, end, _)| start < end).map(|(start, end, source)| Run {
+            offset: start,
+            len: end - start,
+            source,
+        }));
         Ok(())
     }
 

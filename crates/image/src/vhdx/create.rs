@@ -4,9 +4,7 @@ use super::VhdxLayer;
 use super::alloc::Space;
 use super::bat::{Bat, Entry, Geometry};
 use super::flush::Session;
-use super::format::{
-    BLOCK_SIZES, FILE_SIGNATURE, HEADER_AT, MAX_SIZE, MIB, REGION_TABLE_AT, TABLE_BYTES,
-};
+use super::format::{BLOCK_SIZES, FILE_SIGNATURE, HEADER_AT, MAX_SIZE, MIB, REGION_TABLE_AT, TABLE_BYTES};
 use super::header::{Header, Region, Regions, encode_regions};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Locator, Metadata};
@@ -38,10 +36,17 @@ pub struct Options {
     pub parent: Option<Parent>,
 }
 
+impl Default for Options {
+    /// A dynamic image with blocks of 2 MiB and sectors of 512 bytes; its size is still to be said.
+    fn default() -> Self {
+        Self { size: 0, block_size: 2 << 20, sector_size: 512, kind: Kind::Dynamic, parent: None }
+    }
+}
+
 impl Options {
     /// A dynamic image of `size` bytes with blocks of 2 MiB and sectors of 512 bytes.
     pub fn dynamic(size: u64) -> Self {
-        Self { size, block_size: 2 << 20, sector_size: 512, kind: Kind::Dynamic, parent: None }
+        Self { size, ..Self::default() }
     }
 
     /// A differencing image over `parent`, of its size and sector size, with blocks of 2 MiB. The parent is to lie beside it under
@@ -50,10 +55,10 @@ impl Options {
         let info = parent.info();
         Ok(Self {
             size: info.size,
-            block_size: 2 << 20,
             sector_size: info.sector_size,
             kind: Kind::Differencing,
-            parent: Some(Parent::of(parent, name)?),
+            parent: Some(Parent::of(parent, Some(name))?),
+            ..Self::default()
         })
     }
 }
@@ -67,25 +72,22 @@ pub struct Parent {
 }
 
 impl Parent {
-    /// The parent `layer`, which is to lie beside the child under `name`, a single path component.
+    /// The parent `layer`, which is to lie beside the child under `name`, a single path component; without a name only somebody who
+    /// knows (the ledger) finds it.
     ///
     /// If `layer` is open for writing, its `data_id` is settled first: it stays what it is until the layer is closed, whatever is
-    /// still written, so that the child's link holds.
-    pub fn of(layer: &dyn Layer, name: &str) -> Result<Self> {
-        let info = layer.info();
-        let error = |kind, message: &str| Error::new(kind, layer.store().name(), message);
-        if info.data_id.is_nil() {
-            return Err(error(ErrorKind::Parent, "an image without an id of its content cannot be a parent"));
-        }
-        if name.is_empty() || name == "." || name == ".." || name.contains(['/', '\\', '\0']) {
-            return Err(error(ErrorKind::Parent, "a parent is named by a file name beside the child"));
+    /// still written, so that the child's link holds. A parent without an id (raw) is linked by the nil id.
+    pub fn of(layer: &dyn Layer, name: Option<&str>) -> Result<Self> {
+        if name.is_some_and(|name| matches!(name, "" | "." | "..") || name.contains(['/', '\\', ':', '\0'])) {
+            let message = "a parent is named by a plain file name beside the child";
+            return Err(Error::new(ErrorKind::Parent, layer.store().name(), message));
         }
         layer.settle()?;
         let info = layer.info();
         let link = ParentLink {
             linkage: info.data_id,
             linkage2: None,
-            relative_path: Some(format!(r".\{name}")),
+            relative_path: name.map(|name| format!(r".\{name}")),
             absolute_path: None,
         };
         Ok(Self { link, disk_id: info.disk_id, sector_size: info.sector_size })

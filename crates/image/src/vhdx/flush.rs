@@ -65,6 +65,10 @@ impl Inner {
         if !self.writable {
             return Ok(());
         }
+        if self.wrote.load(Ordering::Acquire) {
+            // Data may have been written in place without a ticket.
+            self.start()?;
+        }
         let mut session = lock(&self.session);
         self.check_sound()?;
         // Taken before the sync: what is written from here on is the next flush's.

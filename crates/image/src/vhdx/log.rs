@@ -8,8 +8,8 @@
 //! consecutive sequence numbers, from the head's `tail` up to the head, the head being the one with the largest number.
 
 use super::format::{
-    DATA_SIGNATURE, DESCRIPTOR_DATA, DESCRIPTOR_ZERO, LOG_SIGNATURE, PAGE, RawDataSector, RawDescriptor, RawLogEntry, checksum,
-    parse, put, seal,
+    DATA_SIGNATURE, DESCRIPTOR_DATA, DESCRIPTOR_ZERO, LOG_SIGNATURE, PAGE, RawDataSector, RawDescriptor, RawLogEntry,
+    checksum, parse, put, seal,
 };
 use super::page::PageBytes;
 use uuid::Uuid;
@@ -112,8 +112,7 @@ fn descriptor_bytes(count: usize) -> usize {
 fn patches(entry: &[u8], sequence: u64, count: usize, mut each: impl FnMut(Patch)) -> Option<()> {
     let mut data_at = descriptor_bytes(count);
     for index in 0..count {
-        let descriptor: RawDescriptor =
-            parse(entry, size_of::<RawLogEntry>() + index * size_of::<RawDescriptor>())?;
+        let descriptor: RawDescriptor = parse(entry, size_of::<RawLogEntry>() + index * size_of::<RawDescriptor>())?;
         let offset = descriptor.offset.get();
         if descriptor.sequence.get() != sequence || !offset.is_multiple_of(PAGE as u64) || offset >= MAX_FILE {
             return None;
@@ -152,8 +151,7 @@ pub(crate) fn replay(log: &[u8], id: Uuid) -> Option<Replay> {
     // Honest entries do not overlap, so their checksums cost the log's length once, and stale ones a little more.
     let mut budget = log.len() * 8;
     let sectors = log.len() / PAGE;
-    let found: Vec<Option<Found>> =
-        (0..sectors).map(|sector| ring.entry(sector * PAGE, id, &mut budget)).collect();
+    let found: Vec<Option<Found>> = (0..sectors).map(|sector| ring.entry(sector * PAGE, id, &mut budget)).collect();
     let at = |offset: usize| found[offset % log.len() / PAGE];
     let next = |entry: &Found| {
         at(entry.start + entry.length).filter(|next| Some(next.sequence) == entry.sequence.checked_add(1))
@@ -249,7 +247,13 @@ mod tests {
     }
 
     fn offsets(replay: &Replay) -> Vec<u64> {
-        replay.patches.iter().map(|patch| match patch { Patch::Page(at, _) | Patch::Zero(at, _) => *at }).collect()
+        replay
+            .patches
+            .iter()
+            .map(|patch| match patch {
+                Patch::Page(at, _) | Patch::Zero(at, _) => *at,
+            })
+            .collect()
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use super::format::{
     BLOCK_SIZES, HAS_PARENT, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS, ITEM_INCOMPLETE, ITEM_LOGICAL_SECTOR,
-    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_REQUIRED, ITEM_USER, ITEM_VIRTUAL_DISK, KIB, LEAVE_ALLOCATED, LOCATOR_TYPE,
-    MAX_ITEMS, MAX_SIZE, METADATA_SIGNATURE, RawFileParameters, RawItem, RawLocator, RawLocatorEntry, RawMetadataTable,
-    TABLE_BYTES, parse, put,
+    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_REQUIRED, ITEM_USER, ITEM_VIRTUAL_DISK, KIB, LEAVE_ALLOCATED,
+    LOCATOR_TYPE, MAX_ITEMS, MAX_SIZE, METADATA_SIGNATURE, RawFileParameters, RawItem, RawLocator, RawLocatorEntry,
+    RawMetadataTable, TABLE_BYTES, parse, put,
 };
 use crate::{ErrorKind, ParentLink};
 use std::collections::HashSet;
@@ -114,7 +114,8 @@ impl Locator {
             return Err(damaged(format!("the parent locator has {} keys", head.count)));
         }
         let text = |offset: U32, length: u16| {
-            let bytes = (offset.get() as usize).checked_add(length.into()).and_then(|end| item.get(offset.get() as usize..end));
+            let bytes =
+                (offset.get() as usize).checked_add(length.into()).and_then(|end| item.get(offset.get() as usize..end));
             let bytes = bytes.filter(|bytes| bytes.len().is_multiple_of(2));
             let units = bytes.map(|bytes| bytes.chunks_exact(2).map(|unit| u16::from_le_bytes([unit[0], unit[1]])));
             units
@@ -139,7 +140,11 @@ impl Locator {
     fn encode(&self) -> Result<Vec<u8>, Fault> {
         let too_long = || (ErrorKind::Invalid, "the parent's path is too long for the image".to_owned());
         let mut item = vec![0; size_of::<RawLocator>() + self.0.len() * size_of::<RawLocatorEntry>()];
-        put(&mut item, 0, &RawLocator { kind: LOCATOR_TYPE.into(), reserved: 0.into(), count: (self.0.len() as u16).into() });
+        put(
+            &mut item,
+            0,
+            &RawLocator { kind: LOCATOR_TYPE.into(), reserved: 0.into(), count: (self.0.len() as u16).into() },
+        );
         for (index, (key, value)) in self.0.iter().enumerate() {
             let mut text = |text: &str| {
                 let at = item.len() as u32;
@@ -298,9 +303,12 @@ pub(crate) fn encode(metadata: &Metadata) -> Result<Vec<u8>, Fault> {
 pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<(), Fault> {
     let items = items(region)?;
     let is_locator = |item: &&RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_PARENT_LOCATOR;
-    let index = items.iter().position(|item| is_locator(&item)).ok_or_else(|| damaged("the image has no parent locator"))?;
+    let index =
+        items.iter().position(|item| is_locator(&item)).ok_or_else(|| damaged("the image has no parent locator"))?;
     let bytes = locator.encode()?;
-    let others = || items.iter().enumerate().filter(|(other, item)| *other != index && item.length.get() != 0).map(|(_, item)| item);
+    let others = || {
+        items.iter().enumerate().filter(|(other, item)| *other != index && item.length.get() != 0).map(|(_, item)| item)
+    };
     let fits = |start: usize| {
         let end = start + bytes.len();
         end <= region.len()
@@ -385,7 +393,8 @@ mod tests {
         item.length = 0.into();
         let table: RawMetadataTable = parse(&region, 0).unwrap();
         put(&mut region, 8 + 2, &(table.count.get() + 1).to_le_bytes());
-        for (flags, fine) in [(0, true), (ITEM_REQUIRED, false), (ITEM_USER, true), (ITEM_USER | ITEM_REQUIRED, false)] {
+        for (flags, fine) in [(0, true), (ITEM_REQUIRED, false), (ITEM_USER, true), (ITEM_USER | ITEM_REQUIRED, false)]
+        {
             item.flags = flags.into();
             put(&mut region, 32 * (1 + usize::from(table.count.get())), &item);
             assert_eq!(read(&region).is_ok(), fine, "flags {flags}");

@@ -59,7 +59,8 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
     }
     let mut used = Used::new(&name, store.len()?)?;
     used.mark_fixed(&header, &regions)?;
-    let metadata = metadata::read(&read(&*store, regions.metadata.offset, regions.metadata.length as usize)?).map_err(fault)?;
+    let metadata =
+        metadata::read(&read(&*store, regions.metadata.offset, regions.metadata.length as usize)?).map_err(fault)?;
     let geometry = geometry(&metadata);
     let bat = read_table(&*store, regions.bat, &geometry, &mut used)?;
     let session = Session { journal, file_identified: replayed, data_identified: false };

@@ -34,7 +34,10 @@ pub(crate) fn pending(store: &dyn Store, header: &Header) -> Result<Option<Repla
             Patch::Zero(at, len) => (at, len),
         };
         if at < HEADER_SECTION || at + len > end || (at < log_end && at + len > header.log_offset) {
-            return Err(error(ErrorKind::Damaged, format!("its log changes {len} bytes at {at}, where nothing may be changed")));
+            return Err(error(
+                ErrorKind::Damaged,
+                format!("its log changes {len} bytes at {at}, where nothing may be changed"),
+            ));
         }
     }
     Ok(Some(replay))
@@ -125,12 +128,13 @@ impl Store for Replayed {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> store::Result<()> {
-        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.length).ok_or_else(|| store::Error {
-            kind: store::ErrorKind::PastEnd,
-            operation: "read",
-            name: self.name(),
-            detail: format!("{} bytes at {offset} reach past the end", buf.len()),
-        })?;
+        let end =
+            offset.checked_add(buf.len() as u64).filter(|end| *end <= self.length).ok_or_else(|| store::Error {
+                kind: store::ErrorKind::PastEnd,
+                operation: "read",
+                name: self.name(),
+                detail: format!("{} bytes at {offset} reach past the end", buf.len()),
+            })?;
         let real = self.inner.len()?.clamp(offset, end) - offset;
         let (here, past) = buf.split_at_mut(real as usize);
         if !here.is_empty() {
