@@ -1,74 +1,449 @@
 //! The one owner of a machine.
+//!
+//! ```text
+//!   Handle ──ask──► queue ──► Owner: one request after the other        Handle ──read──► Shared: rows as last committed,
+//!                               │   commit ─► ledger ─► publish ─────────────────────►           jobs, what is under way
+//!                               ├─ QEMU's events (the guest powered off, QEMU died)
+//!                               └─ nothing asked: the collector removes and folds
+//! ```
+//!
+//! Everything that happens to a machine is done by its owner's task, in the process that holds the machine's lock (invariant 9).
+//! Each request is journalled before it makes a file, becomes real in one transaction, and is undone by the next worker if this
+//! one dies before that (invariant 2).
 
+use crate::admit::{Admission, admit};
+use crate::collect::Folding;
+use crate::files::{Files, file_problem};
+use crate::job::{Jobs, REMEMBERED, Task, end};
+use crate::ledger::{Journal, Ledger, State as Rows};
+use crate::live::Live;
+use crate::log;
 use crate::request::{DeletePlan, Job, Problem, Request, TreeView, View};
-use crate::root::{LogLine, Root};
-use crate::tree::{JobId, MachineId};
+use crate::root::{LogLine, Root, note_name, open_or_create};
+use crate::steps::Steps;
+use crate::tree::{JobId, Machine, MachineId, State};
+use crate::views;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
+use store::{Lock, Store};
+use tokio::sync::{mpsc, watch};
+
+/// How long a worker with nothing to do stays, for the next command.
+const LINGER: Duration = Duration::from_secs(3);
+/// How long a new worker waits for the lock: somebody may be reading the ledger, or the worker before is on its way out.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a worker's clients hold: asks the machine's one owner, and reads what it publishes.
 #[derive(Debug, Clone)]
-pub struct Handle {}
+pub struct Handle {
+    shared: Arc<Shared>,
+    asks: mpsc::UnboundedSender<Ask>,
+}
+
+#[derive(Debug)]
+enum Ask {
+    Do(Task, Request),
+    Screenshot(tokio::sync::oneshot::Sender<Result<Vec<u8>, Problem>>),
+    Close,
+}
+
+/// What the owner publishes.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) root: Root,
+    pub(crate) id: MachineId,
+    pub(crate) files: Files,
+    pub(crate) jobs: Arc<Jobs>,
+    rows: RwLock<Arc<Rows>>,
+    moment: RwLock<views::Live>,
+    life: watch::Sender<Life>,
+}
+
+/// How much longer the owner lives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Life {
+    /// It has something to do, or had a moment ago.
+    Busy,
+    /// It has nothing to do, and would still take a request.
+    Idle,
+    /// It takes no more requests.
+    Ended,
+}
+
+impl Shared {
+    /// The rows as last committed.
+    pub(crate) fn rows(&self) -> Arc<Rows> {
+        Arc::clone(&self.rows.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// What is going on just now.
+    pub(crate) fn moment(&self) -> views::Live {
+        self.moment.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes what is said to go on just now.
+    pub(crate) fn set_moment(&self, change: impl FnOnce(&mut views::Live)) {
+        change(&mut self.moment.write().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+/// The ledger, and where its commits are published. Shared by the owner and by a fold that commits from its own thread.
+#[derive(Debug, Clone)]
+pub(crate) struct Book {
+    ledger: Arc<Mutex<Ledger>>,
+    shared: Arc<Shared>,
+}
+
+impl Book {
+    /// Changes the rows in one durable transaction.
+    pub(crate) fn commit(&self, change: impl FnOnce(&mut Rows)) -> Result<(), Problem> {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.commit(change).map_err(|e| e.problem(self.shared.files.path()))?;
+        let rows = ledger.shared();
+        *self.shared.rows.write().unwrap_or_else(PoisonError::into_inner) = rows;
+        Ok(())
+    }
+}
+
+/// The one who does everything.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) book: Book,
+    pub(crate) files: Files,
+    pub(crate) steps: Arc<Steps>,
+    /// QEMU and the disks that it is served, while there is one.
+    pub(crate) live: Option<Live>,
+    /// A fold under way.
+    pub(crate) folding: Option<Folding>,
+    /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
+    pub(crate) resting: bool,
+    /// Deletions whose clients wait for the merging, too.
+    pub(crate) waiting: Vec<(Task, serde_json::Value)>,
+    pub(crate) deleted: bool,
+    pub(crate) console: qemu::Console,
+    console_server: tokio::task::JoinHandle<()>,
+    _lock: Arc<dyn Store>,
+}
 
 impl Handle {
     /// Opens the machine: takes its lock, recovers, adopts a running QEMU. Fails with `Refused` if another worker has it.
-    pub async fn open(_root: &Root, _id: MachineId) -> Result<Self, Problem> {
-        Err(Problem::failed("not yet"))
+    pub async fn open(root: &Root, id: MachineId) -> Result<Self, Problem> {
+        Self::open_with(root, id, Steps::default()).await
+    }
+
+    /// [`Handle::open`], to die at a step.
+    pub async fn open_with(root: &Root, id: MachineId, steps: Steps) -> Result<Self, Problem> {
+        let files = root.files(id)?;
+        let lock = take_lock(&files).await?;
+        let ledger = Ledger::open(files.folder()).map_err(|e| e.problem(files.path()))?;
+        let rows = ledger.shared();
+        note_name(id, &rows.machine.name)?;
+        let shared = Arc::new(Shared {
+            root: root.clone(),
+            id,
+            files: files.clone(),
+            jobs: Arc::new(Jobs::new(rows.jobs())),
+            rows: RwLock::new(rows),
+            moment: RwLock::new(views::Live {
+                worker: Some(rustix::process::getpid().as_raw_nonzero().get()),
+                ..views::Live::default()
+            }),
+            life: watch::Sender::new(Life::Busy),
+        });
+        let book = Book { ledger: Arc::new(Mutex::new(ledger)), shared: Arc::clone(&shared) };
+        let console = qemu::Console::open(&crate::live::console_log(&files))
+            .map_err(|e| Problem::failed(format!("the console's log: {e}")))?;
+        let console_server = crate::console::serve(id, console.clone())?;
+        let mut owner = Owner {
+            shared: Arc::clone(&shared),
+            book,
+            files,
+            steps: Arc::new(steps),
+            live: None,
+            folding: None,
+            resting: false,
+            waiting: Vec::new(),
+            deleted: false,
+            console,
+            console_server,
+            _lock: lock,
+        };
+        owner.recover().await?;
+        let (asks, queue) = mpsc::unbounded_channel();
+        tokio::spawn(owner.work(queue));
+        Ok(Self { shared, asks })
     }
 
     /// The machine, as it is now.
     pub fn view(&self) -> Result<View, Problem> {
-        Err(Problem::failed("not yet"))
+        Ok(views::view(&self.shared.rows().machine, &self.shared.files, &self.shared.moment()))
     }
 
     /// Its snapshots.
     pub fn tree(&self) -> Result<TreeView, Problem> {
-        Err(Problem::failed("not yet"))
+        let rows = self.shared.rows();
+        let state = self.shared.moment().state.unwrap_or(rows.machine.now.state);
+        Ok(views::tree(&rows.machine, &self.shared.files, state))
     }
 
-    /// Asks for something. The same job id again is the same request: its job is returned. A refusal is a failed job's `error`
-    /// as well as this error.
-    pub async fn submit(&self, _job: JobId, _request: Request) -> Result<Job, Problem> {
-        Err(Problem::failed("not yet"))
+    /// Asks for something, and returns its job at once. The same job id again is the same request: its job is returned. A refusal
+    /// is the job's `error`.
+    pub async fn submit(&self, job: JobId, request: Request) -> Result<Job, Problem> {
+        let vm = self.shared.rows().machine.name.clone();
+        let task = match self.shared.jobs.open(job, &vm, request.kind()) {
+            Ok(task) => task,
+            Err(known) => return Ok(known),
+        };
+        let job = task.job();
+        self.asks
+            .send(Ask::Do(task, request))
+            .map_err(|_| Problem::failed("the worker is on its way out; try again"))?;
+        job.ok_or_else(|| Problem::failed("the job is gone"))
     }
 
     /// All jobs that are remembered, oldest first.
     pub fn jobs(&self) -> Vec<Job> {
-        Vec::new()
+        self.shared.jobs.all()
     }
 
-    /// A job; waits up to `wait` for it to change from what `seen` was or to end.
-    pub async fn job(&self, _id: JobId, _seen: Option<u64>, _wait: Duration) -> Option<Job> {
-        None
+    /// A job; waits up to `wait` for it to change from what its client has `seen` of it (its `bytes_done`), or to end.
+    pub async fn job(&self, id: JobId, seen: Option<u64>, wait: Duration) -> Option<Job> {
+        self.shared.jobs.wait(id, seen, wait).await
     }
 
     /// Asks a job to cancel.
-    pub async fn cancel(&self, _id: JobId) -> Result<Job, Problem> {
-        Err(Problem::failed("not yet"))
+    pub async fn cancel(&self, id: JobId) -> Result<Job, Problem> {
+        self.shared.jobs.cancel(id)
     }
 
     /// What deleting would do.
-    pub fn plan_delete(&self, _snapshot: &str, _subtree: bool) -> Result<DeletePlan, Problem> {
-        Err(Problem::failed("not yet"))
+    pub fn plan_delete(&self, snapshot: &str, subtree: bool) -> Result<DeletePlan, Problem> {
+        let rows = self.shared.rows();
+        let id = rows.machine.resolve(snapshot)?;
+        Ok(crate::collect::plan_delete(&rows.machine, &self.shared.files, id, subtree))
     }
 
     /// A picture of the screen, PNG.
     pub async fn screenshot(&self) -> Result<Vec<u8>, Problem> {
-        Err(Problem::failed("not yet"))
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.asks.send(Ask::Screenshot(reply)).map_err(|_| Problem::failed("the worker is on its way out"))?;
+        answer.await.map_err(|_| Problem::failed("the worker is on its way out"))?
     }
 
     /// The ledger's rows.
     pub fn ledger(&self) -> serde_json::Value {
-        serde_json::Value::Null
+        serde_json::to_value(&*self.shared.rows()).unwrap_or_default()
     }
 
     /// The machine's log.
     pub fn log(&self) -> Vec<LogLine> {
-        Vec::new()
+        log::read(&self.shared.files)
     }
 
-    /// Returns when the worker has nothing left to do: no QEMU, no job, no request for a while; or the machine was deleted.
-    pub async fn idle(&self) {}
+    /// Returns when nothing is left to do (no QEMU, no job, no request for a while), or the machine was deleted. A request that
+    /// comes even so is still taken, until [`Handle::close`].
+    pub async fn idle(&self) {
+        let mut life = self.shared.life.subscribe();
+        let _ = life.wait_for(|life| *life != Life::Busy).await;
+    }
 
-    /// Ends in good order, leaving QEMU running (the next worker adopts it): finishes the transaction under way.
-    pub async fn close(&self) {}
+    /// Ends in good order, leaving QEMU running (the next worker adopts it): finishes the request under way.
+    pub async fn close(&self) {
+        let _ = self.asks.send(Ask::Close);
+        let mut life = self.shared.life.subscribe();
+        let _ = life.wait_for(|life| *life == Life::Ended).await;
+    }
+}
+
+async fn take_lock(files: &Files) -> Result<Arc<dyn Store>, Problem> {
+    let lock = open_or_create(files.folder(), "lock")?;
+    let deadline = tokio::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.lock(Lock::Exclusive) {
+            Ok(()) => return Ok(lock),
+            Err(e) if e.kind == store::ErrorKind::Locked && tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            Err(e) if e.kind == store::ErrorKind::Locked => {
+                return Err(Problem::refused("another worker has this machine"));
+            }
+            Err(e) => return Err(file_problem(&e)),
+        }
+    }
+}
+
+impl Owner {
+    async fn work(mut self, mut queue: mpsc::UnboundedReceiver<Ask>) {
+        while !self.deleted {
+            self.collect();
+            let quiet = self.live.is_none() && self.folding.is_none();
+            let ask = tokio::select! {
+                biased;
+                ask = queue.recv() => ask.unwrap_or(Ask::Close),
+                folded = Folding::next(&mut self.folding) => { self.folded(folded); continue }
+                event = Live::next(&mut self.live) => { self.react(event).await; continue }
+                () = tokio::time::sleep(LINGER), if quiet => {
+                    self.shared.life.send_replace(Life::Idle);
+                    queue.recv().await.unwrap_or(Ask::Close)
+                }
+            };
+            self.shared.life.send_replace(Life::Busy);
+            match ask {
+                Ask::Do(task, request) => self.carry_out(&task, request).await,
+                Ask::Screenshot(reply) => drop(reply.send(self.screenshot().await)),
+                Ask::Close => break,
+            }
+        }
+        self.stop_folding().await;
+        if let Some(live) = self.live.take() {
+            live.leave();
+        }
+        self.console_server.abort();
+        self.shared.life.send_replace(Life::Ended);
+    }
+
+    async fn carry_out(&mut self, task: &Task, request: Request) {
+        let rows = self.shared.rows();
+        let machine = &rows.machine;
+        task.running();
+        let outcome = match task.check().and_then(|()| admit(&request, machine.now.state, &machine.name)) {
+            Ok(Admission::Already(words)) => Ok(serde_json::json!({ "said": words })),
+            Ok(Admission::Go) => {
+                self.stop_folding().await;
+                self.resting = false;
+                let outcome = self.run(task, &request).await;
+                self.shared.set_moment(|moment| {
+                    moment.state = None;
+                    moment.doing.clear();
+                });
+                if let Err(problem) = &outcome {
+                    self.undo(task);
+                    log::write(&self.files, Some(task.id()), &format!("{}: {problem}", request.kind()));
+                }
+                outcome
+            }
+            Err(problem) => Err(problem),
+        };
+        if let (Request::Delete { wait: true, .. }, Ok(result)) = (&request, &outcome) {
+            self.waiting.push((task.clone(), result.clone()));
+            return;
+        }
+        self.finish(task, &outcome);
+    }
+
+    async fn run(&mut self, task: &Task, request: &Request) -> Result<serde_json::Value, Problem> {
+        match request {
+            Request::Start { paused } => self.start(task, *paused).await,
+            Request::Stop { timeout_ms, turn_off } => {
+                self.stop(task, Duration::from_millis(*timeout_ms), *turn_off).await
+            }
+            Request::Save => self.save(task).await,
+            Request::Pause => self.pause(task).await,
+            Request::Resume => self.resume(task).await,
+            Request::Restart => self.restart(task).await,
+            Request::Snapshot { name, note } => self.snapshot(task, name.as_deref(), note).await,
+            Request::Apply { snapshot, present, start, memory } => {
+                let id = self.shared.rows().machine.resolve(snapshot)?;
+                self.apply(task, id, present, *start, *memory).await
+            }
+            Request::Revert { present, start, memory } => {
+                let id = self.revert_target()?;
+                self.apply(task, id, present, *start, *memory).await
+            }
+            Request::Delete { snapshot, subtree, .. } => self.delete(task, snapshot, *subtree),
+            Request::RenameSnapshot { snapshot, name } => self.rename_snapshot(task, snapshot, name),
+            Request::NoteSnapshot { snapshot, note } => self.note_snapshot(task, snapshot, note),
+            Request::Set(settings) => self.set(task, settings),
+            Request::Rename { name } => self.rename(task, name),
+            Request::DeleteMachine { discard } => self.delete_machine(task, *discard).await,
+        }
+    }
+
+    /// The job has ended: said in the ledger, unless its own transaction did, then to whoever waits.
+    pub(crate) fn finish(&mut self, task: &Task, outcome: &Result<serde_json::Value, Problem>) {
+        task.end(outcome);
+        let Some(job) = task.job().filter(|_| !self.deleted) else { return };
+        // A refusal changed nothing: it is remembered while this worker lives, and leaves no row.
+        let known = self.shared.rows().jobs().into_iter().find(|known| known.id == job.id);
+        if known.is_some_and(|known| known.state != job.state) {
+            let kept = self.book.commit(|rows| remember(rows, job));
+            if let Err(problem) = kept {
+                tracing::error!("the end of a job could not be noted: {problem}");
+            }
+        }
+    }
+
+    /// Journals a request before it makes files: their names, relative to the machine's folder. From here on it is undone unless
+    /// [`Owner::settle`] makes it real.
+    pub(crate) fn journal(&self, task: &Task, request: &str, files: Vec<String>) -> Result<(), Problem> {
+        let job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
+        self.book.commit(|rows| {
+            rows.insert_journal(Journal {
+                job: job.id,
+                request: serde_json::json!(request),
+                files,
+                note: String::new(),
+            });
+            remember(rows, job);
+        })?;
+        self.steps.at(&format!("{request}:journalled"));
+        Ok(())
+    }
+
+    /// The transaction that makes a request real: `change`, the journal row gone, the job completed.
+    pub(crate) fn settle(
+        &self,
+        task: &Task,
+        result: &serde_json::Value,
+        change: impl FnOnce(&mut Machine),
+    ) -> Result<(), Problem> {
+        let mut job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
+        end(&mut job, &Ok(result.clone()));
+        self.book.commit(|rows| {
+            change(&mut rows.machine);
+            rows.remove_journal(job.id);
+            remember(rows, job);
+        })
+    }
+
+    /// Undoes a request that was journalled and has failed: its files go, unless a row has come to name them.
+    pub(crate) fn undo(&self, task: &Task) {
+        let rows = self.shared.rows();
+        let Some(journal) = rows.journal(task.id()) else { return };
+        if let Err(problem) = self.forget(journal) {
+            tracing::error!("a failed request could not be undone: {problem}; the next worker will");
+        }
+    }
+
+    /// Removes the files of a journal row that no layer's row names, and the journal row.
+    pub(crate) fn forget(&self, journal: &Journal) -> Result<(), Problem> {
+        let rows = self.shared.rows();
+        let named = |file: &String| rows.machine.layers.values().any(|row| &row.file == file);
+        let orphans: Vec<String> = journal.files.iter().filter(|file| !named(file)).cloned().collect();
+        self.files.remove(&orphans)?;
+        let job = journal.job;
+        self.book.commit(|rows| rows.remove_journal(job))
+    }
+
+    /// Says what is under way.
+    pub(crate) fn doing(&self, what: &str) {
+        self.shared.set_moment(|moment| moment.doing = vec![what.to_owned()]);
+    }
+
+    /// Says which state is on its way.
+    pub(crate) fn passing(&self, state: State) {
+        self.shared.set_moment(|moment| moment.state = Some(state));
+    }
+
+    /// The machine's rows.
+    pub(crate) fn machine(&self) -> Arc<Rows> {
+        self.shared.rows()
+    }
+}
+
+/// Keeps a job in the rows, and the newest of those that have ended.
+fn remember(rows: &mut Rows, job: Job) {
+    rows.insert_job(job);
+    rows.prune_jobs(REMEMBERED);
 }

@@ -206,6 +206,7 @@ impl Machine {
         self.now.memory = memory;
         self.now.memory_base = None;
         self.now.run = None;
+        self.now.generation = uuid::Uuid::new_v4();
         // Without its memory Now is not the snapshot's state, though nothing was written yet.
         self.now.touched = snapshot.memory.is_some() && memory.is_none();
     }

@@ -1,13 +1,36 @@
 //! The folder of all machines: finding one by name, id or prefix, making one, looking without waking anybody.
+//!
+//! ```text
+//!   <root>/lock        held while a name is given: names are unique in a root
+//!          <id>/       a machine (see files.rs)
+//!          .new-<id>/  a machine that is being made; renamed at the end, swept away by the next creation if its maker died
+//! ```
+//!
+//! A ledger belongs to the worker that holds the machine's lock; while one does, its name is read off the runtime folder, where
+//! the worker notes it.
 
-use crate::request::{Create, Job, Problem, TreeView, View};
-use crate::tree::MachineId;
+use crate::files::{Files, file_problem};
+use crate::ledger::{Ledger, State as Rows};
+use crate::plan::{check_name, quoted, shorten};
+use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
+use crate::tree::{
+    Config, Disk, DiskId, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
+};
+use crate::views;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use store::host::HostFolder;
+use store::{Folder, Lock, Mode, Store};
+
+/// Prefix of the folder of a machine that is being made.
+const NEW: &str = ".new-";
 
 /// The folder that holds the machines: `$TENBY_ROOT`, else `/var/lib/tenby` for root and `$XDG_DATA_HOME/tenby` otherwise.
 #[derive(Debug, Clone)]
 pub struct Root {
     path: PathBuf,
+    folder: Arc<dyn Folder>,
 }
 
 /// A machine that was found.
@@ -26,7 +49,7 @@ pub struct Peek {
     pub view: View,
     /// Its snapshots.
     pub tree: TreeView,
-    /// Its jobs, newest last.
+    /// Its jobs, oldest first.
     pub jobs: Vec<Job>,
     /// Its whole ledger.
     pub ledger: serde_json::Value,
@@ -35,7 +58,7 @@ pub struct Peek {
 }
 
 /// A line of a machine's log: what was done, by which request, when, how it ended.
-#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct LogLine {
     /// When.
     pub at: jiff::Timestamp,
@@ -48,7 +71,9 @@ pub struct LogLine {
 impl Root {
     /// The root at `path`; made if it is not there.
     pub fn open(path: &Path) -> Result<Self, Problem> {
-        Ok(Self { path: path.to_owned() })
+        let path = std::path::absolute(path).map_err(|e| Problem::failed(format!("{}: {e}", path.display())))?;
+        let folder = HostFolder::create(&path).map_err(|e| file_problem(&e))?;
+        Ok(Self { path, folder: Arc::new(folder) })
     }
 
     /// Where it is.
@@ -56,33 +81,427 @@ impl Root {
         &self.path
     }
 
-    /// The machines, by name.
-    pub fn list(&self) -> Result<Vec<Found>, Problem> {
-        Ok(Vec::new())
-    }
-
-    /// The machine of this name, id, or unique prefix of an id.
-    pub fn find(&self, name: &str) -> Result<Found, Problem> {
-        Err(Problem::not_found(format!("no machine is named \"{name}\"")))
-    }
-
-    /// Makes a machine. Nothing is left behind if it fails.
-    pub fn create(&self, _spec: &Create, _progress: &mut dyn FnMut(u64, u64)) -> Result<MachineId, Problem> {
-        Err(Problem::failed("not yet"))
-    }
-
-    /// Reads a machine's ledger, without a worker. `Ok(None)` if a worker holds it.
-    pub fn peek(&self, _id: MachineId) -> Result<Option<Peek>, Problem> {
-        Ok(None)
-    }
-
     /// A machine's folder.
     pub fn machine_folder(&self, id: MachineId) -> PathBuf {
         self.path.join(id.to_string())
     }
 
-    /// The folder of a machine's sockets: `/run/tenby/ID` for root, `$XDG_RUNTIME_DIR/tenby/ID` otherwise.
-    pub fn runtime_folder(id: MachineId) -> PathBuf {
-        Path::new("/run/tenby").join(id.to_string())
+    /// A machine's files.
+    pub fn files(&self, id: MachineId) -> Result<Files, Problem> {
+        let folder = self.folder.folder(&id.to_string()).map_err(|e| file_problem(&e))?;
+        Ok(Files::new(folder, &self.machine_folder(id)))
     }
+
+    /// The folder of a machine's sockets: `$TENBY_RUNTIME/ID` if that is set (tests run copies of one machine side by side), else
+    /// `/run/tenby/ID` for root and `$XDG_RUNTIME_DIR/tenby/ID` otherwise.
+    pub fn runtime_folder(id: MachineId) -> PathBuf {
+        let set = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
+        let uid = rustix::process::getuid();
+        let base = match (set("TENBY_RUNTIME"), set("XDG_RUNTIME_DIR")) {
+            (Some(dir), _) => dir,
+            _ if uid.is_root() => PathBuf::from("/run/tenby"),
+            (None, Some(dir)) => dir.join("tenby"),
+            (None, None) => std::env::temp_dir().join(format!("tenby-{}", uid.as_raw())).join("tenby"),
+        };
+        base.join(id.to_string())
+    }
+
+    /// The machines, by name.
+    pub fn list(&self) -> Result<Vec<Found>, Problem> {
+        let names = self.folder.list().map_err(|e| file_problem(&e))?;
+        let ids = names.iter().filter_map(|name| name.parse().ok().map(MachineId));
+        let mut found: Vec<Found> = ids.filter_map(|id| self.name_of(id).map(|name| Found { id, name })).collect();
+        found.sort_by(|a, b| (&a.name, a.id).cmp(&(&b.name, b.id)));
+        Ok(found)
+    }
+
+    /// The name in the ledger, or, while a worker holds that, in the runtime folder.
+    fn name_of(&self, id: MachineId) -> Option<String> {
+        // A worker that has just started or ended is between the two places for a moment.
+        for _ in 0..20 {
+            let peeked = self.peek_rows(id).ok()?;
+            if let Some(rows) = peeked {
+                return Some(rows.machine.name.clone());
+            }
+            if let Some(name) = read_name(id) {
+                return Some(name);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        None
+    }
+
+    /// The machine of this name, id, or unique prefix of an id.
+    pub fn find(&self, name: &str) -> Result<Found, Problem> {
+        let all = self.list()?;
+        if let Some(found) = all.iter().find(|found| found.name == name) {
+            return Ok(found.clone());
+        }
+        let prefix = name.to_ascii_lowercase().replace('-', "");
+        let by_id: Vec<&Found> =
+            all.iter().filter(|f| !prefix.is_empty() && f.id.to_string().starts_with(&prefix)).collect();
+        match by_id.as_slice() {
+            [one] => Ok((*one).clone()),
+            [] => Err(unknown_machine(name, &all)),
+            many => {
+                let mut problem = Problem::new(
+                    ProblemKind::Ambiguous,
+                    format!("the ids of {} machines begin with \"{}\"", many.len(), shorten(name)),
+                );
+                problem.candidates = many.iter().map(|found| found.id.to_string()).collect();
+                Err(problem)
+            }
+        }
+    }
+
+    /// Reads a machine's ledger, without a worker. `Ok(None)` if a worker holds it.
+    pub fn peek(&self, id: MachineId) -> Result<Option<Peek>, Problem> {
+        let Some(rows) = self.peek_rows(id)? else { return Ok(None) };
+        let files = self.files(id)?;
+        Ok(Some(Peek {
+            view: views::view(&rows.machine, &files, &views::Live::default()),
+            tree: views::tree(&rows.machine, &files, rows.machine.now.state),
+            jobs: rows.jobs(),
+            ledger: serde_json::to_value(&rows).unwrap_or_default(),
+            log: crate::log::read(&files),
+        }))
+    }
+
+    fn peek_rows(&self, id: MachineId) -> Result<Option<Rows>, Problem> {
+        let folder = self.folder.folder(&id.to_string()).map_err(|e| file_problem(&e))?;
+        let lock = folder.open("lock", Mode::Read).map_err(|e| file_problem(&e))?;
+        match lock.lock(Lock::Shared) {
+            Ok(()) => {}
+            Err(e) if e.kind == store::ErrorKind::Locked => return Ok(None),
+            Err(e) => return Err(file_problem(&e)),
+        }
+        Ok(Some(Ledger::read(&folder).map_err(|e| e.problem(&self.machine_folder(id)))?))
+    }
+
+    /// Holds the root's lock: names are given and changed under it.
+    pub fn lock_names(&self) -> Result<Arc<dyn Store>, Problem> {
+        let lock = open_or_create(&self.folder, "lock")?;
+        // Held for milliseconds only; whoever holds it longer has been stopped in a debugger.
+        for _ in 0..1000 {
+            match lock.lock(Lock::Exclusive) {
+                Ok(()) => return Ok(lock),
+                Err(e) if e.kind == store::ErrorKind::Locked => {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+                Err(e) => return Err(file_problem(&e)),
+            }
+        }
+        Err(Problem::failed(format!("another command holds the lock of {}", self.path.display())))
+    }
+
+    /// Fails if a machine other than `but` has this name. Under [`Root::lock_names`].
+    pub fn check_free(&self, name: &str, but: Option<MachineId>) -> Result<(), Problem> {
+        match self.list()?.iter().any(|found| found.name == name && Some(found.id) != but) {
+            true => Err(Problem::refused(format!("there is a machine named \"{name}\" already"))
+                .hint(format!("tenby vm show {}", quoted(name)))),
+            false => Ok(()),
+        }
+    }
+
+    /// Makes a machine. Nothing is left behind if it fails. `progress` is told bytes done and to do while disks are copied in.
+    pub fn create(&self, spec: &Create, progress: &mut dyn FnMut(u64, u64)) -> Result<MachineId, Problem> {
+        check_name(&spec.name)?;
+        {
+            let _names = self.lock_names()?;
+            self.check_free(&spec.name, None)?;
+            self.sweep()?;
+        }
+        let id = MachineId::new();
+        let name = format!("{NEW}{id}");
+        let made = self.build(id, &name, spec, progress).and_then(|()| {
+            let _names = self.lock_names()?;
+            self.check_free(&spec.name, None)?;
+            self.folder.rename(&name, &id.to_string()).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
+        });
+        if made.is_err() {
+            remove_tree(&self.folder, &name);
+        }
+        made.map(|()| id)
+    }
+
+    fn build(
+        &self,
+        id: MachineId,
+        name: &str,
+        spec: &Create,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<(), Problem> {
+        let folder = self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
+        let lock = folder.create("lock").map_err(|e| file_problem(&e))?;
+        lock.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
+        let files = Files::new(Arc::clone(&folder), &self.path.join(name));
+        files.create_folders()?;
+        check_hardware(spec.memory, spec.cpus)?;
+        let mut machine = new_machine(id, spec);
+        machine.now.config.kernel = copy_kernel(&folder, spec)?;
+        for disk in &spec.disks {
+            let row = files.new_row(LayerKind::Disk, None);
+            let made = take_in(&files, row, disk, progress)?;
+            add_disk(&mut machine, made, disk);
+        }
+        files.sync_names()?;
+        Ledger::create(&folder, &machine).map_err(|e| e.problem(files.path()))?;
+        folder.sync().map_err(|e| file_problem(&e))
+    }
+
+    /// Removes what a creation that died has left. Under [`Root::lock_names`].
+    fn sweep(&self) -> Result<(), Problem> {
+        for name in self.folder.list().map_err(|e| file_problem(&e))?.iter().filter(|name| name.starts_with(NEW)) {
+            let Ok(folder) = self.folder.folder(name) else { continue };
+            let abandoned = match folder.open("lock", Mode::Write) {
+                Ok(lock) => lock.lock(Lock::Exclusive).is_ok(),
+                Err(e) => e.kind == store::ErrorKind::NotFound,
+            };
+            if abandoned {
+                remove_tree(&self.folder, name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes a machine's folder for good. Its worker calls this, with the machine's lock.
+    pub(crate) fn remove(&self, id: MachineId) -> Result<(), Problem> {
+        // Out of sight in one step: what follows may be interrupted, and is swept away later.
+        let (name, gone) = (id.to_string(), format!("{NEW}{id}"));
+        self.folder.rename(&name, &gone).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))?;
+        remove_tree(&self.folder, &gone);
+        Ok(())
+    }
+}
+
+/// A disk that was made or taken in: its first layer, and its size in bytes.
+#[derive(Debug)]
+pub struct TakenIn {
+    /// The layer.
+    pub row: LayerRow,
+    /// Virtual size in bytes.
+    pub size: u64,
+}
+
+/// Makes the first layer of a disk: empty, copied from a file, or the file itself.
+pub fn take_in(
+    files: &Files,
+    row: LayerRow,
+    disk: &DiskSpec,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<TakenIn, Problem> {
+    match &disk.source {
+        DiskSource::New { size } => {
+            check_disk_size(*size)?;
+            files.create_layer(&row, *size, None)?;
+            Ok(TakenIn { row, size: *size })
+        }
+        DiskSource::Copy { path, format } => {
+            let source = open_foreign(Path::new(path), format.as_deref())?;
+            let size = round_up_sector(source.size());
+            let layer = files.create_layer(&row, size, None)?;
+            let target =
+                image::Chain::new(vec![layer], image::Access::Write).map_err(|e| crate::files::image_problem(&e))?;
+            copy(&source, &target, progress).map_err(|e| crate::files::image_problem(&e))?;
+            target.close().map_err(|e| crate::files::image_problem(&e))?;
+            Ok(TakenIn { row, size })
+        }
+        DiskSource::InPlace { path, format } => {
+            let source = open_foreign(Path::new(path), format.as_deref())?;
+            let size = source.size();
+            let format = if format.as_deref() == Some("raw") { "raw" } else { "vhdx" };
+            let row = LayerRow { file: path.clone(), in_place: true, format: format.to_owned(), ..row };
+            Ok(TakenIn { row, size })
+        }
+    }
+}
+
+/// Opens a disk image of the user's for reading, with its parents beside it.
+fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Problem> {
+    let store = store::host::open_file(path, Mode::Read).map_err(|e| file_problem(&e))?;
+    let format = format.map(|format| if format == "raw" { image::Format::Raw } else { image::Format::Vhdx });
+    let layer = image::open::open(store, format, Mode::Read).map_err(|e| crate::files::image_problem(&e))?;
+    image::Chain::new(vec![layer], image::Access::Read).map_err(|e| crate::files::image_problem(&e))
+}
+
+/// Copies a disk's content; what reads as zeros is left out.
+fn copy(from: &image::Chain, to: &image::Chain, progress: &mut dyn FnMut(u64, u64)) -> image::Result<()> {
+    let size = from.size();
+    let mut buffer = vec![0; 4 << 20];
+    let mut at = 0;
+    while at < size {
+        for run in from.runs(at, size - at, 64)? {
+            let mut done = 0;
+            while run.kind == image::RunKind::Data && done < run.len {
+                let n = (run.len - done).min(buffer.len() as u64);
+                from.read(&mut buffer[..n as usize], run.offset + done)?;
+                to.write(&buffer[..n as usize], run.offset + done)?;
+                done += n;
+            }
+            at = run.offset + run.len;
+            progress(at, size);
+        }
+    }
+    to.flush()
+}
+
+/// A disk has at least a sector and at most 64 TiB, in whole sectors.
+pub fn check_disk_size(size: u64) -> Result<(), Problem> {
+    match size {
+        0 => Err(Problem::usage("a disk needs a size of at least 512 bytes")),
+        _ if size > 64 << 40 => Err(Problem::usage("a disk has at most 64T")),
+        _ if !size.is_multiple_of(512) => Err(Problem::usage("a disk's size is a multiple of 512 bytes")),
+        _ => Ok(()),
+    }
+}
+
+fn round_up_sector(size: u64) -> u64 {
+    size.next_multiple_of(512).max(512)
+}
+
+/// Adds a disk to the configuration of Now.
+pub fn add_disk(machine: &mut Machine, made: TakenIn, spec: &DiskSpec) {
+    let id = DiskId(format!("disk{}", machine.next_disk));
+    machine.next_disk += 1;
+    machine.now.config.disks.push(Disk { id: id.clone(), bus: spec.bus, size: made.size });
+    machine.now.disks.insert(id, made.row.id);
+    machine.layers.insert(made.row.id, made.row);
+}
+
+/// RAM from 16 MiB to 16 TiB, in steps of 2 MiB; 1 to 255 processors.
+pub fn check_hardware(memory: u64, cpus: u32) -> Result<(), Problem> {
+    const MIB: u64 = 1 << 20;
+    if !(16 * MIB..=(16 << 40)).contains(&memory) || !memory.is_multiple_of(2 * MIB) {
+        return Err(Problem::usage("memory goes from 16M to 16T in steps of 2M"));
+    }
+    if !(1..=255).contains(&cpus) {
+        return Err(Problem::usage("a machine has 1 to 255 processors"));
+    }
+    Ok(())
+}
+
+fn new_machine(id: MachineId, spec: &Create) -> Machine {
+    let config = Config {
+        memory: spec.memory,
+        cpus: spec.cpus,
+        machine_type: None,
+        cpu_model: None,
+        accel: spec.accel,
+        boot: spec.boot,
+        firmware: spec.firmware,
+        kernel: None,
+        cdrom: spec.cdrom.clone(),
+        net: Net { mode: spec.net, mac: mac_of(id), publish: spec.publish.clone() },
+        disks: Vec::new(),
+    };
+    Machine {
+        id,
+        name: spec.name.clone(),
+        note: spec.note.clone(),
+        created: jiff::Timestamp::now(),
+        policy: Policy::default(),
+        next_disk: 0,
+        now: Now {
+            parent: None,
+            state: State::Off,
+            config,
+            disks: BTreeMap::new(),
+            memory: None,
+            memory_base: None,
+            touched: true,
+            generation: uuid::Uuid::new_v4(),
+            run: None,
+        },
+        snapshots: BTreeMap::new(),
+        layers: BTreeMap::<LayerId, LayerRow>::new(),
+    }
+}
+
+/// A network address in QEMU's range, drawn from the machine's id.
+fn mac_of(id: MachineId) -> String {
+    let b = id.0.as_bytes();
+    format!("52:54:00:{:02x}:{:02x}:{:02x}", b[13], b[14], b[15])
+}
+
+fn copy_kernel(folder: &Arc<dyn Folder>, spec: &Create) -> Result<Option<Kernel>, Problem> {
+    let Some(kernel) = &spec.kernel else {
+        return match spec.initrd.is_some() || !spec.append.is_empty() {
+            true => Err(Problem::usage("--initrd and --append go with --kernel")),
+            false => Ok(None),
+        };
+    };
+    let boot = folder.folder("boot").map_err(|e| file_problem(&e))?;
+    copy_file(&boot, Path::new(kernel), "kernel")?;
+    if let Some(initrd) = &spec.initrd {
+        copy_file(&boot, Path::new(initrd), "initrd")?;
+    }
+    boot.sync().map_err(|e| file_problem(&e))?;
+    let initrd = spec.initrd.as_ref().map(|_| "initrd".to_owned());
+    Ok(Some(Kernel { kernel: "kernel".to_owned(), initrd, append: spec.append.clone() }))
+}
+
+fn copy_file(folder: &Arc<dyn Folder>, from: &Path, to: &str) -> Result<(), Problem> {
+    let source = store::host::open_file(from, Mode::Read).map_err(|e| file_problem(&e))?;
+    let target = folder.create(to).map_err(|e| file_problem(&e))?;
+    let len = source.len().map_err(|e| file_problem(&e))?;
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    while at < len {
+        let n = (len - at).min(buffer.len() as u64) as usize;
+        source.read_at(&mut buffer[..n], at).map_err(|e| file_problem(&e))?;
+        target.write_at(&buffer[..n], at).map_err(|e| file_problem(&e))?;
+        at += n as u64;
+    }
+    target.sync().map_err(|e| file_problem(&e))
+}
+
+pub(crate) fn open_or_create(folder: &Arc<dyn Folder>, name: &str) -> Result<Arc<dyn Store>, Problem> {
+    match folder.create(name) {
+        Err(e) if e.kind == store::ErrorKind::Exists => folder.open(name, Mode::Write).map_err(|e| file_problem(&e)),
+        made => made.map_err(|e| file_problem(&e)),
+    }
+}
+
+/// Removes a folder and what is in it. What cannot be removed stays, and is tried again by the next sweep.
+pub(crate) fn remove_tree(folder: &Arc<dyn Folder>, name: &str) {
+    if let Ok(inner) = folder.folder(name) {
+        for entry in inner.list().unwrap_or_default() {
+            if inner.unlink(&entry).is_err() {
+                remove_tree(&inner, &entry);
+            }
+        }
+    }
+    let _ = folder.remove_folder(name);
+}
+
+fn unknown_machine(name: &str, all: &[Found]) -> Problem {
+    let problem = Problem::not_found(format!("no machine is named \"{}\"", shorten(name)));
+    match all.is_empty() {
+        true => problem.hint("tenby vm create NAME --disk new:20G --cdrom FILE.iso"),
+        false => problem.hint("tenby vm list"),
+    }
+}
+
+/// The runtime folder, as a folder; made if need be.
+pub(crate) fn runtime(id: MachineId) -> Result<Arc<dyn Folder>, Problem> {
+    HostFolder::create(&Root::runtime_folder(id))
+        .map(|folder| Arc::new(folder) as Arc<dyn Folder>)
+        .map_err(|e| file_problem(&e))
+}
+
+/// Notes the machine's name where [`Root::list`] finds it while the ledger is the worker's.
+pub(crate) fn note_name(id: MachineId, name: &str) -> Result<(), Problem> {
+    let folder = runtime(id)?;
+    let _ = folder.unlink("name.new");
+    let store = folder.create("name.new").map_err(|e| file_problem(&e))?;
+    store.write_at(name.as_bytes(), 0).map_err(|e| file_problem(&e))?;
+    folder.rename("name.new", "name").map_err(|e| file_problem(&e))
+}
+
+fn read_name(id: MachineId) -> Option<String> {
+    let folder = HostFolder::open(&Root::runtime_folder(id)).ok()?;
+    let store = folder.open("name", Mode::Read).ok()?;
+    let mut name = vec![0; store.len().ok()?.min(4096) as usize];
+    store.read_at(&mut name, 0).ok()?;
+    String::from_utf8(name).ok()
 }

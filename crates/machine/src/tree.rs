@@ -285,6 +285,8 @@ pub struct Now {
     /// Set by the first start, save or settings change after the snapshot that Now stands on was taken or applied.
     /// (That disks changed is read off the leaves.)
     pub touched: bool,
+    /// The generation id that the guest sees (VMGENID): new after each apply, never after a plain resume.
+    pub generation: Uuid,
     /// The QEMU that runs it.
     pub run: Option<Run>,
 }
@@ -298,6 +300,8 @@ pub struct Run {
     pub started: u64,
     /// When it came up.
     pub since: Timestamp,
+    /// The folder of its sockets, below the machine's runtime folder.
+    pub dir: String,
 }
 
 /// A snapshot: a row that names layers and holds the whole configuration.

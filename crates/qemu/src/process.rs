@@ -47,6 +47,11 @@ impl fmt::Display for Ending {
     }
 }
 
+/// Whether the process still runs. It may end at any moment after this: [`Process::adopt`] takes hold of it.
+pub fn alive(identity: Identity) -> bool {
+    start_time(identity.pid) == Some(identity.started)
+}
+
 /// A running process, held by a pidfd. Dropping it leaves the process alone.
 #[derive(Debug)]
 pub struct Process {
@@ -81,6 +86,23 @@ impl Process {
         Ok(Self::hold(pid)?.filter(|process| process.identity == identity && process.alive()))
     }
 
+    /// Takes hold of the process that was launched in `run_dir`, by its [`PID_FILE`](crate::PID_FILE); `None` if it does not run
+    /// there any more. For a process whose [`Identity`] nobody lived to record.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if the host does not let us.
+    pub fn find(run_dir: &Path) -> Result<Option<Self>> {
+        let pid = rustix::fs::open(run_dir.join(crate::PID_FILE), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok();
+        let mut text = String::new();
+        let read = pid.and_then(|file| std::fs::File::from(file).take(32).read_to_string(&mut text).ok());
+        let pid = read.and_then(|_| text.trim().parse().ok()).and_then(Pid::from_raw);
+        let Some(process) = pid.map(Self::hold).transpose()?.flatten() else { return Ok(None) };
+        // The id may have been given to another process since; the folder is that of one.
+        let cwd = rustix::fs::readlink(format!("/proc/{}/cwd", process.identity.pid), Vec::new());
+        let there = cwd.is_ok_and(|cwd| cwd.as_bytes() == run_dir.as_os_str().as_encoded_bytes());
+        Ok(Some(process).filter(|_| there))
+    }
+
     fn hold(pid: Pid) -> Result<Option<Self>> {
         let what = || format!("hold process {}", pid.as_raw_nonzero());
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -105,7 +127,7 @@ impl Process {
 
     /// Whether it still runs.
     pub fn alive(&self) -> bool {
-        self.ending.get().is_none() && start_time(self.identity.pid) == Some(self.identity.started)
+        self.ending.get().is_none() && alive(self.identity)
     }
 
     /// Ends it at once. That it has ended already is no error.

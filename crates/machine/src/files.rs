@@ -1,0 +1,269 @@
+//! A machine's folder: where its files lie, how layers are made, opened and removed.
+//!
+//! ```text
+//!   <root>/<id>/ledger          the rows (see ledger.rs)
+//!               lock            held by the worker
+//!               disks/          <layer>.vhdx, <layer>.avhdx
+//!               memory/         <layer>.vhdx, <layer>.avhdx
+//!               boot/           kernel and initrd, copied in
+//!               log/            worker.log, qemu.log, serial.log, machine.log
+//! ```
+//!
+//! Files are named by random ids. Only a row gives a file a meaning; a file that no row names is garbage if a journal row says
+//! that we made it, and is left alone and reported otherwise.
+
+use crate::request::{Problem, ProblemKind};
+use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
+use image::vhdx;
+use image::{Kind, Layer};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use store::{Folder, Lock, Mode, Store};
+
+/// The folders that hold layers.
+const LAYER_FOLDERS: [&str; 2] = ["disks", "memory"];
+
+/// The sector size of a memory disk, bytes: a page.
+pub const PAGE: u32 = 4096;
+
+/// A machine's folder.
+#[derive(Debug, Clone)]
+pub struct Files {
+    folder: Arc<dyn Folder>,
+    path: PathBuf,
+}
+
+impl Files {
+    /// The folder, and its path for messages and for QEMU.
+    pub fn new(folder: Arc<dyn Folder>, path: &Path) -> Self {
+        Self { folder, path: path.to_owned() }
+    }
+
+    /// The folder itself.
+    pub fn folder(&self) -> &Arc<dyn Folder> {
+        &self.folder
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A layer's path, for people.
+    pub fn layer_path(&self, row: &LayerRow) -> PathBuf {
+        self.path.join(&row.file)
+    }
+
+    /// Makes the folders of a new machine.
+    pub fn create_folders(&self) -> Result<(), Problem> {
+        for name in ["disks", "memory", "boot", "log"] {
+            self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
+        }
+        Ok(())
+    }
+
+    /// The row of a layer that is about to be made.
+    pub fn new_row(&self, kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
+        let id = LayerId::new();
+        let folder = LAYER_FOLDERS[usize::from(kind == LayerKind::Memory)];
+        let ending = if parent.is_some() { "avhdx" } else { "vhdx" };
+        LayerRow {
+            id,
+            kind,
+            file: format!("{folder}/{id}.{ending}"),
+            in_place: false,
+            format: "vhdx".to_owned(),
+            parent,
+            created: jiff::Timestamp::now(),
+        }
+    }
+
+    /// Makes a layer's file: empty, `size` bytes of virtual disk, standing on `parent` if there is one. Durable when it returns, but
+    /// for its name: see [`Files::sync_names`].
+    pub fn create_layer(
+        &self,
+        row: &LayerRow,
+        size: u64,
+        parent: Option<&Parent<'_>>,
+    ) -> Result<Arc<dyn Layer>, Problem> {
+        let (folder, name) = self.place(row)?;
+        let store = folder.create(&name).map_err(|e| file_problem(&e))?;
+        let sector_size = match (parent, row.kind) {
+            (Some(parent), _) => parent.layer.info().sector_size,
+            (None, LayerKind::Memory) => PAGE,
+            (None, LayerKind::Disk) => 512,
+        };
+        let options = vhdx::Options {
+            sector_size,
+            kind: if parent.is_some() { Kind::Differencing } else { Kind::Dynamic },
+            parent: parent.map(Parent::link).transpose()?,
+            ..vhdx::Options::dynamic(size)
+        };
+        let layer = vhdx::create(store, &options).map_err(|e| image_problem(&e))?;
+        Ok(layer)
+    }
+
+    /// Makes the names in the layers' folders durable.
+    pub fn sync_names(&self) -> Result<(), Problem> {
+        for name in LAYER_FOLDERS {
+            self.folder.folder(name).and_then(|folder| folder.sync()).map_err(|e| file_problem(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Opens a layer's file. No lock is taken on it: the machine's own keeps others out, and one layer may have two handles for a
+    /// moment, an old one that is only read and a new one.
+    pub fn open_layer(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Layer>, Problem> {
+        let store = self.open_store(row, mode)?;
+        match row.format.as_str() {
+            "raw" => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            _ => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+        }
+        .map_err(|e| image_problem(&e))
+    }
+
+    fn open_store(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Store>, Problem> {
+        if row.in_place {
+            return store::host::open_file(Path::new(&row.file), mode).map_err(|e| missing_layer(&e, row));
+        }
+        let (folder, name) = self.place(row)?;
+        folder.open(&name, mode).map_err(|e| missing_layer(&e, row))
+    }
+
+    /// Locks the files that were taken in place, which lie where others may reach them, for as long as the locks are held.
+    pub fn lock_in_place(&self, machine: &Machine) -> Result<Vec<Arc<dyn Store>>, Problem> {
+        let lock = |row: &LayerRow| {
+            let store = self.open_store(row, Mode::Write)?;
+            store.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
+            Ok(store)
+        };
+        machine.layers.values().filter(|row| row.in_place).map(lock).collect()
+    }
+
+    /// Opens the layers from base to `leaf`, the leaf for writing if `mode` says so, and checks that each stands on the one below.
+    pub fn open_chain(&self, machine: &Machine, leaf: LayerId, mode: Mode) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
+        for id in machine.chain(leaf) {
+            let row =
+                machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))?;
+            let mode = if id == leaf { mode } else { Mode::Read };
+            let layer = self.open_layer(row, mode)?;
+            if let Some(parent) = layers.last() {
+                check_link(row, layer.as_ref(), parent.as_ref())?;
+            }
+            layers.push(layer);
+        }
+        Ok(layers)
+    }
+
+    /// Removes files by their names relative to the machine's folder. What is gone already is no error.
+    pub fn remove(&self, files: &[String]) -> Result<(), Problem> {
+        for file in files {
+            let Some((folder, name)) = file.split_once('/') else { continue };
+            let folder = self.folder.folder(folder).map_err(|e| file_problem(&e))?;
+            match folder.unlink(name) {
+                Ok(()) => {}
+                Err(e) if e.kind == store::ErrorKind::NotFound => {}
+                Err(e) => return Err(file_problem(&e)),
+            }
+        }
+        self.sync_names()
+    }
+
+    /// Bytes that a layer's file occupies; 0 if it cannot be opened.
+    pub fn allocated(&self, row: &LayerRow) -> u64 {
+        let store = if row.in_place {
+            store::host::open_file(Path::new(&row.file), Mode::Read)
+        } else {
+            let Ok((folder, name)) = self.place(row) else { return 0 };
+            folder.open(&name, Mode::Read)
+        };
+        store.and_then(|store| store.allocated()).unwrap_or(0)
+    }
+
+    /// Files in the layers' folders that no row names, relative to the machine's folder.
+    pub fn unknown(&self, machine: &Machine) -> Result<Vec<String>, Problem> {
+        let known: BTreeSet<&str> = machine.layers.values().map(|row| row.file.as_str()).collect();
+        let mut unknown = Vec::new();
+        for folder in LAYER_FOLDERS {
+            let names = self.folder.folder(folder).and_then(|f| f.list()).map_err(|e| file_problem(&e))?;
+            unknown.extend(names.into_iter().map(|n| format!("{folder}/{n}")).filter(|f| !known.contains(f.as_str())));
+        }
+        Ok(unknown)
+    }
+
+    fn place(&self, row: &LayerRow) -> Result<(Arc<dyn Folder>, String), Problem> {
+        let (folder, name) = row
+            .file
+            .split_once('/')
+            .filter(|(folder, _)| LAYER_FOLDERS.contains(folder))
+            .ok_or_else(|| Problem::damaged(format!("the ledger names a file outside its folder: {}", row.file)))?;
+        Ok((self.folder.folder(folder).map_err(|e| file_problem(&e))?, name.to_owned()))
+    }
+}
+
+/// What a new layer stands on.
+#[derive(Debug)]
+pub struct Parent<'a> {
+    /// The layer, whose id will not change any more.
+    pub layer: &'a dyn Layer,
+    /// Its row.
+    pub row: &'a LayerRow,
+}
+
+impl Parent<'_> {
+    /// What the child says of it: its id, and its name where it lies beside the child.
+    fn link(&self) -> Result<vhdx::Parent, Problem> {
+        let name = self.row.file.split_once('/').map(|(_, name)| name).filter(|_| !self.row.in_place);
+        vhdx::Parent::of(self.layer, name).map_err(|e| image_problem(&e))
+    }
+}
+
+/// Whether a layer names the one below it as its parent, by either of its two links (a merge may be under way).
+fn check_link(row: &LayerRow, child: &dyn Layer, parent: &dyn Layer) -> Result<(), Problem> {
+    let id = parent.info().data_id;
+    match child.info().parent {
+        Some(link) if link.linkage == id || link.linkage2 == Some(id) => Ok(()),
+        _ => Err(Problem::damaged(format!("{}: the file below it is not the one that it was made on", row.file))),
+    }
+}
+
+/// A failed file operation, as a problem.
+pub fn file_problem(error: &store::Error) -> Problem {
+    let kind = match error.kind {
+        store::ErrorKind::NotFound => ProblemKind::NotFound,
+        store::ErrorKind::Locked => ProblemKind::Refused,
+        store::ErrorKind::PastEnd => ProblemKind::Damaged,
+        _ => ProblemKind::Failed,
+    };
+    let problem = Problem::new(kind, error.to_string());
+    if error.kind == store::ErrorKind::NoSpace {
+        problem.hint("free some space on that file system, then try again")
+    } else {
+        problem
+    }
+}
+
+fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
+    match error.kind {
+        store::ErrorKind::NotFound => Problem::damaged(format!("a file of this machine is missing: {}", row.file)),
+        _ => file_problem(error),
+    }
+}
+
+/// A failed operation on an image, as a problem.
+pub fn image_problem(error: &image::Error) -> Problem {
+    let kind = match error.kind {
+        image::ErrorKind::Damaged | image::ErrorKind::Parent | image::ErrorKind::Unsupported => ProblemKind::Damaged,
+        image::ErrorKind::Invalid => ProblemKind::Usage,
+        image::ErrorKind::Locked => ProblemKind::Refused,
+        image::ErrorKind::NotFound => ProblemKind::NotFound,
+        _ => ProblemKind::Failed,
+    };
+    let problem = Problem::new(kind, error.to_string());
+    match error.kind {
+        image::ErrorKind::NoSpace => problem.hint("free some space on that file system, then try again"),
+        _ => problem,
+    }
+}

@@ -1,0 +1,217 @@
+//! Applying a snapshot: in any direction of the tree, the present kept or given up.
+//!
+//! On a running machine it is a swap that can still fail harmlessly: the old QEMU stands still while the new one loads; one
+//! transaction decides; only then the old one ends and the new one runs.
+
+use crate::actor::Owner;
+use crate::job::Task;
+use crate::live::{Live, qemu_problem};
+use crate::log;
+use crate::ops::snapshot::{Leaves, files_of};
+use crate::ops::start::run_now;
+use crate::plan::{Take, Written, quoted, shorten};
+use crate::request::{Present, Problem};
+use crate::tree::{LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, State};
+use crate::views;
+use serde_json::{Value, json};
+
+/// What an apply is going to do.
+struct Plan {
+    to: SnapshotId,
+    leaves: Leaves,
+    /// The present as a snapshot of its own, and its memory if that must be written first.
+    keep: Option<(Take, Option<LayerRow>)>,
+    memory: bool,
+    run: bool,
+    was_running: bool,
+}
+
+impl Owner {
+    /// The snapshot that Now stands on.
+    pub(crate) fn revert_target(&self) -> Result<SnapshotId, Problem> {
+        let rows = self.machine();
+        let name = &rows.machine.name;
+        rows.machine.now.parent.ok_or_else(|| {
+            Problem::refused(format!("{name} stands on no snapshot"))
+                .hint(format!("tenby snapshot list {}", quoted(name)))
+        })
+    }
+
+    /// Makes a snapshot the present.
+    pub(crate) async fn apply(
+        &mut self,
+        task: &Task,
+        to: SnapshotId,
+        present: &Present,
+        start: Option<bool>,
+        memory: bool,
+    ) -> Result<Value, Problem> {
+        self.doing("applying");
+        let plan = self.plan_apply(to, present, start, memory)?;
+        let mut files = files_of(&plan.leaves);
+        files.extend(plan.keep.iter().filter_map(|(_, row)| row.as_ref()).map(|row| row.file.clone()));
+        self.journal(task, "apply", files)?;
+        self.make_leaves(&plan.leaves).await?;
+        self.steps.at("apply:files");
+        task.check()?;
+        let (name, kept) = (self.name_of(to), plan.keep.as_ref().map(|(take, _)| (take.id, take.name.clone())));
+        let result = json!({ "snapshot": to, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
+        let was_running = plan.was_running;
+        let applied = self.carry_out_apply(task, plan, &result).await;
+        if applied.is_err() && self.machine().machine.now.parent != Some(to) {
+            self.go_on(was_running).await;
+        }
+        applied?;
+        let words = kept.map_or_else(String::new, |(_, kept)| format!("; kept the present as {kept}"));
+        log::write(&self.files, Some(task.id()), &format!("applied {name}{words}"));
+        Ok(result)
+    }
+
+    fn plan_apply(
+        &self,
+        to: SnapshotId,
+        present: &Present,
+        start: Option<bool>,
+        memory: bool,
+    ) -> Result<Plan, Problem> {
+        let rows = self.machine();
+        let machine = &rows.machine;
+        let snapshot = machine.snapshots.get(&to).ok_or_else(|| Problem::not_found("the snapshot is gone"))?;
+        if snapshot.state == SnapshotState::Creating {
+            return Err(Problem::refused(format!("{} is still being written", snapshot.name)));
+        }
+        if *present == Present::IfUnchanged && views::changed(machine, &self.files) {
+            return Err(self.would_lose(machine, snapshot));
+        }
+        let was_running = machine.now.state == State::Running;
+        let live = matches!(machine.now.state, State::Running | State::Paused);
+        let keep = match present {
+            Present::Keep { name } => {
+                let created = jiff::Timestamp::now();
+                let take = Take {
+                    id: SnapshotId::new(),
+                    name: machine.snapshot_name(name.as_deref(), created)?,
+                    note: String::new(),
+                    created,
+                    vm_state: machine.now.state,
+                    memory: machine.now.memory,
+                    state: SnapshotState::Ready,
+                };
+                Some((take, live.then(|| self.memory_row())))
+            }
+            Present::Discard | Present::IfUnchanged => None,
+        };
+        let leaves = self.leaf_rows(&snapshot.disks);
+        Ok(Plan { to, leaves, keep, memory, run: start.unwrap_or(was_running), was_running })
+    }
+
+    async fn carry_out_apply(&mut self, task: &Task, plan: Plan, result: &Value) -> Result<(), Problem> {
+        let written = self.leave_present(task, &plan).await?;
+        self.steps.at("apply:kept");
+        let mut next = self.machine().machine.clone();
+        let Plan { to, leaves, keep, memory, run, .. } = plan;
+        if let Some((take, _)) = keep {
+            next.keep(take, written);
+        }
+        next.apply(to, leaves, memory);
+        let live = match run {
+            true => Some(self.bring_up_applied(&mut next).await?),
+            false => None,
+        };
+        self.steps.at("apply:loaded");
+        if let Err(problem) = self.settle(task, result, |machine| *machine = next) {
+            if let Some(live) = live {
+                live.end().await;
+            }
+            return Err(problem);
+        }
+        self.steps.at("apply:committed");
+        self.swap(live).await
+    }
+
+    /// Halts the guest, and writes its memory if the present is kept.
+    async fn leave_present(&self, task: &Task, plan: &Plan) -> Result<Option<Written>, Problem> {
+        let Some(live) = &self.live else { return Ok(None) };
+        if let Some((_, Some(row))) = &plan.keep {
+            return self.save_memory(task, row.clone()).await.map(Some);
+        }
+        live.qemu.pause().await.map_err(|e| qemu_problem(&self.shared.name(), &e))?;
+        live.flush().await?;
+        Ok(None)
+    }
+
+    async fn bring_up_applied(&self, next: &mut Machine) -> Result<Live, Problem> {
+        let memory = next.now.memory;
+        let live = self.bring_up(next, memory).await?;
+        run_now(next, State::Running, memory, &live);
+        Ok(live)
+    }
+
+    /// The old QEMU ends, the new one runs.
+    async fn swap(&mut self, live: Option<Live>) -> Result<(), Problem> {
+        self.shared.set_moment(|moment| {
+            moment.sockets = None;
+            moment.qemu = None;
+        });
+        if let Some(old) = self.live.take() {
+            old.end().await;
+        }
+        self.steps.at("apply:old-ended");
+        let Some(live) = live else { return Ok(()) };
+        self.go_live(live).await;
+        self.let_run().await
+    }
+
+    /// The refusal of an apply that would lose something, saying what.
+    fn would_lose(&self, machine: &Machine, target: &Snapshot) -> Problem {
+        let name = &machine.name;
+        let now = &machine.now;
+        let what = match now.parent.and_then(|id| machine.snapshots.get(&id)) {
+            None => format!("{name} stands on no snapshot"),
+            Some(parent) => format!("{name} has changed since {}{}", parent.name, self.changes(machine, parent)),
+        };
+        let shell = format!("tenby snapshot apply {} {}", quoted(name), quoted(&target.name));
+        Problem::refused(format!("{what}; applying {} would lose that", shorten(&target.name)))
+            .hint(format!("{shell} --keep      (or --discard)"))
+    }
+
+    /// ` (12M on 1 disk, and its memory)`.
+    fn changes(&self, machine: &Machine, parent: &Snapshot) -> String {
+        let now = &machine.now;
+        let live = matches!(now.state, State::Running | State::Paused);
+        let written = |leaf: &crate::tree::LayerId| match machine.layers.get(leaf) {
+            Some(row) if live => self.files.allocated(row),
+            Some(_) => views::written(machine, &self.files, *leaf),
+            None => 0,
+        };
+        let disks: Vec<u64> = now.disks.values().map(written).filter(|bytes| *bytes > 0).collect();
+        let mut parts = Vec::new();
+        if !disks.is_empty() {
+            let plural = if disks.len() == 1 { "" } else { "s" };
+            parts.push(format!("{} on {} disk{plural}", size(disks.iter().sum()), disks.len()));
+        }
+        if live || now.memory != parent.memory {
+            parts.push("its memory".to_owned());
+        }
+        if now.config != parent.config {
+            parts.push("its settings".to_owned());
+        }
+        if parts.is_empty() { String::new() } else { format!(" ({})", parts.join(", and ")) }
+    }
+
+    fn name_of(&self, id: SnapshotId) -> String {
+        self.machine().machine.snapshots.get(&id).map(|s| s.name.clone()).unwrap_or_default()
+    }
+}
+
+/// Bytes in the contract's short form: `12M`, `1.2G`.
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 6] = ["", "K", "M", "G", "T", "P"];
+    let mut value = bytes as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit > 0 && value < 9.95 { format!("{value:.1}{}", UNITS[unit]) } else { format!("{value:.0}{}", UNITS[unit]) }
+}

@@ -1,0 +1,81 @@
+//! Deleting snapshots, and the machine.
+
+use crate::actor::Owner;
+use crate::job::Task;
+use crate::log;
+use crate::plan::quoted;
+use crate::request::Problem;
+use crate::tree::SnapshotState;
+use serde_json::{Value, json};
+
+impl Owner {
+    /// Deletes a snapshot, or it and everything below: the rows go in one transaction. What that leaves without a name is the
+    /// collector's.
+    pub(crate) fn delete(&mut self, task: &Task, snapshot: &str, subtree: bool) -> Result<Value, Problem> {
+        let rows = self.machine();
+        let id = rows.machine.resolve(snapshot)?;
+        let gone = rows.machine.below(id, subtree);
+        let names: Vec<&str> =
+            gone.iter().filter_map(|id| rows.machine.snapshots.get(id)).map(|s| s.name.as_str()).collect();
+        if let Some(name) = rows
+            .machine
+            .snapshots
+            .values()
+            .find_map(|s| (gone.contains(&s.id) && s.state == SnapshotState::Creating).then_some(&s.name))
+        {
+            return Err(Problem::refused(format!("{name} is still being written"))
+                .hint(format!("tenby job list {}", quoted(&rows.machine.name))));
+        }
+        let result = json!({ "deleted": gone });
+        self.settle(task, &result, |machine| {
+            machine.delete(id, subtree);
+        })?;
+        self.steps.at("delete:committed");
+        log::write(&self.files, Some(task.id()), &format!("deleted {}", names.join(", ")));
+        Ok(result)
+    }
+
+    /// Deletes the machine: its folder goes out of sight in one step.
+    pub(crate) async fn delete_machine(&mut self, task: &Task, discard: bool) -> Result<Value, Problem> {
+        let rows = self.machine();
+        let in_place = rows.machine.layers.values().any(|row| row.in_place);
+        let alone =
+            rows.machine.layers.values().filter(|row| row.kind == crate::tree::LayerKind::Disk).all(|row| row.in_place);
+        if in_place && !alone && !discard {
+            self.merge_now_into_base(task).await?;
+        }
+        self.deleted = true;
+        let removed = self.shared.root.remove(self.shared.id);
+        if let Err(problem) = removed {
+            self.deleted = false;
+            return Err(problem);
+        }
+        Ok(Value::Null)
+    }
+
+    /// Folds what Now holds into the bases that were taken in place: every snapshot goes, then the collector leaves one file a disk.
+    async fn merge_now_into_base(&mut self, task: &Task) -> Result<(), Problem> {
+        let rows = self.machine();
+        let roots: Vec<_> = rows.machine.snapshots.values().filter(|s| s.parent.is_none()).map(|s| s.id).collect();
+        self.book.commit(|rows| {
+            for root in roots {
+                rows.machine.delete(root, true);
+            }
+        })?;
+        loop {
+            task.check()?;
+            self.collect();
+            if self.folding.is_none() {
+                break;
+            }
+            let ended = crate::collect::Folding::next(&mut self.folding).await;
+            self.folded(ended);
+        }
+        let machine = &self.machine().machine;
+        match machine.now.disks.values().all(|leaf| machine.chain(*leaf).len() == 1) {
+            true => Ok(()),
+            false => Err(Problem::failed(format!("what {} holds could not be merged into its base", machine.name))
+                .hint(format!("tenby vm log {}", quoted(&machine.name)))),
+        }
+    }
+}

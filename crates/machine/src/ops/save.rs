@@ -1,0 +1,78 @@
+//! Saving: the guest stands still, its memory is written out, QEMU ends. The guest never runs past the point (invariant 7).
+
+use crate::actor::Owner;
+use crate::job::Task;
+use crate::live::qemu_problem;
+use crate::log;
+use crate::plan::Written;
+use crate::ram;
+use crate::request::Problem;
+use crate::tree::{LayerKind, LayerRow, State};
+use qemu::CaptureMode;
+use serde_json::{Value, json};
+
+impl Owner {
+    /// Writes the memory out and ends QEMU.
+    pub(crate) async fn save(&mut self, task: &Task) -> Result<Value, Problem> {
+        self.passing(State::Saving);
+        let row = self.memory_row();
+        self.journal(task, "save", vec![row.file.clone()])?;
+        let was_running = self.machine().machine.now.state == State::Running;
+        let saved = self.save_memory(task, row).await;
+        let result = json!({ "state": State::Saved });
+        let settled = saved.and_then(|written| {
+            self.steps.at("save:written");
+            self.settle(task, &result, |machine| {
+                machine.now.state = State::Saved;
+                machine.now.memory = Some(written.layer.id);
+                machine.now.memory_base = None;
+                machine.now.run = None;
+                machine.now.touched = true;
+                machine.layers.insert(written.layer.id, written.layer);
+            })
+        });
+        if let Err(problem) = settled {
+            self.go_on(was_running).await;
+            return Err(problem);
+        }
+        self.steps.at("save:committed");
+        if let Some(live) = self.live.take() {
+            live.end().await;
+        }
+        self.shared.set_moment(|moment| {
+            moment.sockets = None;
+            moment.qemu = None;
+        });
+        log::write(&self.files, Some(task.id()), "saved");
+        Ok(result)
+    }
+
+    /// The row of a new memory layer: over what the RAM was last equal to, if that is still there. Whether it fits is only known when
+    /// the stream has told its blocks; see [`ram::Target`].
+    pub(crate) fn memory_row(&self) -> LayerRow {
+        let machine = &self.machine().machine;
+        let base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
+        self.files.new_row(LayerKind::Memory, base)
+    }
+
+    /// Halts the guest, makes its disks durable, and writes its memory to `row`'s file. The guest stands still afterwards.
+    pub(crate) async fn save_memory(&self, task: &Task, row: LayerRow) -> Result<Written, Problem> {
+        let (live, name) = self.running()?;
+        live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
+        self.steps.at("save:paused");
+        live.flush().await?;
+        let target = ram::Target::new(&self.files, &self.machine().machine, row);
+        let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
+        ram::write(task, &mut capture, target, ram::no_point).await
+    }
+
+    /// Lets a guest that was running go on, after something that had halted it came to nothing.
+    pub(crate) async fn go_on(&self, was_running: bool) {
+        if let Some(live) = &self.live
+            && was_running
+            && let Err(error) = live.qemu.resume().await
+        {
+            tracing::error!("the guest could not be resumed: {error}");
+        }
+    }
+}

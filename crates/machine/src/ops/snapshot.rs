@@ -1,0 +1,256 @@
+//! Taking a snapshot.
+//!
+//! A machine that stands still with its memory on disk, or has none, takes one transaction. A running one goes by sequence A: QEMU
+//! stops and resumes itself for a few milliseconds; what it writes to its disks around that moment is logged and sorted out by
+//! QEMU's own stamps; its memory streams into the new layer while it runs on.
+
+use crate::actor::Owner;
+use crate::files::{Parent, image_problem};
+use crate::job::Task;
+use crate::live::{blocking, qemu_problem};
+use crate::log;
+use crate::plan::{Take, Written};
+use crate::ram;
+use crate::request::Problem;
+use crate::tree::{DiskId, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
+use image::{Layer, Received};
+use qemu::{Capture, CaptureMode};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use store::Mode;
+
+/// What the window around the point may hold of the guest's writes, bytes, over all disks.
+const WINDOW: u64 = 256 << 20;
+
+/// Fresh leaves: their rows, and their files once they are made.
+pub(crate) type Leaves = Vec<(DiskId, LayerRow)>;
+
+impl Owner {
+    /// Takes a snapshot of the machine as it is.
+    pub(crate) async fn snapshot(&mut self, task: &Task, name: Option<&str>, note: &str) -> Result<Value, Problem> {
+        self.doing("snapshotting");
+        let rows = self.machine();
+        let machine = &rows.machine;
+        let created = jiff::Timestamp::now();
+        let running = matches!(machine.now.state, State::Running | State::Paused);
+        let take = Take {
+            id: SnapshotId::new(),
+            name: machine.snapshot_name(name, created)?,
+            note: note.to_owned(),
+            created,
+            vm_state: machine.now.state,
+            memory: machine.now.memory,
+            state: if running { SnapshotState::Creating } else { SnapshotState::Ready },
+        };
+        let result = json!({ "snapshot": take.id, "name": take.name });
+        if running {
+            self.snapshot_live(task, take, &result).await
+        } else {
+            self.snapshot_still(task, take, &result).await
+        }?;
+        log::write(&self.files, Some(task.id()), &format!("snapshot {}", result["name"].as_str().unwrap_or_default()));
+        Ok(result)
+    }
+
+    async fn snapshot_still(&self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
+        let leaves = self.leaf_rows(&self.machine().machine.now.disks);
+        self.journal(task, "snapshot", files_of(&leaves))?;
+        self.make_leaves(&leaves).await?;
+        self.steps.at("snapshot:files");
+        task.check()?;
+        self.settle(task, result, |machine| machine.take(take, leaves))?;
+        self.steps.at("snapshot:committed");
+        Ok(())
+    }
+
+    async fn snapshot_live(&mut self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
+        let id = take.id;
+        let leaves = self.leaf_rows(&self.machine().machine.now.disks);
+        let memory = self.memory_row();
+        let mut files = files_of(&leaves);
+        files.push(memory.file.clone());
+        self.journal(task, "snapshot", files)?;
+        let made = self.make_leaves(&leaves).await?;
+        self.steps.at("snapshot:files");
+        // The ledger knows the new leaves before the first write is acknowledged into one (invariant 3).
+        let rows = leaves.clone();
+        self.book.commit(|state| state.machine.take(take, rows))?;
+        self.steps.at("snapshot:leaves");
+        let captured = self.capture(task, memory, &leaves, made).await;
+        self.steps.at("snapshot:captured");
+        let settled = captured.and_then(|written| {
+            self.seal().and_then(|()| self.settle(task, result, |machine| machine.ready(id, Some(written))))
+        });
+        if let Err(problem) = settled {
+            // The guest has gone on, on its new leaves; the collector folds what is below.
+            self.book.commit(|state| state.machine.abandon(id))?;
+            self.seal()?;
+            return Err(problem);
+        }
+        self.steps.at("snapshot:committed");
+        Ok(())
+    }
+
+    /// The leaves that were frozen are durable and left clean.
+    fn seal(&mut self) -> Result<(), Problem> {
+        let rows = self.machine();
+        self.live.as_mut().map_or(Ok(()), |live| live.seal(&self.files, &rows.machine))
+    }
+
+    async fn capture(
+        &mut self,
+        task: &Task,
+        memory: LayerRow,
+        leaves: &Leaves,
+        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+    ) -> Result<Written, Problem> {
+        let running = self.machine().machine.now.state == State::Running;
+        let target = ram::Target::new(&self.files, &self.machine().machine, memory);
+        if running && qemu::userfaultfd().is_ok() {
+            self.capture_running(task, target, leaves, made).await
+        } else {
+            self.capture_halted(task, target, leaves, made, running).await
+        }
+    }
+
+    /// Sequence C: the guest stands still until its memory is written.
+    async fn capture_halted(
+        &mut self,
+        task: &Task,
+        target: ram::Target,
+        leaves: &Leaves,
+        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+        running: bool,
+    ) -> Result<Written, Problem> {
+        let name = self.shared.name();
+        let began = std::time::Instant::now();
+        let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
+        if running {
+            live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
+        }
+        let mut captured = async {
+            live.flush().await?;
+            for (disk, row) in leaves {
+                let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
+                chain.push(Arc::clone(layer)).map_err(|e| image_problem(&e))?;
+                live.pushed(disk, row.id, Arc::clone(layer));
+            }
+            let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
+            ram::write(task, &mut capture, target, ram::no_point).await
+        }
+        .await;
+        self.go_on(running).await;
+        if let (Ok(written), true) = (&mut captured, running) {
+            written.stats.pause_us = Some(began.elapsed().as_micros() as u64);
+        }
+        captured
+    }
+
+    /// Sequence A: QEMU stops and resumes itself; the disks' writes around that are sorted out by its stamps.
+    async fn capture_running(
+        &mut self,
+        task: &Task,
+        target: ram::Target,
+        leaves: &Leaves,
+        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+    ) -> Result<Written, Problem> {
+        let name = self.shared.name();
+        let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
+        let limit = WINDOW / leaves.len().max(1) as u64;
+        let mut windows = Vec::new();
+        for (disk, row) in leaves {
+            let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
+            windows.push(chain.push_ambiguous(Arc::clone(layer), limit).map_err(|e| image_problem(&e))?);
+            live.pushed(disk, row.id, Arc::clone(layer));
+        }
+        let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
+        let steps = Arc::clone(&self.steps);
+        ram::write(task, &mut capture, target, async |capture: &mut Capture| {
+            steps.at("snapshot:window");
+            let point = find_point(capture, &mut windows).await.map_err(|e| match e {
+                Sorting::Qemu(e) => qemu_problem(&name, &e),
+                Sorting::Problem(problem) => problem,
+            })?;
+            steps.at("snapshot:point");
+            // The frozen leaves take what came before the point, and are durable before the snapshot is ready.
+            let resumed = Received(point.resumed.micros() * 1000);
+            let mut windows = std::mem::take(&mut windows);
+            blocking(move || {
+                windows.iter_mut().try_for_each(|window| window.finish(resumed)).map_err(|e| image_problem(&e))
+            })
+            .await?;
+            Ok(Some(point.pause_micros()))
+        })
+        .await
+    }
+
+    /// The rows of fresh leaves over these layers.
+    pub(crate) fn leaf_rows(&self, over: &BTreeMap<DiskId, LayerId>) -> Leaves {
+        let row =
+            |(disk, parent): (&DiskId, &LayerId)| (disk.clone(), self.files.new_row(LayerKind::Disk, Some(*parent)));
+        over.iter().map(row).collect()
+    }
+
+    /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being served: by its own handle.
+    pub(crate) async fn make_leaves(&self, leaves: &Leaves) -> Result<BTreeMap<LayerId, Arc<dyn Layer>>, Problem> {
+        let rows = self.machine();
+        let mut parents = Vec::new();
+        for (disk, row) in leaves {
+            let served =
+                || self.live.as_ref()?.leaf(disk).filter(|_| rows.machine.now.disks.get(disk) == row.parent.as_ref());
+            parents.push(served());
+        }
+        let (files, leaves) = (self.files.clone(), leaves.clone());
+        blocking(move || {
+            let mut made = BTreeMap::new();
+            for ((_, row), served) in leaves.iter().zip(parents) {
+                made.insert(row.id, make_leaf(&files, &rows.machine, row, served)?);
+            }
+            files.sync_names()?;
+            Ok(made)
+        })
+        .await
+    }
+}
+
+fn make_leaf(
+    files: &crate::files::Files,
+    machine: &Machine,
+    row: &LayerRow,
+    served: Option<Arc<dyn Layer>>,
+) -> Result<Arc<dyn Layer>, Problem> {
+    let parent_row = row.parent.and_then(|id| machine.layers.get(&id));
+    let parent_row = parent_row.ok_or_else(|| Problem::damaged("a leaf's parent is not in the ledger"))?;
+    let parent = match served {
+        Some(layer) => layer,
+        None => files.open_layer(parent_row, Mode::Read)?,
+    };
+    let size = parent.info().size;
+    files.create_layer(row, size, Some(&Parent { layer: parent.as_ref(), row: parent_row }))
+}
+
+/// The names of files that are about to be made.
+pub(crate) fn files_of(leaves: &Leaves) -> Vec<String> {
+    leaves.iter().map(|(_, row)| row.file.clone()).collect()
+}
+
+enum Sorting {
+    Qemu(qemu::Error),
+    Problem(Problem),
+}
+
+/// Waits for the point. While QEMU has certainly not come to it, what the disks have received goes to the old leaves at once.
+async fn find_point(capture: &mut Capture, windows: &mut [image::Ambiguous]) -> Result<qemu::Point, Sorting> {
+    loop {
+        let before = capture.before_point().await.map_err(Sorting::Qemu)?;
+        let Some(before) = before else { return capture.point().await.map_err(Sorting::Qemu) };
+        for window in windows.iter_mut() {
+            window.settle_before(Received(before.micros() * 1000)).map_err(|e| Sorting::Problem(image_problem(&e)))?;
+        }
+        if windows.iter().any(image::Ambiguous::is_full) {
+            return Err(Sorting::Problem(Problem::failed("the guest writes more than the window of a snapshot holds")));
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}

@@ -1,0 +1,217 @@
+//! Starting, pausing, resuming, restarting; and what the guest does by itself.
+
+use crate::actor::Owner;
+use crate::files::Files;
+use crate::job::Task;
+use crate::live::{Live, pin, ports, qemu_problem};
+use crate::log;
+use crate::plan::quoted;
+use crate::request::Problem;
+use crate::tree::{LayerId, Machine, State};
+use image::Layer;
+use qemu::{Installed, RunState};
+use serde_json::{Value, json};
+use std::sync::Arc;
+use store::Mode;
+
+impl Owner {
+    /// Boots the guest, or resumes its saved memory. The ledger says `running` before the guest's first instruction (invariant 6).
+    pub(crate) async fn start(&mut self, task: &Task, paused: bool) -> Result<Value, Problem> {
+        self.passing(State::Starting);
+        let mut next = self.machine().machine.clone();
+        let memory = next.now.memory;
+        let live = self.bring_up(&mut next, memory).await?;
+        self.steps.at("start:up");
+        if let Err(problem) = task.check() {
+            live.end().await;
+            return Err(problem);
+        }
+        let state = if paused { State::Paused } else { State::Running };
+        run_now(&mut next, state, memory, &live);
+        let result = json!({ "state": state });
+        if let Err(problem) = self.settle(task, &result, |machine| *machine = next) {
+            live.end().await;
+            return Err(problem);
+        }
+        self.steps.at("start:committed");
+        self.go_live(live).await;
+        if !paused {
+            self.let_run().await?;
+        }
+        log::write(
+            &self.files,
+            Some(task.id()),
+            if memory.is_some() { "resumed from its saved memory" } else { "started" },
+        );
+        Ok(result)
+    }
+
+    /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen for life at the
+    /// first start is noted in `next`.
+    pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
+        let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
+        pin(&mut next.now.config, &installed)?;
+        let layers = memory.map(|id| open_memory(&self.files, next, id)).transpose()?;
+        Live::bring_up(&self.files, next, &installed, layers).await
+    }
+
+    /// This QEMU is the machine's from now on.
+    pub(crate) async fn go_live(&mut self, live: Live) {
+        let sockets = live.sockets(&self.machine().machine);
+        let pid = live.qemu.identity().pid;
+        self.shared.set_moment(|moment| {
+            moment.sockets = Some(sockets);
+            moment.qemu = Some(pid);
+            moment.alert = None;
+        });
+        if let Err(error) = live.qemu.attach_console(&self.console).await {
+            tracing::warn!("the console cannot be typed on: {error}");
+        }
+        self.live = Some(live);
+    }
+
+    /// Opens the published ports and lets the guest run.
+    pub(crate) async fn let_run(&self) -> Result<(), Problem> {
+        let Some(live) = &self.live else { return Ok(()) };
+        let rows = self.machine();
+        let name = &rows.machine.name;
+        let published = live.qemu.publish(&ports(&rows.machine.now.config)?).await;
+        live.qemu.resume().await.map_err(|e| qemu_problem(name, &e))?;
+        published.map_err(|e| {
+            Problem::failed(format!("{name} runs, but a port could not be published: {e}"))
+                .hint(format!("tenby vm show {}", quoted(name)))
+        })
+    }
+
+    /// Halts the processors.
+    pub(crate) async fn pause(&mut self, task: &Task) -> Result<Value, Problem> {
+        let (live, name) = self.running()?;
+        live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
+        self.steps.at("pause:paused");
+        let result = json!({ "state": State::Paused });
+        let paused = self.settle(task, &result, |machine| machine.now.state = State::Paused);
+        if paused.is_err() {
+            live.qemu.resume().await.map_err(|e| qemu_problem(&name, &e))?;
+        }
+        paused.map(|()| result)
+    }
+
+    /// Lets the processors go on.
+    pub(crate) async fn resume(&mut self, task: &Task) -> Result<Value, Problem> {
+        let result = json!({ "state": State::Running });
+        self.settle(task, &result, |machine| {
+            machine.now.state = State::Running;
+            machine.now.touched = true;
+        })?;
+        self.steps.at("resume:committed");
+        self.let_run().await?;
+        self.shared.set_moment(|moment| moment.alert = None);
+        Ok(result)
+    }
+
+    /// Resets the guest.
+    pub(crate) async fn restart(&mut self, task: &Task) -> Result<Value, Problem> {
+        let (live, name) = self.running()?;
+        live.qemu.reset().await.map_err(|e| qemu_problem(&name, &e))?;
+        log::write(&self.files, Some(task.id()), "restarted");
+        Ok(Value::Null)
+    }
+
+    pub(crate) fn running(&self) -> Result<(&Live, String), Problem> {
+        let name = self.shared.name();
+        match &self.live {
+            Some(live) => Ok((live, name)),
+            None => Err(Problem::failed(format!("{name} has no QEMU"))),
+        }
+    }
+
+    /// A picture of the screen, PNG.
+    pub(crate) async fn screenshot(&self) -> Result<Vec<u8>, Problem> {
+        let rows = self.machine();
+        let name = &rows.machine.name;
+        let Some(live) = &self.live else {
+            return Err(Problem::refused(format!(
+                "{name} has no screen while it is {}",
+                crate::admit::word(rows.machine.now.state)
+            ))
+            .hint(format!("tenby vm start {}", quoted(name))));
+        };
+        let file = live.run_dir().join("screen.png");
+        live.qemu.screendump(&file).await.map_err(|e| qemu_problem(name, &e))?;
+        let read = || {
+            let store = store::host::open_file(&file, Mode::Read)?;
+            let mut png = vec![0; store.len()? as usize];
+            store.read_at(&mut png, 0)?;
+            Ok(png)
+        };
+        read().map_err(|e: store::Error| crate::files::file_problem(&e))
+    }
+
+    /// The guest has come to something by itself: it powered off, its QEMU ended, a disk failed.
+    pub(crate) async fn react(&mut self, event: RunState) {
+        match event {
+            RunState::Shutdown => self.off("the guest powered off", None).await,
+            RunState::Exited(how) => {
+                let alert = format!("QEMU {how}; the disks are as after a power cut");
+                self.off(&alert, Some(alert.clone())).await;
+            }
+            RunState::IoError => {
+                self.halted("a disk could not be read or written; the guest stands still until it is resumed")
+            }
+            RunState::Panicked => self.halted("the guest reported its own death and stands still"),
+            RunState::Broken => self.halted("QEMU cannot let the guest run any further"),
+            RunState::Running | RunState::Paused | RunState::Incoming => {}
+        }
+    }
+
+    fn halted(&self, why: &str) {
+        log::write(&self.files, None, why);
+        self.shared.set_moment(|moment| moment.alert = Some(why.to_owned()));
+        let halted = self.book.commit(|rows| rows.machine.now.state = State::Paused);
+        if let Err(problem) = halted {
+            tracing::error!("{problem}");
+        }
+    }
+
+    /// The machine is off: QEMU goes, if it is still there.
+    pub(crate) async fn off(&mut self, why: &str, alert: Option<String>) {
+        self.stop_folding().await;
+        if let Some(live) = self.live.take() {
+            live.end().await;
+        }
+        self.shared.set_moment(|moment| {
+            moment.sockets = None;
+            moment.qemu = None;
+            moment.alert = alert;
+        });
+        log::write(&self.files, None, why);
+        if let Err(problem) = self.book.commit(|rows| turn_off(&mut rows.machine)) {
+            tracing::error!("{problem}; the next worker finds QEMU gone and says the same");
+        }
+    }
+}
+
+/// The rows of a machine that is off.
+pub(crate) fn turn_off(machine: &mut Machine) {
+    let now = &mut machine.now;
+    now.state = State::Off;
+    now.memory = None;
+    now.memory_base = None;
+    now.run = None;
+    now.touched = true;
+}
+
+/// The rows of a machine that has come up in this QEMU.
+pub(crate) fn run_now(machine: &mut Machine, state: State, memory: Option<LayerId>, live: &Live) {
+    let now = &mut machine.now;
+    now.state = state;
+    now.memory = None;
+    now.memory_base = memory;
+    now.run = Some(live.run());
+    now.touched = true;
+}
+
+/// A memory layer with what it stands on, base first.
+pub(crate) fn open_memory(files: &Files, machine: &Machine, id: LayerId) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+    files.open_chain(machine, id, Mode::Read)
+}

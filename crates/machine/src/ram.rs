@@ -1,0 +1,157 @@
+//! A machine's memory to and from its layers.
+
+use crate::files::{Files, Parent, image_problem};
+use crate::job::Task;
+use crate::live::qemu_problem;
+use crate::plan::Written;
+use crate::request::{Problem, ProblemKind};
+use crate::tree::{LayerRow, Machine, Stats};
+use image::{Access, Chain, Layer};
+use memory::{Captured, NewLayer, Signal};
+use qemu::Capture;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Instant;
+use store::Mode;
+
+/// The memory layer that a capture is to make.
+#[derive(Debug)]
+pub(crate) struct Target {
+    files: Files,
+    row: LayerRow,
+    /// What the RAM was last equal to, base first, with the row of the topmost.
+    parent: Option<(Vec<Arc<dyn Layer>>, LayerRow)>,
+    name: String,
+}
+
+impl Target {
+    /// A capture into `row`, over the parent that the row names. A parent that cannot be opened is done without: the new layer is
+    /// then larger, which is better than no snapshot.
+    pub(crate) fn new(files: &Files, machine: &Machine, row: LayerRow) -> Self {
+        let parent = row.parent.and_then(|id| {
+            let layers = files.open_chain(machine, id, Mode::Read).inspect_err(|e| tracing::warn!("{e}")).ok()?;
+            Some((layers, machine.layers.get(&id)?.clone()))
+        });
+        Self { files: files.clone(), row, parent, name: machine.name.clone() }
+    }
+
+    /// Reads the stream to its end into the new layer. Blocks.
+    fn capture(mut self, stream: UnixStream, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
+        let parent = match &self.parent {
+            Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
+            None => None,
+        };
+        let (files, row) = (&self.files, &mut self.row);
+        let below = &self.parent;
+        let new_layer = |new: NewLayer| {
+            let below = below.as_ref().filter(|_| new.on_parent);
+            row.parent = below.map(|(_, row)| row.id);
+            Self::make(files, row, new.size, below).map_err(|problem| problem.message.into())
+        };
+        let captured = memory::capture(stream, parent.as_ref(), new_layer, signal).map_err(|e| memory_problem(&e))?;
+        files.sync_names()?;
+        Ok((self.row, captured))
+    }
+
+    fn make(
+        files: &Files,
+        row: &LayerRow,
+        size: u64,
+        below: Option<&(Vec<Arc<dyn Layer>>, LayerRow)>,
+    ) -> Result<Arc<Chain>, Problem> {
+        let top = below.and_then(|(layers, row)| layers.last().map(|layer| (layer, row)));
+        let parent = top.map(|(layer, row)| Parent { layer: layer.as_ref(), row });
+        let layer = files.create_layer(row, size, parent.as_ref())?;
+        let mut layers = below.map(|(layers, _)| layers.clone()).unwrap_or_default();
+        layers.push(layer);
+        Chain::new(layers, Access::Write).map(Arc::new).map_err(|e| image_problem(&e))
+    }
+}
+
+/// For captures of a guest that stands still: there is no point to wait for.
+pub(crate) async fn no_point(_: &mut Capture) -> Result<Option<u64>, Problem> {
+    Ok(None)
+}
+
+/// Writes a capture to its end. `at_point` waits for the point, while the stream is being read, and says how long the guest stood
+/// still (microseconds). When anything fails, or the task is cancelled, the capture ends and the guest is as it was before it.
+pub(crate) async fn write(
+    task: &Task,
+    capture: &mut Capture,
+    target: Target,
+    at_point: impl AsyncFnOnce(&mut Capture) -> Result<Option<u64>, Problem>,
+) -> Result<Written, Problem> {
+    let began = Instant::now();
+    let name = target.name.clone();
+    let stream = capture.reader();
+    let closer = stream.try_clone().map_err(|e| Problem::failed(format!("{name}: {e}")))?;
+    let told = task.clone();
+    let signal = move |signal| {
+        if let Signal::Progress { done, total } = signal {
+            told.progress(done, total);
+        }
+    };
+    let reader = tokio::task::spawn_blocking(move || target.capture(stream, signal));
+    let ended = tokio::select! {
+        ended = to_the_end(&name, capture, at_point) => ended,
+        () = task.cancel().wait() => Err(Problem::new(ProblemKind::Cancelled, "cancelled; nothing has changed")),
+    };
+    if ended.is_err() {
+        // The reader sees the end of the stream; QEMU sees that nobody reads.
+        let _ = closer.shutdown(std::net::Shutdown::Both);
+        if let Err(error) = capture.cancel().await {
+            tracing::warn!("ending a capture: {error}");
+        }
+    }
+    let read = reader.await.map_err(|e| Problem::failed(format!("reading {name}'s memory broke off: {e}")))?;
+    // If our side failed (a full disk), QEMU's complaint about a closed socket is only its echo.
+    let ((layer, captured), pause_us) = match (read, ended) {
+        (Ok(read), Ok(pause)) => (read, pause),
+        (Err(problem), Ok(_)) => return Err(problem),
+        (Err(ours), Err(theirs)) if theirs.kind != ProblemKind::Cancelled && !is_echo(&ours) => return Err(ours),
+        (_, Err(problem)) => return Err(problem),
+    };
+    let stats = Stats {
+        pause_us,
+        save_ms: Some(began.elapsed().as_millis() as u64),
+        pages_stored: captured.counts.stored + captured.counts.zeroed,
+        pages_same: captured.counts.same,
+        pages_zero: captured.counts.empty,
+    };
+    Ok(Written { layer, stats })
+}
+
+async fn to_the_end(
+    name: &str,
+    capture: &mut Capture,
+    at_point: impl AsyncFnOnce(&mut Capture) -> Result<Option<u64>, Problem>,
+) -> Result<Option<u64>, Problem> {
+    let pause = at_point(capture).await?;
+    capture.finished().await.map_err(|e| qemu_problem(name, &e))?;
+    Ok(pause)
+}
+
+/// Whether the reader only saw the stream end.
+fn is_echo(problem: &Problem) -> bool {
+    problem.message.contains("ended early")
+}
+
+/// Writes the memory in `layers` (base first) to a QEMU that waits for it. Blocks.
+pub(crate) fn restore(layers: Vec<Arc<dyn Layer>>, to: UnixStream) -> Result<(), Problem> {
+    let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
+    memory::restore(&chain, to, |_, _| {}).map(|_| ()).map_err(|e| memory_problem(&e))
+}
+
+fn memory_problem(error: &memory::Error) -> Problem {
+    let kind = match error.kind {
+        memory::ErrorKind::Damaged => ProblemKind::Damaged,
+        _ => ProblemKind::Failed,
+    };
+    let mut message = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        message = format!("{message}: {cause}");
+        source = cause.source();
+    }
+    Problem::new(kind, message)
+}

@@ -1,0 +1,109 @@
+//! What a new worker does first: the machine as the last transaction left it, nothing half-done, nothing lost.
+//!
+//! ```text
+//!   1  QEMU: serve its disks again, then take it over; or it is gone and the machine is off
+//!   2  what is journalled was not committed: its files go, its snapshot goes, its job has failed
+//!   3  QEMU does what the ledger says: what was halted for a request that came to nothing goes on
+//!   4  jobs that had not ended, have
+//!   5  files that nobody knows stay, and are reported
+//! ```
+
+use crate::actor::Owner;
+use crate::job::end;
+use crate::live::{Live, end_strays, qemu_problem};
+use crate::log;
+use crate::request::Problem;
+use crate::tree::{Machine, SnapshotId, SnapshotState, State};
+use qemu::RunState;
+
+impl Owner {
+    /// Recovers. When it returns the machine can be asked for anything.
+    pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
+        self.find_qemu().await?;
+        self.undo_unfinished()?;
+        self.agree_with_qemu().await?;
+        for file in self.files.unknown(&self.machine().machine)? {
+            log::write(&self.files, None, &format!("{file} is not in the ledger; it is left alone"));
+        }
+        Ok(())
+    }
+
+    async fn find_qemu(&mut self) -> Result<(), Problem> {
+        let rows = self.machine();
+        end_strays(&rows.machine);
+        let alive = matches!(rows.machine.now.state, State::Running | State::Paused);
+        if !alive {
+            return Ok(());
+        }
+        let live = match &rows.machine.now.run {
+            Some(run) => Live::adopt(&self.files, &rows.machine, run).await?,
+            None => None,
+        };
+        match live {
+            Some(live) => {
+                log::write(&self.files, None, "a new worker has taken over the running machine");
+                self.go_live(live).await;
+            }
+            None => {
+                let words = "its QEMU is gone; the disks are as after a power cut";
+                self.off(words, Some(words.to_owned())).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn undo_unfinished(&self) -> Result<(), Problem> {
+        let rows = self.machine();
+        let half: Vec<SnapshotId> = half_taken(&rows.machine);
+        if !half.is_empty() {
+            self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
+        }
+        for journal in rows.journals() {
+            log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
+            self.forget(&journal)?;
+        }
+        let died = Err(Problem::failed("the worker died in the middle of this; it was undone, nothing is lost"));
+        let open: Vec<_> = rows.jobs().into_iter().filter(|job| !job.state.ended()).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        self.book.commit(|rows| {
+            for mut job in open {
+                end(&mut job, &died);
+                self.shared.jobs.put(job.clone());
+                rows.insert_job(job);
+            }
+        })
+    }
+
+    async fn agree_with_qemu(&mut self) -> Result<(), Problem> {
+        let Some(live) = &self.live else { return Ok(()) };
+        let rows = self.machine();
+        let name = &rows.machine.name;
+        end_capture(&live.qemu).await.map_err(|e| qemu_problem(name, &e))?;
+        match (live.qemu.state(), rows.machine.now.state) {
+            (RunState::Shutdown | RunState::Exited(_), _) => self.off("the guest powered off", None).await,
+            // Halted for a request that was undone; or started, or resumed, by one that was committed.
+            (RunState::Paused, State::Running) => self.let_run().await?,
+            // A pause that was undone.
+            (RunState::Running, State::Paused) => live.qemu.pause().await.map_err(|e| qemu_problem(name, &e))?,
+            (state @ (RunState::IoError | RunState::Panicked | RunState::Broken), _) => self.react(state).await,
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// A capture that was under way has lost its reader; it is over before anything else is asked of QEMU.
+async fn end_capture(qemu: &qemu::Qemu) -> qemu::Result<()> {
+    use qemu::MigrationStatus::{Active, Cancelling, Device, Setup};
+    while matches!(qemu.qmp().migration().await?.status, Setup | Active | Device | Cancelling) {
+        qemu.qmp().migrate_cancel().await?;
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    Ok(())
+}
+
+fn half_taken(machine: &Machine) -> Vec<SnapshotId> {
+    machine.snapshots.values().filter(|s| s.state == SnapshotState::Creating).map(|s| s.id).collect()
+}

@@ -1,0 +1,149 @@
+//! The rows as their users see them: with the sizes of files, the depth of chains, and what is pending.
+
+use crate::files::Files;
+use crate::garbage::garbage;
+use crate::request::f64_ms::Millis;
+use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, View};
+use crate::tree::{Config, DiskId, LayerId, Machine, Snapshot, State};
+use image::Source;
+use std::collections::BTreeMap;
+use store::Mode;
+
+/// What is not in the rows: what the worker knows of the moment.
+#[derive(Debug, Clone, Default)]
+pub struct Live {
+    /// The state as it is just now, if it differs from the ledger's (`starting`, `stopping`, `saving`).
+    pub state: Option<State>,
+    /// What is under way.
+    pub doing: Vec<String>,
+    /// Something that a person should know.
+    pub alert: Option<String>,
+    /// Where QEMU can be reached.
+    pub sockets: Option<Sockets>,
+    /// The worker's process id.
+    pub worker: Option<i32>,
+    /// QEMU's process id.
+    pub qemu: Option<i32>,
+}
+
+/// The machine.
+pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
+    let config = &machine.now.config;
+    View {
+        id: machine.id,
+        name: machine.name.clone(),
+        note: machine.note.clone(),
+        state: live.state.unwrap_or(machine.now.state),
+        doing: live.doing.clone(),
+        alert: live.alert.clone(),
+        memory: config.memory,
+        cpus: config.cpus,
+        disks: disks(machine, files, config, &machine.now.disks),
+        net: config.net.clone(),
+        config: config.clone(),
+        sockets: live.sockets.clone(),
+        worker: live.worker,
+        qemu: live.qemu,
+        created: machine.created,
+    }
+}
+
+/// The snapshots, and what the collector has still to do.
+pub fn tree(machine: &Machine, files: &Files, state: State) -> TreeView {
+    let now = &machine.now;
+    let now_disks = disks(machine, files, &now.config, &now.disks);
+    let disk_bytes = now_disks.iter().map(|disk| disk.bytes).sum();
+    let mut snapshots: Vec<&Snapshot> = machine.snapshots.values().collect();
+    snapshots.sort_by_key(|s| (s.created, s.id));
+    TreeView {
+        vm: machine.name.clone(),
+        now: NowView { parent: now.parent, state, changed: changed(machine, files), disk_bytes, disks: now_disks },
+        snapshots: snapshots.into_iter().map(|s| snapshot(machine, files, s)).collect(),
+        pending: pending(machine, files),
+        undo: Vec::new(),
+    }
+}
+
+fn snapshot(machine: &Machine, files: &Files, snapshot: &Snapshot) -> SnapshotView {
+    let disks = disks(machine, files, &snapshot.config, &snapshot.disks);
+    let stats = &snapshot.stats;
+    SnapshotView {
+        id: snapshot.id,
+        name: snapshot.name.clone(),
+        note: snapshot.note.clone(),
+        parent: snapshot.parent,
+        created: snapshot.created,
+        state: snapshot.state,
+        vm_state: snapshot.vm_state,
+        memory: snapshot.memory.is_some(),
+        memory_bytes: snapshot.memory.map_or(0, |id| bytes(machine, files, id)),
+        disk_bytes: disks.iter().map(|disk| disk.bytes).sum(),
+        pause_ms: stats.pause_us.map(|micros| Millis { micros }),
+        save_ms: stats.save_ms,
+        pages: Pages { stored: stats.pages_stored, same: stats.pages_same, zero: stats.pages_zero },
+        disks,
+        config: snapshot.config.clone(),
+    }
+}
+
+fn disks(machine: &Machine, files: &Files, config: &Config, leaves: &BTreeMap<DiskId, LayerId>) -> Vec<DiskView> {
+    let view = |disk: &crate::tree::Disk| {
+        let leaf = leaves.get(&disk.id)?;
+        let row = machine.layers.get(leaf)?;
+        Some(DiskView {
+            id: disk.id.clone(),
+            file: files.layer_path(row).to_string_lossy().into_owned(),
+            format: row.format.clone(),
+            size: disk.size,
+            bytes: files.allocated(row),
+            depth: machine.chain(*leaf).len() as u32,
+        })
+    };
+    config.disks.iter().filter_map(view).collect()
+}
+
+fn bytes(machine: &Machine, files: &Files, id: LayerId) -> u64 {
+    machine.layers.get(&id).map_or(0, |row| files.allocated(row))
+}
+
+/// Whether Now differs from the snapshot that it stands on.
+pub fn changed(machine: &Machine, files: &Files) -> bool {
+    let now = &machine.now;
+    let Some(parent) = now.parent.and_then(|id| machine.snapshots.get(&id)) else { return true };
+    let running = matches!(now.state, State::Running | State::Paused);
+    let memory = now.memory != parent.memory;
+    let written = || now.disks.values().any(|leaf| written(machine, files, *leaf) > 0);
+    now.touched || running || memory || now.config != parent.config || written()
+}
+
+/// Bytes of the virtual disk that a leaf holds itself. Only while nobody writes it; what cannot be read counts as changed.
+pub fn written(machine: &Machine, files: &Files, leaf: LayerId) -> u64 {
+    let held = || {
+        let layer = files.open_layer(machine.layers.get(&leaf)?, Mode::Read).ok()?;
+        let mut runs = Vec::new();
+        layer.map(0, layer.info().size, &mut runs).ok()?;
+        Some(runs.iter().filter(|run| run.source != Source::Absent).map(|run| run.len).sum())
+    };
+    held().unwrap_or(u64::MAX)
+}
+
+/// What the collector has still to do, and why it waits where it waits.
+pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
+    let name = |id: &LayerId| machine.layers.get(id).map(|row| row.file.clone()).unwrap_or_default();
+    let entry = |kind: &str, id: &LayerId| Pending {
+        kind: kind.to_owned(),
+        file: name(id),
+        into: None,
+        bytes: bytes(machine, files, *id),
+        reason: None,
+    };
+    let found = garbage(machine);
+    let children = machine.children();
+    let remove = found.remove.iter().map(|id| entry("remove", id));
+    let fold = found.fold.iter().map(|fold| Pending { into: Some(name(&fold.into)), ..entry("merge", &fold.child) });
+    let wait = found.wait.iter().map(|id| {
+        let n = children.get(id).map_or(0, Vec::len);
+        Pending { reason: Some(format!("{n} files stand on it")), ..entry("wait", id) }
+    });
+    remove.chain(fold).chain(wait).collect()
+}
