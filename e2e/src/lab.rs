@@ -189,6 +189,70 @@ impl Lab {
         self.json(&["vm", "show", name])["state"].as_str().unwrap_or_default().to_owned()
     }
 
+    /// Takes a snapshot of [`BASE`], and gives its id.
+    #[track_caller]
+    pub fn snapshot(&self, name: &str) -> String {
+        let job = self.json(&["snapshot", "create", BASE, name]);
+        job["result"]["snapshot"].as_str().unwrap_or_else(|| panic!("no id in {job}")).to_owned()
+    }
+
+    /// The snapshots of [`BASE`].
+    #[track_caller]
+    pub fn tree(&self) -> Value {
+        self.json(&["snapshot", "list", BASE])
+    }
+
+    /// Waits until nothing is under way or pending, but for files that other files stand on.
+    ///
+    /// # Panics
+    /// If that does not come.
+    pub fn settle(&self) {
+        wait_for("all work to end", || {
+            let jobs = self.json(&["job", "list", BASE]);
+            let running = jobs["jobs"].as_array().expect("a list").iter().any(|job| job["ended"].is_null());
+            let pending = self.tree()["pending"].as_array().expect("a list").iter().any(|work| work["kind"] != "wait");
+            (!running && !pending).then_some(())
+        });
+    }
+
+    /// Every snapshot can be applied, and the folder holds the files that the ledger names, no more and no fewer.
+    ///
+    /// # Panics
+    /// If that is not so.
+    pub fn assert_tidy(&self) {
+        let tree = self.tree();
+        for snapshot in tree["snapshots"].as_array().expect("a list") {
+            assert_eq!(snapshot["state"], "ready", "{snapshot}");
+        }
+        let ledger = self.json(&["vm", "ledger", BASE]);
+        let rows = ledger["machine"]["layers"].as_object().unwrap_or_else(|| panic!("no layers in {ledger}"));
+        let mut named: Vec<String> =
+            rows.values().map(|row| row["file"].as_str().expect("a name").to_owned()).collect();
+        named.sort();
+        let there: Vec<String> = self.files().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(there, named, "the files of the folder, and those of the ledger");
+    }
+
+    /// The layers' files of [`BASE`], by name below its folder, with the bytes that each occupies.
+    pub fn files(&self) -> Vec<(String, u64)> {
+        let folder = self.machine_folder();
+        let mut files = Vec::new();
+        for kind in ["disks", "memory"] {
+            for entry in std::fs::read_dir(folder.join(kind)).expect("a machine has this folder") {
+                let entry = entry.expect("the folder can be read");
+                let occupied = std::os::unix::fs::MetadataExt::blocks(&entry.metadata().expect("it is there")) * 512;
+                files.push((format!("{kind}/{}", entry.file_name().to_string_lossy()), occupied));
+            }
+        }
+        files.sort();
+        files
+    }
+
+    /// The folder of [`BASE`].
+    pub fn machine_folder(&self) -> PathBuf {
+        self.root().join(self.json(&["vm", "show", BASE])["id"].as_str().expect("a machine has an id"))
+    }
+
     /// Every process of this lab: the program's, its workers' and their QEMUs'.
     pub fn processes(&self) -> Vec<Process> {
         let mark = self.folder.path().to_string_lossy().into_owned();

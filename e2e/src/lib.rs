@@ -3,6 +3,7 @@
 //! ```text
 //!   Lab      a root of its own, the program run in it, and nothing left of it afterwards
 //!   Witness  the guest's first process, asked over the serial console (e2e/witness says what can be asked)
+//!   Screen   what a machine shows, over VNC
 //!   Bare     the same guest in a plain QEMU, without Tenby
 //! ```
 //!
@@ -15,11 +16,13 @@
 mod bare;
 mod lab;
 mod place;
+mod screen;
 mod witness;
 
 pub use bare::Bare;
 pub use lab::{BASE, Lab, Output};
 pub use place::{Guest, guest, qemu_10, qemu_72};
+pub use screen::Screen;
 pub use witness::Witness;
 
 use std::time::{Duration, Instant};

@@ -54,6 +54,14 @@ impl Witness {
         line.split_whitespace().next().unwrap_or_default().to_owned()
     }
 
+    /// Waits for a line with `words` in it.
+    ///
+    /// # Panics
+    /// If it does not come.
+    pub fn hear(&mut self, words: &str) {
+        self.line_with(words, DEADLINE).unwrap_or_else(|why| self.give_up(words, why));
+    }
+
     /// Asks, and gives the answer.
     ///
     /// # Panics
