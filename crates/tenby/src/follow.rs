@@ -21,7 +21,7 @@ const LIVES: u32 = 5;
 /// Asks for `request` and waits for its end. A failed job is an error.
 pub(crate) async fn ask(session: &Session, found: &Found, request: Request) -> Result<Job, Problem> {
     let mut asking = Asking::new(session, found, JobId::new(), Some(request))?;
-    asking.to_the_end().await
+    asking.see_through().await
 }
 
 /// Asks for `request` and returns as soon as it is a job.
@@ -39,7 +39,7 @@ pub(crate) async fn submit(session: &Session, found: &Found, request: Request) -
 
 /// Waits for the end of a job that somebody asked for.
 pub(crate) async fn watch(session: &Session, found: &Found, job: JobId) -> Result<Job, Problem> {
-    Asking::new(session, found, job, None)?.to_the_end().await
+    Asking::new(session, found, job, None)?.see_through().await
 }
 
 /// A request under way.
@@ -57,6 +57,7 @@ struct Asking<'a> {
 }
 
 /// What happened first.
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 enum Event {
     News(Result<Job, Error>),
     Interrupt,
@@ -69,7 +70,7 @@ impl<'a> Asking<'a> {
         Ok(Self { session, found, id, request, interrupts, progress: session.out.progress(), deaths: 0, last: None })
     }
 
-    async fn to_the_end(&mut self) -> Result<Job, Problem> {
+    async fn see_through(&mut self) -> Result<Job, Problem> {
         let Some(mut client) = self.join().await? else { return self.vanished() };
         let mut cancelling = false;
         let mut asked_at = Instant::now();

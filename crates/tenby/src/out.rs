@@ -32,6 +32,7 @@ impl Out {
     }
 
     /// What was asked for: a table, a tree.
+    #[expect(clippy::unused_self, reason = "where a command's words go is the output's business")]
     pub(crate) fn text(&self, text: &str) {
         put(&mut anstream::stdout().lock(), text.as_bytes());
     }
@@ -51,6 +52,7 @@ impl Out {
     }
 
     /// The document.
+    #[expect(clippy::unused_self, reason = "where a command's words go is the output's business")]
     pub(crate) fn document(&self, document: &impl Serialize) {
         let text = serde_json::to_string_pretty(document).expect("documents hold nothing that JSON cannot");
         put(&mut io::stdout().lock(), format!("{text}\n").as_bytes());

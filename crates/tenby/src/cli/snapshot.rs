@@ -127,6 +127,7 @@ pub(crate) struct Snapshot {
 
 /// What becomes of the present, and whether the machine runs afterwards.
 #[derive(Debug, Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag that a person types")]
 pub(crate) struct ApplyArgs {
     /// Keep the present as a snapshot of its own
     #[arg(long, conflicts_with_all = ["keep_as", "discard"])]

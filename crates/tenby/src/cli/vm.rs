@@ -579,13 +579,19 @@ async fn screenshot(session: &Session, vm: &Name, file: &std::path::Path) -> Res
 async fn log(session: &Session, vm: &Name) -> Result<(), Problem> {
     let lines = session.reader(&session.find(&vm.name)?).await?.log().await?;
     session.out.show(&json::Log { log: &lines }, |look| {
-        lines
-            .iter()
-            .map(|line| {
-                let job = line.job.map_or_else(|| " ".repeat(8), draw::short);
-                format!("{}  {job}  {}\n", look.date(line.at), draw::plain(&line.what))
-            })
-            .collect()
+        let mut text = String::new();
+        for line in &lines {
+            let job = line.job.map_or_else(|| " ".repeat(8), draw::short);
+            text.extend([
+                look.date(line.at),
+                "  ".to_owned(),
+                job,
+                "  ".to_owned(),
+                draw::plain(&line.what),
+                "\n".to_owned(),
+            ]);
+        }
+        text
     });
     Ok(())
 }

@@ -66,6 +66,7 @@ pub(crate) fn new_name(text: &str) -> Result<String, String> {
 }
 
 /// The name of something that is there: by name, id, or the beginning of an id. A full id may be written with its hyphens.
+#[expect(clippy::unnecessary_wraps, reason = "clap's signature")]
 pub(crate) fn name(text: &str) -> Result<String, String> {
     match uuid::Uuid::parse_str(text) {
         Ok(id) => Ok(id.simple().to_string()),
@@ -200,6 +201,7 @@ pub(crate) fn on_off(text: &str) -> Result<bool, String> {
 }
 
 /// A disk's id.
+#[expect(clippy::unnecessary_wraps, reason = "clap's signature")]
 pub(crate) fn disk_id(text: &str) -> Result<DiskId, String> {
     Ok(DiskId(text.to_owned()))
 }

@@ -20,27 +20,23 @@ fn state(state: JobState) -> &'static str {
 
 /// How a job goes: "snapshot of Tenby: running, 42%, 61M of 145M, 3 s left".
 pub(crate) fn describe(job: &Job, now: Timestamp) -> String {
-    let mut out = format!("{} of {}: {}", plain(&job.kind), plain(&job.vm), state(job.state));
-    if let Some(reason) = &job.reason {
-        out.push_str(&format!(" ({})", plain(reason)));
-    }
-    if !job.state.ended() {
-        out.push_str(&format!(", {}%", job.percent));
-        if job.bytes_total > 0 {
-            out.push_str(&format!(", {} of {}", size(job.bytes_done), size(job.bytes_total)));
+    let reason = job.reason.as_ref().map(|reason| format!(" ({})", plain(reason))).unwrap_or_default();
+    let state = format!("{} of {}: {}{reason}", plain(&job.kind), plain(&job.vm), state(job.state));
+    match (&job.error, job.ended) {
+        _ if !job.state.ended() => {
+            let bytes = (job.bytes_total > 0).then(|| format!("{} of {}", size(job.bytes_done), size(job.bytes_total)));
+            let parts = [Some(state), Some(format!("{}%", job.percent)), bytes, eta(job, now)];
+            parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
         }
-        if let Some(left) = eta(job, now) {
-            out.push_str(&format!(", {left}"));
-        }
-    } else if let Some(error) = &job.error {
-        out.push_str(&format!(": {}", plain(&error.message)));
-    } else if let Some(ended) = job.ended {
-        out.push_str(&format!(
-            " in {}",
-            duration(ended.as_millisecond().saturating_sub(job.started.as_millisecond()).max(0) as u64)
-        ));
+        (Some(error), _) => format!("{state}: {}", plain(&error.message)),
+        (None, Some(ended)) => format!("{state} in {}", between(job.started, ended)),
+        (None, None) => state,
     }
-    out
+}
+
+/// The time from one moment to another.
+fn between(from: Timestamp, to: Timestamp) -> String {
+    duration((to.as_millisecond() - from.as_millisecond()).max(0) as u64)
 }
 
 /// "3 s left", if that is known.
@@ -56,8 +52,7 @@ pub(crate) fn jobs(jobs: &[Job], look: &Look) -> String {
         [("ID", Left), ("VM", Left), ("KIND", Left), ("STATE", Left), ("%", Right), ("STARTED", Left), ("TOOK", Right)];
     let mut table = Table::new(&columns);
     for job in jobs {
-        let took =
-            job.ended.map(|ended| duration((ended.as_millisecond() - job.started.as_millisecond()).max(0) as u64));
+        let took = job.ended.map(|ended| between(job.started, ended));
         table.row([
             short(job.id),
             look.cut(&plain(&job.vm), 24),

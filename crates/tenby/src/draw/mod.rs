@@ -109,8 +109,14 @@ pub(crate) fn short(id: impl std::fmt::Display) -> String {
     id.to_string().chars().take(8).collect()
 }
 
+/// A state, and what is under way beside it: "running, merging".
+fn with_doing(now: machine::tree::State, doing: &[String], look: &Look) -> String {
+    let words: Vec<String> = std::iter::once(state(look, now)).chain(doing.iter().map(|word| plain(word))).collect();
+    words.join(", ")
+}
+
 /// A state's word and its colour.
-pub(crate) fn state(look: &Look, state: machine::tree::State) -> String {
+fn state(look: &Look, state: machine::tree::State) -> String {
     use anstyle::AnsiColor::{Cyan, Green, Yellow};
     use machine::tree::State::{Off, Paused, Running, Saved, Saving, Starting, Stopping};
     let word = state_word(state);

@@ -6,19 +6,16 @@ use machine::request::Problem;
 
 /// The lines for standard error.
 pub(crate) fn problem(problem: &Problem, look: &Look) -> String {
-    let error = look.paint("error:", AnsiColor::Red.on_default().bold());
-    let mut out = format!("{error} {}\n", plain(&problem.message));
-    if !problem.candidates.is_empty()
-        && !problem.candidates.iter().any(|candidate| problem.message.contains(candidate.as_str()))
-    {
-        for candidate in &problem.candidates {
-            out.push_str(&format!("       {}\n", plain(candidate)));
-        }
+    let mut lines =
+        vec![format!("{} {}", look.paint("error:", AnsiColor::Red.on_default().bold()), plain(&problem.message))];
+    // A message that names the candidates itself needs no list of them.
+    if !problem.candidates.iter().any(|candidate| problem.message.contains(candidate.as_str())) {
+        lines.extend(problem.candidates.iter().map(|candidate| format!("       {}", plain(candidate))));
     }
-    if let Some(hint) = &problem.hint {
-        out.push_str(&format!("{} {}\n", look.paint("hint:", Style::new().bold()), plain(hint)));
-    }
-    out
+    lines.extend(
+        problem.hint.as_ref().map(|hint| format!("{} {}", look.paint("hint:", Style::new().bold()), plain(hint))),
+    );
+    lines.join("\n") + "\n"
 }
 
 #[cfg(test)]

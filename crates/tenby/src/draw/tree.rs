@@ -1,6 +1,6 @@
 //! The tree of snapshots, and one snapshot.
 
-use super::{COLUMNS, Look, count, duration, plain, short, size, state, state_word};
+use super::{COLUMNS, Look, count, duration, plain, short, size, state_word, with_doing};
 use anstyle::Style;
 use machine::request::{Pending, SnapshotView, TreeView, View};
 use machine::tree::{Config, SnapshotId, SnapshotState};
@@ -60,8 +60,7 @@ fn head(view: &TreeView, doing: &[String], column: usize, look: &Look) -> String
     let place = (column + 26).min(COLUMNS - 20);
     let name = look.cut(&plain(&view.vm), place - 2);
     let gap = " ".repeat(place.saturating_sub(width(&name)).max(2));
-    let doing: String = doing.iter().map(|word| format!(", {}", plain(word))).collect();
-    format!("{name}{gap}{}{doing}\n", state(look, view.now.state))
+    format!("{name}{gap}{}\n", with_doing(view.now.state, doing, look))
 }
 
 /// The lines, each parent before its children, siblings by time, Now last among them.

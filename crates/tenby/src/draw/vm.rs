@@ -1,13 +1,12 @@
 //! Machines: the list, one of them, and what a deletion would do.
 
-use super::{Align, Look, Table, count, duration, pending, plain, size, state};
+use super::{Align, Look, Table, count, duration, pending, plain, size, with_doing};
 use machine::request::{DeletePlan, TreeView, View};
 use std::fmt::Write;
 
 /// The state and what is under way beside it.
 fn doing(view: &View, look: &Look) -> String {
-    let doing: String = view.doing.iter().map(|word| format!(", {}", plain(word))).collect();
-    format!("{}{doing}", state(look, view.state))
+    with_doing(view.state, &view.doing, look)
 }
 
 /// `vm list`: a row each.
@@ -93,14 +92,11 @@ fn boots(view: &View) -> String {
 }
 
 fn network(view: &View) -> String {
-    let mut out = word(view.net.mode);
-    if out != "none" {
-        out.push_str(&format!(", {}", plain(&view.net.mac)));
-    }
-    for port in &view.net.publish {
-        out.push_str(&format!(", {}:{} leads to {}", plain(&port.address), port.host, port.guest));
-    }
-    out
+    let mode = word(view.net.mode);
+    let card = (mode != "none").then(|| plain(&view.net.mac));
+    let ports =
+        view.net.publish.iter().map(|port| format!("{}:{} leads to {}", plain(&port.address), port.host, port.guest));
+    std::iter::once(mode).chain(card).chain(ports).collect::<Vec<_>>().join(", ")
 }
 
 /// A value's own word, as in JSON.
