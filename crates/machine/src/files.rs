@@ -14,8 +14,7 @@
 
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
-use image::vhdx;
-use image::{Kind, Layer};
+use image::{Kind, Layer, gate, vhdx};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -150,7 +149,7 @@ impl Files {
             let mode = if id == leaf { mode } else { Mode::Read };
             let layer = self.open_layer(row, mode)?;
             if let Some(parent) = layers.last() {
-                check_link(row, layer.as_ref(), parent.as_ref())?;
+                gate::check_link(layer.as_ref(), parent.as_ref()).map_err(|e| image_problem(&e))?;
             }
             layers.push(layer);
         }
@@ -217,15 +216,6 @@ impl Parent<'_> {
     fn link(&self) -> Result<vhdx::Parent, Problem> {
         let name = self.row.file.split_once('/').map(|(_, name)| name).filter(|_| !self.row.in_place);
         vhdx::Parent::of(self.layer, name).map_err(|e| image_problem(&e))
-    }
-}
-
-/// Whether a layer names the one below it as its parent, by either of its two links (a merge may be under way).
-fn check_link(row: &LayerRow, child: &dyn Layer, parent: &dyn Layer) -> Result<(), Problem> {
-    let id = parent.info().data_id;
-    match child.info().parent {
-        Some(link) if link.linkage == id || link.linkage2 == Some(id) => Ok(()),
-        _ => Err(Problem::damaged(format!("{}: the file below it is not the one that it was made on", row.file))),
     }
 }
 

@@ -9,7 +9,7 @@
 //! A ledger belongs to the worker that holds the machine's lock; while one does, its name is read off the runtime folder, where
 //! the worker notes it.
 
-use crate::files::{Files, file_problem};
+use crate::files::{Files, file_problem, image_problem};
 use crate::ledger::{Ledger, State as Rows};
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
@@ -300,10 +300,13 @@ pub fn take_in(
             let source = open_foreign(Path::new(path), format.as_deref())?;
             let size = round_up_sector(source.size());
             let layer = files.create_layer(&row, size, None)?;
-            let target =
-                image::Chain::new(vec![layer], image::Access::Write).map_err(|e| crate::files::image_problem(&e))?;
-            copy(&source, &target, progress).map_err(|e| crate::files::image_problem(&e))?;
-            target.close().map_err(|e| crate::files::image_problem(&e))?;
+            let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
+            image::convert::copy(&source, &target, &mut |done, total| {
+                progress(done, total);
+                true
+            })
+            .map_err(|e| image_problem(&e))?;
+            target.close().map_err(|e| image_problem(&e))?;
             Ok(TakenIn { row, size })
         }
         DiskSource::InPlace { path, format } => {
@@ -318,31 +321,14 @@ pub fn take_in(
 
 /// Opens a disk image of the user's for reading, with its parents beside it.
 fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Problem> {
-    let store = store::host::open_file(path, Mode::Read).map_err(|e| file_problem(&e))?;
-    let format = format.map(|format| if format == "raw" { image::Format::Raw } else { image::Format::Vhdx });
-    let layer = image::open::open(store, format, Mode::Read).map_err(|e| crate::files::image_problem(&e))?;
-    image::Chain::new(vec![layer], image::Access::Read).map_err(|e| crate::files::image_problem(&e))
-}
-
-/// Copies a disk's content; what reads as zeros is left out.
-fn copy(from: &image::Chain, to: &image::Chain, progress: &mut dyn FnMut(u64, u64)) -> image::Result<()> {
-    let size = from.size();
-    let mut buffer = vec![0; 4 << 20];
-    let mut at = 0;
-    while at < size {
-        for run in from.runs(at, size - at, 64)? {
-            let mut done = 0;
-            while run.kind == image::RunKind::Data && done < run.len {
-                let n = (run.len - done).min(buffer.len() as u64);
-                from.read(&mut buffer[..n as usize], run.offset + done)?;
-                to.write(&buffer[..n as usize], run.offset + done)?;
-                done += n;
-            }
-            at = run.offset + run.len;
-            progress(at, size);
-        }
-    }
-    to.flush()
+    let format = match format {
+        None => None,
+        Some("raw") => Some(image::Format::Raw),
+        Some("vhdx") => Some(image::Format::Vhdx),
+        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx and raw are"))),
+    };
+    let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| image_problem(&e))?;
+    image::Chain::new(layers, image::Access::Read).map_err(|e| image_problem(&e))
 }
 
 /// A disk has at least a sector and at most 64 TiB, in whole sectors.

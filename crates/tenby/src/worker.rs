@@ -6,6 +6,7 @@ use crate::session::Session;
 use api::types::Hello;
 use api::{End, Socket, Version, serve};
 use machine::actor::Handle;
+use machine::steps::Steps;
 use machine::request::Problem;
 use machine::root::Root;
 use machine::tree::MachineId;
@@ -36,7 +37,8 @@ pub(crate) async fn run(session: &Session, id: MachineId) -> Result<(), Problem>
 
 async fn own(root: &Root, id: MachineId) -> Result<(), Problem> {
     let folder = Root::runtime_folder(id);
-    let handle = Handle::open(root, id).await?;
+    let die_at = std::env::var("TENBY_DIE_AT").ok();
+    let handle = Handle::open_with(root, id, Steps::die_at(die_at.as_deref())).await?;
     tracing::info!("worker {} of {id}: tenby {}", std::process::id(), Version::own());
     let mut announced = false;
     let reason = loop {
