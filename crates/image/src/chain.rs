@@ -480,6 +480,9 @@ impl Chain {
         check_sector(&slot, self.sector)?;
         // Asked before the guest has to wait.
         let empty = slot.is_empty()?;
+        // The new leaf names the old one by its id, which therefore stays, whatever is still written to it.
+        let below = Arc::clone(self.shared().leaf());
+        below.layer().settle()?;
         let mut stack = self.alone();
         self.check_writable(&stack)?;
         check_depth(stack.slots.len() + 1)?;

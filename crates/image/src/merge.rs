@@ -95,7 +95,7 @@ pub fn plan(child: &Arc<dyn Layer>, parent: &Arc<dyn Layer>) -> Result<u64> {
 ///
 /// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table; a fold
 /// that was begun before goes on with the id it finds. `progress` is called after each piece. `commit` runs once, when all is
-/// durable; it must not use the chain. Ends with neither layer closed; the child's file is the caller's to remove.
+/// durable; neither it nor `progress` may use the chain, for requests may be held. Ends with neither layer closed; the child's file is the caller's to remove.
 ///
 /// Refused with [`ErrorKind::Unsupported`]: layers of different sizes.
 pub fn fold_down<E>(
@@ -202,6 +202,8 @@ impl<'a> Fold<'a> {
 
     /// Everything, then what was written meanwhile, until little is left.
     fn copy_all(&mut self, g: Option<Uuid>) -> Result<(), Stop> {
+        // Writing must not change the id by which the child knows its parent: only the steps below do.
+        self.parent.layer().settle()?;
         if let Some(g) = g {
             self.take_apart(g)?;
         }

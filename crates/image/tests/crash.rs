@@ -1,0 +1,465 @@
+//! Power cuts at every operation of a chain's life: writes, flushes, pushes, folds.
+//!
+//! The ledger is a list of file names here, changed at a commit and never torn. After each cut, in several of the states that a disk
+//! may then be in, the chain is opened by that list and compared, sector by sector: what was flushed is there, what was not is old
+//! or new; what was sealed is what it was; a fold that was under way is begun again and loses nothing.
+
+use image::merge::{FoldError, Outcome, fold_down};
+use image::vhdx::{self, Options, Parent};
+use image::{Access, Chain, Change, Error, Kind, Layer, LayerInfo, ParentLink, Received, Result, Run, Ticket};
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use store::sim::{At, Crash, Sim};
+use store::{Folder, Mode, Store};
+use uuid::Uuid;
+
+const SECTOR: u64 = 512;
+const SIZE: u64 = 3 << 20;
+const SECTORS: u64 = SIZE / SECTOR;
+
+/// What each sector may hold: a version, 0 for zeros.
+#[derive(Clone)]
+struct Model {
+    flushed: Vec<u32>,
+    /// Versions written since, the last one as it reads.
+    since: BTreeMap<u64, Vec<u32>>,
+}
+
+impl Model {
+    fn put(&mut self, from: u64, count: u64, version: u32) {
+        for sector in from..from + count {
+            self.since.entry(sector).or_default().push(version);
+        }
+    }
+
+    fn flush(&mut self) {
+        self.flushed = self.latest();
+        self.since.clear();
+    }
+
+    fn latest(&self) -> Vec<u32> {
+        let mut latest = self.flushed.clone();
+        for (sector, versions) in &self.since {
+            latest[*sector as usize] = *versions.last().unwrap();
+        }
+        latest
+    }
+
+    fn allows(&self, sector: usize, version: u32) -> bool {
+        self.flushed[sector] == version || self.since.get(&(sector as u64)).is_some_and(|all| all.contains(&version))
+    }
+}
+
+/// What a layer leaves undone although it says that it was done.
+#[derive(Debug, Default)]
+struct Omits {
+    flush: AtomicBool,
+    relink: AtomicBool,
+}
+
+/// A layer that can be told to leave something out: what a mistake in the chain would do.
+#[derive(Debug)]
+struct Lazy {
+    layer: Arc<dyn Layer>,
+    omits: Arc<Omits>,
+}
+
+impl Layer for Lazy {
+    fn info(&self) -> LayerInfo {
+        self.layer.info()
+    }
+
+    fn store(&self) -> &Arc<dyn Store> {
+        self.layer.store()
+    }
+
+    fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
+        self.layer.map(offset, len, out)
+    }
+
+    fn prepare(&self, offset: u64, len: u64, change: Change) -> Result<Ticket> {
+        self.layer.prepare(offset, len, change)
+    }
+
+    fn commit(&self, ticket: Ticket) -> Result<()> {
+        self.layer.commit(ticket)
+    }
+
+    fn flush(&self) -> Result<()> {
+        if self.omits.flush.load(Ordering::SeqCst) { Ok(()) } else { self.layer.flush() }
+    }
+
+    fn wrote(&self) {
+        self.layer.wrote();
+    }
+
+    fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
+        if self.omits.relink.load(Ordering::SeqCst) { Ok(()) } else { self.layer.relink(data_id, parent) }
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.layer.settle()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.layer.close()
+    }
+}
+
+/// What is left out on purpose, to see that the test sees it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Fault {
+    None,
+    /// Flushes reach only the leaf.
+    LowerLayers,
+    /// A fold does not sync the parent.
+    Folds,
+    /// A fold does not change the parent's id.
+    Ids,
+}
+
+struct World {
+    folder: Arc<dyn Folder>,
+    fault: Fault,
+    chain: Arc<Chain>,
+    /// The switches of each [`Lazy`] layer, base first.
+    omits: Vec<Arc<Omits>>,
+    /// The ledger: file names, base first.
+    names: Vec<String>,
+    model: Model,
+    /// Sealed content by the layer's position.
+    sealed: BTreeMap<usize, Vec<u32>>,
+    /// The fold under way: the child's position.
+    folding: Option<usize>,
+    versions: u32,
+    files: u32,
+    dice: u64,
+}
+
+fn bytes(version: u32, sectors: u64) -> Vec<u8> {
+    version.to_le_bytes().repeat((sectors * SECTOR / 4) as usize)
+}
+
+impl World {
+    fn new(sim: &Sim, fault: Fault, seed: u64) -> Self {
+        let folder = sim.root();
+        let base =
+            vhdx::create(folder.create("0").unwrap(), &Options { block_size: 1 << 20, ..Options::dynamic(SIZE) });
+        folder.sync().unwrap();
+        let omits = Arc::<Omits>::default();
+        let layer = Arc::new(Lazy { layer: base.unwrap(), omits: Arc::clone(&omits) });
+        Self {
+            folder,
+            fault,
+            chain: Arc::new(Chain::new(vec![layer], Access::Write).unwrap()),
+            omits: vec![omits],
+            names: vec!["0".into()],
+            model: Model { flushed: vec![0; SECTORS as usize], since: BTreeMap::new() },
+            sealed: BTreeMap::new(),
+            folding: None,
+            versions: 0,
+            files: 0,
+            dice: seed,
+        }
+    }
+
+    fn next(&mut self, below: u64) -> u64 {
+        self.dice = self.dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.dice >> 33) % below
+    }
+
+    fn range(&mut self) -> (u64, u64) {
+        let from = self.next(SECTORS);
+        let most = if self.next(6) == 0 { SECTORS } else { 20 };
+        (from, 1 + self.next(most.min(SECTORS - from)))
+    }
+
+    fn live(&mut self, steps: u32) -> Result<()> {
+        for _ in 0..steps {
+            match self.next(20) {
+                0..=6 => self.write()?,
+                7..=8 => self.zero()?,
+                9..=12 => self.flush()?,
+                13..=14 => self.push()?,
+                15 => self.push_ambiguous()?,
+                16 => self.pop()?,
+                _ => self.fold()?,
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<()> {
+        let (from, count) = self.range();
+        self.versions += 1;
+        self.model.put(from, count, self.versions);
+        self.chain.write(&bytes(self.versions, count), from * SECTOR)
+    }
+
+    fn zero(&mut self) -> Result<()> {
+        let (from, count) = self.range();
+        self.model.put(from, count, 0);
+        self.chain.zero(from * SECTOR, count * SECTOR)
+    }
+
+    fn flush(&mut self) -> Result<()> {
+        if self.fault == Fault::LowerLayers {
+            let (leaf, lower) = self.omits.split_last().unwrap();
+            leaf.flush.store(false, Ordering::SeqCst);
+            lower.iter().for_each(|lower| lower.flush.store(true, Ordering::SeqCst));
+        }
+        self.chain.flush()?;
+        self.model.flush();
+        Ok(())
+    }
+
+    /// Makes the next leaf and commits it, before it is switched to.
+    fn new_leaf(&mut self) -> Result<Arc<dyn Layer>> {
+        self.files += 1;
+        let name = self.files.to_string();
+        let layers = self.chain.layers();
+        let below = layers.last().unwrap();
+        let parent = Parent::of(&**below, Some(self.names.last().unwrap()))?;
+        let options = Options {
+            block_size: 1 << (20 + self.next(2)),
+            kind: Kind::Differencing,
+            parent: Some(parent),
+            ..Options::dynamic(SIZE)
+        };
+        let layer = vhdx::create(self.folder.create(&name)?, &options)?;
+        self.folder.sync()?;
+        self.names.push(name);
+        let omits = Arc::<Omits>::default();
+        self.omits.push(Arc::clone(&omits));
+        Ok(Arc::new(Lazy { layer, omits }))
+    }
+
+    fn push(&mut self) -> Result<()> {
+        let position = self.names.len() - 1;
+        let leaf = self.new_leaf()?;
+        self.chain.push(leaf)?;
+        self.flush()?;
+        self.sealed.insert(position, self.model.latest());
+        Ok(())
+    }
+
+    fn push_ambiguous(&mut self) -> Result<()> {
+        let position = self.names.len() - 1;
+        let leaf = self.new_leaf()?;
+        let mut ambiguous = self.chain.push_ambiguous(leaf, u64::MAX)?;
+        for _ in 0..self.next(4) {
+            self.write()?;
+        }
+        if self.next(3) == 0 {
+            self.flush()?;
+        }
+        if self.next(2) == 0 {
+            ambiguous.settle_before(Received::now())?;
+        }
+        if self.next(3) == 0 {
+            // No point: the leaf goes again, like any leaf.
+            self.folding = Some(position + 1);
+            let names = &mut self.names;
+            ambiguous.cancel(|| drop_name(names, position + 1)).map_err(image)?;
+            self.after_fold(position + 1);
+            return Ok(());
+        }
+        let then = self.model.latest();
+        let point = Received(Received::now().0 + 1);
+        ambiguous.finish(point)?;
+        self.sealed.insert(position, then);
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Result<()> {
+        let position = self.names.len() - 1;
+        if position == 0 {
+            return Ok(());
+        }
+        self.begin_fold(position);
+        let names = &mut self.names;
+        self.chain.pop_leaf(|| drop_name(names, position)).map_err(image)?;
+        self.after_fold(position);
+        Ok(())
+    }
+
+    fn fold(&mut self) -> Result<()> {
+        if self.names.len() == 1 {
+            return Ok(());
+        }
+        let position = 1 + self.next(self.names.len() as u64 - 1) as usize;
+        self.begin_fold(position);
+        let layers = self.chain.layers();
+        // The guest writes once while the fold copies.
+        let (from, count) = self.range();
+        self.versions += 1;
+        let mut data = Some(bytes(self.versions, count));
+        self.model.put(from, count, self.versions);
+        let chain = Arc::clone(&self.chain);
+        let mut progress = |_| {
+            if let Some(data) = data.take() {
+                // A cut shows again at once in the fold itself.
+                let _ = chain.write(&data, from * SECTOR);
+            }
+            ControlFlow::Continue(())
+        };
+        let names = &mut self.names;
+        let commit = || drop_name(names, position);
+        let folded = fold_down(
+            Some(&self.chain),
+            &layers[position],
+            &layers[position - 1],
+            Uuid::new_v4(),
+            &mut progress,
+            commit,
+        );
+        assert_eq!(folded.map_err(image)?, Outcome::Folded);
+        self.after_fold(position);
+        Ok(())
+    }
+
+    fn begin_fold(&mut self, position: usize) {
+        self.folding = Some(position);
+        // From now on the parent is nobody's snapshot any more.
+        self.sealed.remove(&(position - 1));
+        let parent = &self.omits[position - 1];
+        parent.flush.store(self.fault == Fault::Folds, Ordering::SeqCst);
+        parent.relink.store(self.fault == Fault::Ids, Ordering::SeqCst);
+    }
+
+    fn after_fold(&mut self, position: usize) {
+        self.folding = None;
+        self.omits.remove(position);
+        self.sealed = std::mem::take(&mut self.sealed)
+            .into_iter()
+            .map(|(at, content)| (if at >= position { at - 1 } else { at }, content))
+            .collect();
+    }
+
+    /// Opens what the ledger names on another disk, and compares.
+    fn check(&self, sim: &Sim) -> std::result::Result<(), String> {
+        let layers = open_all(sim, &self.names, Mode::Read)?;
+        // A fold under way has renumbered nothing yet, or all: the ledger's length says which.
+        let committed = self.folding.filter(|_| self.names.len() < self.omits.len());
+        compare(&layers, |sector, version| self.model.allows(sector, version))?;
+        for (position, content) in &self.sealed {
+            let position = if committed.is_some_and(|child| *position >= child) { position - 1 } else { *position };
+            compare(&layers[..=position], |sector, version| content[sector] == version)
+                .map_err(|error| format!("sealed layer {position}: {error}"))?;
+        }
+        drop(layers);
+        if let Some(child) = self.folding.filter(|_| committed.is_none()) {
+            let layers = open_all(sim, &self.names, Mode::Write)?;
+            let go_on = &mut |_| ControlFlow::Continue(());
+            let commit = || Ok::<_, Error>(());
+            fold_down(None, &layers[child], &layers[child - 1], Uuid::new_v4(), go_on, commit)
+                .map_err(|error| format!("fold again: {error:?}"))?;
+            let mut names = self.names.clone();
+            names.remove(child);
+            drop(layers);
+            let layers = open_all(sim, &names, Mode::Read)?;
+            compare(&layers, |sector, version| self.model.allows(sector, version))
+                .map_err(|error| format!("after the second fold: {error}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn drop_name(names: &mut Vec<String>, position: usize) -> Result<()> {
+    names.remove(position);
+    Ok(())
+}
+
+fn image(error: FoldError<Error>) -> Error {
+    match error {
+        FoldError::Image(error) | FoldError::Commit(error) => error,
+    }
+}
+
+/// Opens the layers, each of which must be the parent that the next one names.
+fn open_all(sim: &Sim, names: &[String], mode: Mode) -> std::result::Result<Vec<Arc<dyn Layer>>, String> {
+    let folder = sim.root();
+    let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
+    for name in names {
+        let store = folder.open(name, mode).map_err(|error| error.to_string())?;
+        let layer = vhdx::open(store, mode).map_err(|error| format!("{error:?}"))?;
+        if let Some(parent) = layers.last() {
+            let (id, link) = (parent.info().data_id, layer.info().parent.ok_or("not differencing")?);
+            if link.linkage != id && link.linkage2 != Some(id) {
+                return Err(format!("{name} names another parent than {id}: {link:?}"));
+            }
+        }
+        layers.push(layer);
+    }
+    Ok(layers)
+}
+
+fn compare(layers: &[Arc<dyn Layer>], allows: impl Fn(usize, u32) -> bool) -> std::result::Result<(), String> {
+    let chain = Chain::new(layers.to_vec(), Access::Read).map_err(|error| error.to_string())?;
+    let mut content = vec![0; SIZE as usize];
+    chain.read(&mut content, 0).map_err(|error| error.to_string())?;
+    for (sector, bytes) in content.chunks(SECTOR as usize).enumerate() {
+        let first = &bytes[..4];
+        let version = u32::from_le_bytes(first.try_into().unwrap());
+        if !bytes.chunks(4).all(|part| part == first) {
+            return Err(format!("sector {sector} is torn"));
+        }
+        if !allows(sector, version) {
+            return Err(format!("sector {sector} holds version {version}"));
+        }
+    }
+    Ok(())
+}
+
+const STEPS: u32 = 40;
+
+/// Cuts a life of this seed at every `stride`-th operation; returns the first thing that is wrong, and how many states were seen.
+fn cut_everywhere(fault: Fault, seed: u64, stride: u64, states: u64) -> std::result::Result<u64, String> {
+    let sim = Sim::new();
+    let mut world = World::new(&sim, fault, seed);
+    let first = sim.counts().operations;
+    world.live(STEPS).unwrap();
+    let last = sim.counts().operations;
+    let mut seen = 0;
+    let offset = seed % stride;
+    for at in (first + offset..last).step_by(stride as usize) {
+        let sim = Sim::new();
+        let mut world = World::new(&sim, fault, seed);
+        sim.cut(At::Operation(at));
+        let ended = world.live(STEPS);
+        assert!(ended.is_err() && !sim.powered(), "operation {at} of {last} was not reached");
+        for crash in Crash::several(at, states) {
+            world
+                .check(&sim.after_crash(crash))
+                .map_err(|error| format!("seed {seed}, cut at {at} of {last}, {crash:?}: {error}"))?;
+            seen += 1;
+        }
+    }
+    Ok(seen)
+}
+
+#[test]
+fn nothing_is_lost_wherever_the_power_goes() {
+    let mut seen = 0;
+    for seed in 0..8 {
+        seen += cut_everywhere(Fault::None, seed, 4, 2).unwrap_or_else(|error| panic!("{error}"));
+    }
+    assert!(seen > 1000, "{seen}");
+}
+
+#[test]
+fn a_flush_that_leaves_out_lower_layers_is_noticed() {
+    assert!((0..8).any(|seed| cut_everywhere(Fault::LowerLayers, seed, 4, 2).is_err()));
+}
+
+#[test]
+fn a_fold_that_does_not_sync_the_parent_is_noticed() {
+    assert!((0..8).any(|seed| cut_everywhere(Fault::Folds, seed, 4, 2).is_err()));
+}
+
+#[test]
+fn a_fold_that_leaves_the_ids_alone_is_noticed() {
+    assert!((0..8).any(|seed| cut_everywhere(Fault::Ids, seed, 4, 2).is_err()));
+}
