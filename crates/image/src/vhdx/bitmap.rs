@@ -22,10 +22,13 @@ pub(crate) struct BitmapPage {
     pub(crate) page: u64,
 }
 
+/// The pages of one bitmap block.
+type ChunkPages = Box<[OnceLock<Page>]>;
+
 /// The bitmaps in memory. They are the truth for every page that is loaded.
 pub(crate) struct Bitmaps {
     geometry: Geometry,
-    chunks: Box<[OnceLock<Box<[OnceLock<Page>]>>]>,
+    chunks: Box<[OnceLock<ChunkPages>]>,
 }
 
 impl Bitmaps {

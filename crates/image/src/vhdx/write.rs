@@ -349,12 +349,18 @@ fn without(range: &Range<u64>, mut others: Vec<Range<u64>>) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
 
+    /// What is left of 10 to 20 without `others`, as (from, to).
+    fn rest(others: &[(u64, u64)]) -> Vec<(u64, u64)> {
+        let others = others.iter().map(|(start, end)| *start..*end).collect();
+        without(&(10..20), others).into_iter().map(|range| (range.start, range.end)).collect()
+    }
+
     #[test]
     fn ranges_are_cut_out() {
-        assert_eq!(without(&(10..20), vec![]), [10..20]);
-        assert_eq!(without(&(10..20), vec![15..17, 0..12]), [12..15, 17..20]);
-        assert_eq!(without(&(10..20), vec![0..30]), []);
-        assert_eq!(without(&(10..20), vec![20..30, 0..10]), [10..20]);
-        assert_eq!(without(&(10..20), vec![12..18, 13..14]), [10..12, 18..20]);
+        assert_eq!(rest(&[]), [(10, 20)]);
+        assert_eq!(rest(&[(15, 17), (0, 12)]), [(12, 15), (17, 20)]);
+        assert_eq!(rest(&[(0, 30)]), []);
+        assert_eq!(rest(&[(20, 30), (0, 10)]), [(10, 20)]);
+        assert_eq!(rest(&[(12, 18), (13, 14)]), [(10, 12), (18, 20)]);
     }
 }

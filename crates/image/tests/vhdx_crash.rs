@@ -1,0 +1,244 @@
+//! One VHDX layer, cut off at every operation: what was flushed is there, and every sector is an old one or a new one of its own.
+
+mod layer;
+
+use image::vhdx::{self, VhdxLayer};
+use image::{Kind, Layer};
+use layer::{read, write, zero};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use store::Mode;
+use store::sim::{At, Crash, Sim};
+
+const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+const PARENT: u8 = 0xEE;
+const BLOCK: u64 = MIB;
+const BLOCKS: u64 = 6;
+const SECTORS: u64 = BLOCKS * BLOCK / SECTOR - 100;
+
+/// What one sector may hold: a stamp. 0 is zeros, 1 is the parent's.
+type Stamp = u64;
+const ZEROS: Stamp = 0;
+const PARENTS: Stamp = 1;
+
+fn stamped(stamp: Stamp) -> [u8; SECTOR as usize] {
+    match stamp {
+        ZEROS => [0; SECTOR as usize],
+        PARENTS => [PARENT; SECTOR as usize],
+        _ => {
+            let mut sector = [0; SECTOR as usize];
+            sector.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&stamp.to_le_bytes()));
+            sector
+        }
+    }
+}
+
+/// What each sector held at the last flush, and what was written to it since: after a crash it is one of these.
+struct Allowed {
+    flushed: Vec<Stamp>,
+    since: Vec<Vec<Stamp>>,
+}
+
+impl Allowed {
+    fn new(absent: Stamp) -> Self {
+        Self { flushed: vec![absent; SECTORS as usize], since: vec![Vec::new(); SECTORS as usize] }
+    }
+
+    fn wrote(&mut self, at: u64, len: u64, stamp: Stamp) {
+        self.since[at as usize..(at + len) as usize].iter_mut().for_each(|stamps| stamps.push(stamp));
+    }
+
+    fn flushed(&mut self) {
+        for (flushed, since) in self.flushed.iter_mut().zip(&mut self.since) {
+            *flushed = since.last().copied().unwrap_or(*flushed);
+            since.clear();
+        }
+    }
+
+    fn check(&self, layer: &dyn Layer, absent: u8, what: &str) {
+        let found = read(layer, 0, SECTORS * SECTOR, absent).expect("read");
+        for (at, sector) in found.chunks_exact(SECTOR as usize).enumerate() {
+            let mut allowed = std::iter::once(&self.flushed[at]).chain(&self.since[at]);
+            assert!(
+                allowed.any(|stamp| sector == stamped(*stamp)),
+                "sector {at} is {:?}…, not one of {:?}, {:?} ({what})",
+                &sector[..8],
+                self.flushed[at],
+                self.since[at]
+            );
+        }
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+
+    /// A few sectors, or whole blocks.
+    fn range(&mut self) -> (u64, u64) {
+        let block = BLOCK / SECTOR;
+        let (at, len) = match self.below(4) {
+            0 => (self.below(BLOCKS) * block, block * (1 + self.below(2))),
+            1 => (self.below(BLOCKS) * block + self.below(8), 150 + self.below(1800)),
+            _ => (self.below(SECTORS), 1 + self.below(12)),
+        };
+        let at = at.min(SECTORS - 1);
+        (at, len.min(SECTORS - at))
+    }
+}
+
+fn open(sim: &Sim, mode: Mode) -> image::Result<Arc<VhdxLayer>> {
+    vhdx::open(sim.root().open("disk.vhdx", mode)?, mode)
+}
+
+fn create(sim: &Sim, kind: Kind) -> Arc<VhdxLayer> {
+    let root = sim.root();
+    let size = SECTORS * SECTOR;
+    let parent = (kind == Kind::Differencing).then(|| {
+        let base = vhdx::create(root.create("base.vhdx").expect("new"), &vhdx::Options::dynamic(size)).expect("a base");
+        vhdx::Parent::of(&*base, Some("base.vhdx")).expect("a parent")
+    });
+    let options = vhdx::Options { size, block_size: BLOCK as u32, kind, parent, ..vhdx::Options::default() };
+    let layer = vhdx::create(root.create("disk.vhdx").expect("new"), &options).expect("a layer");
+    root.sync().expect("sync");
+    layer
+}
+
+/// Writes, zeroes, flushes and reopens until the disk is cut off or `steps` are done.
+fn work(sim: &Sim, kind: Kind, seed: u64, steps: u64, allowed: &mut Allowed) -> image::Result<()> {
+    let mut random = Random(seed);
+    let mut layer = create(sim, kind);
+    for step in 0..steps {
+        let stamp = 1000 * (seed + 1) + step;
+        match random.below(10) {
+            0..=4 => {
+                let (at, len) = random.range();
+                allowed.wrote(at, len, stamp);
+                write(&*layer, at * SECTOR, &stamped(stamp).repeat(len as usize))?;
+            }
+            5 | 6 => {
+                let (at, len) = random.range();
+                allowed.wrote(at, len, ZEROS);
+                zero(&*layer, at * SECTOR, len * SECTOR)?;
+            }
+            7 => {
+                // A ticket whose data is written and that is never committed: what it covers stays what it was, unless it lies in
+                // place already.
+                let (at, len) = random.range();
+                let ticket = layer.prepare(at * SECTOR, len * SECTOR, image::Change::Data)?;
+                let mut runs = Vec::new();
+                layer.map(at * SECTOR, len * SECTOR, &mut runs)?;
+                if runs.iter().all(|run| !matches!(run.source, image::Source::Data(_))) {
+                    for extent in &ticket.extents {
+                        layer.store().write_at(&vec![0xDD; extent.len as usize], extent.at)?;
+                    }
+                }
+            }
+            8 => {
+                layer.flush()?;
+                allowed.flushed();
+            }
+            _ => {
+                layer.close()?;
+                allowed.flushed();
+                layer = open(sim, Mode::Write)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn after_every_cut(kind: Kind, seed: u64, steps: u64, crashes: u64) {
+    let absent = if kind == Kind::Differencing { PARENTS } else { ZEROS };
+    let fill = if kind == Kind::Differencing { PARENT } else { 0 };
+    let made = {
+        let sim = Sim::new();
+        create(&sim, kind);
+        sim.counts().operations
+    };
+    let all = {
+        let sim = Sim::new();
+        work(&sim, kind, seed, steps, &mut Allowed::new(absent)).expect("nothing fails");
+        sim.counts().operations
+    };
+    let mut seen = BTreeSet::new();
+    for cut in made..=all {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let mut allowed = Allowed::new(absent);
+        let _ = work(&sim, kind, seed, steps, &mut allowed);
+        for crash in Crash::several(seed.wrapping_mul(cut + 1), crashes) {
+            let after = sim.after_crash(crash);
+            if !seen.insert((cut, after.digest())) {
+                continue;
+            }
+            let what = format!("seed {seed}, cut at {cut} of {all}, {crash:?}");
+            let seen_by_reader = open(&after, Mode::Read).unwrap_or_else(|error| panic!("{error} ({what})"));
+            allowed.check(&*seen_by_reader, fill, &what);
+            drop(seen_by_reader);
+            let layer = open(&after, Mode::Write).unwrap_or_else(|error| panic!("{error} ({what})"));
+            allowed.check(&*layer, fill, &what);
+            // What the crash left must be good to work with.
+            let before = read(&*layer, 0, SECTORS * SECTOR, fill).expect("read");
+            let at = cut * 37 % (SECTORS - 1);
+            write(&*layer, at * SECTOR, &stamped(7)).expect("write");
+            layer.flush().expect("flush");
+            drop(layer);
+            let mut now = read(&*open(&after, Mode::Read).expect("open"), 0, SECTORS * SECTOR, fill).expect("read");
+            assert_eq!(now[(at * SECTOR) as usize..][..SECTOR as usize], stamped(7), "{what}");
+            now[(at * SECTOR) as usize..][..SECTOR as usize]
+                .copy_from_slice(&before[(at * SECTOR) as usize..][..SECTOR as usize]);
+            assert!(now == before, "another sector changed ({what})");
+        }
+    }
+}
+
+#[test]
+fn differencing() {
+    for seed in 0..4 {
+        after_every_cut(Kind::Differencing, seed, 24, 4);
+    }
+}
+
+#[test]
+fn dynamic() {
+    for seed in 10..13 {
+        after_every_cut(Kind::Dynamic, seed, 24, 4);
+    }
+}
+
+#[test]
+fn fixed() {
+    after_every_cut(Kind::Fixed, 20, 20, 3);
+}
+
+/// A cut while the file is made leaves one that opens empty, or one that is refused.
+#[test]
+fn while_it_is_made() {
+    let all = {
+        let sim = Sim::new();
+        create(&sim, Kind::Differencing);
+        sim.counts().operations
+    };
+    for cut in 0..all {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let root = sim.root();
+        let made = root.create("disk.vhdx").map_err(image::Error::from).and_then(|file| {
+            root.sync()?;
+            vhdx::create(file, &vhdx::Options::dynamic(SECTORS * SECTOR))
+        });
+        drop(made);
+        for crash in Crash::several(cut, 6) {
+            let after = sim.after_crash(crash);
+            if let Ok(layer) = open(&after, Mode::Write) {
+                assert!(read(&*layer, 0, SECTORS * SECTOR, 0).expect("read").iter().all(|byte| *byte == 0));
+            }
+        }
+    }
+}
