@@ -3,6 +3,7 @@
 mod cli;
 mod connect;
 mod console;
+mod doctor;
 mod draw;
 mod follow;
 mod json;

@@ -18,13 +18,7 @@ pub(crate) struct Session {
 impl Session {
     /// At `root`, or where the environment says.
     pub(crate) fn open(root: Option<&Path>, out: Out) -> Result<Self, Problem> {
-        let path = match root {
-            Some(root) => {
-                std::path::absolute(root).map_err(|error| Problem::usage(format!("{}: {error}", root.display())))?
-            }
-            None => home()?,
-        };
-        Ok(Self { root: Root::open(&path)?, out })
+        Ok(Self { root: Root::open(&place(root)?)?, out })
     }
 
     /// The machine of this name, id, or beginning of an id.
@@ -65,19 +59,18 @@ impl Session {
     }
 }
 
-/// Where the machines are, if nothing else is said: `$TENBY_ROOT`, else `/var/lib/tenby` for root, else `$XDG_DATA_HOME/tenby`.
-fn home() -> Result<PathBuf, Problem> {
+/// Where the machines are: as said, else `$TENBY_ROOT`, else `/var/lib/tenby` for root and `$XDG_DATA_HOME/tenby` otherwise.
+pub(crate) fn place(said: Option<&Path>) -> Result<PathBuf, Problem> {
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(root) = variable("TENBY_ROOT") {
-        return std::path::absolute(&root).map_err(|error| Problem::usage(format!("{}: {error}", root.display())));
-    }
-    if rustix::process::geteuid().is_root() {
-        return Ok(PathBuf::from("/var/lib/tenby"));
-    }
-    variable("XDG_DATA_HOME")
-        .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
-        .map(|data| data.join("tenby"))
-        .ok_or_else(|| Problem::usage("neither XDG_DATA_HOME nor HOME is set").hint("tenby --root DIR"))
+    let path = match said.map(Path::to_owned).or_else(|| variable("TENBY_ROOT")) {
+        Some(path) => path,
+        None if rustix::process::geteuid().is_root() => PathBuf::from("/var/lib/tenby"),
+        None => variable("XDG_DATA_HOME")
+            .or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+            .map(|data| data.join("tenby"))
+            .ok_or_else(|| Problem::usage("neither XDG_DATA_HOME nor HOME is set").hint("tenby --root DIR"))?,
+    };
+    std::path::absolute(&path).map_err(|error| Problem::usage(format!("{}: {error}", path.display())))
 }
 
 /// Somebody who can be asked about a machine.

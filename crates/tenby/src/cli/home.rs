@@ -1,6 +1,6 @@
 //! `tenby` alone: the machines with state, Now and pending work; where there is none, what to type first.
 
-use super::doctor;
+use crate::doctor;
 use crate::draw;
 use crate::json;
 use crate::session::Session;
@@ -18,7 +18,7 @@ pub(crate) async fn run(session: &Session) -> Result<(), Problem> {
         return Ok(());
     }
     if machines.is_empty() {
-        let verdict = doctor::verdict(Some(session.root.path())).await;
+        let verdict = doctor::verdict(&doctor::examine(session.root.path()).await);
         session.out.text(&format!("{FIRST}\n{verdict}\n"));
         return Ok(());
     }

@@ -10,6 +10,8 @@ mod snapshot;
 mod vm;
 mod words;
 
+pub(crate) use vm::quoted;
+
 use crate::out::Out;
 use crate::session::Session;
 use clap::{Args, Parser, Subcommand};
