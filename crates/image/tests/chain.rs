@@ -3,6 +3,7 @@
 mod mem;
 
 use image::merge::{Outcome, fold_down, plan};
+use image::vhdx::{self, Options, Parent};
 use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, RunKind};
 use mem::MemLayer;
 use proptest::prelude::*;
@@ -10,6 +11,8 @@ use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use store::sim::Sim;
+use store::{Folder, Mode};
 use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
@@ -20,6 +23,55 @@ fn leaf(size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
 
 fn base(size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
     MemLayer::new(size, sector, block, Kind::Dynamic)
+}
+
+/// Where the layers of a chain are made.
+#[derive(Debug, Clone)]
+enum Place {
+    /// Layers of these tests.
+    Memory,
+    /// VHDX files.
+    Files(Arc<dyn Folder>),
+}
+
+impl Place {
+    fn vhdx() -> Self {
+        Self::Files(Sim::new().root())
+    }
+
+    /// The first layer, or one over `below`; VHDX files take the block size as a hint.
+    fn layer(&self, below: Option<&Arc<dyn Layer>>, size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
+        let Self::Files(folder) = self else {
+            return if below.is_some() { leaf(size, sector, block) } else { base(size, sector, block) };
+        };
+        let name = folder.list().unwrap().len().to_string();
+        let parent = below.map(|below| Parent::of(&**below, Some(&file(below))).unwrap());
+        let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
+        let options = Options { size, block_size: block.max(1 << 20), sector_size: sector, kind, parent };
+        vhdx::create(folder.create(&name).unwrap(), &options).unwrap()
+    }
+
+    /// The same layers, closed and opened again where they are files.
+    fn reopen(&self, chain: &Chain) -> Vec<Arc<dyn Layer>> {
+        let layers = chain.layers();
+        let Self::Files(folder) = self else { return layers };
+        chain.close().unwrap();
+        let open = |layer: &Arc<dyn Layer>| -> Arc<dyn Layer> {
+            vhdx::open(folder.open(&file(layer), Mode::Write).unwrap(), Mode::Write).unwrap()
+        };
+        let again: Vec<_> = layers.iter().map(open).collect();
+        for pair in again.windows(2) {
+            let link = pair[1].info().parent.unwrap();
+            let id = pair[0].info().data_id;
+            assert!(link.linkage == id || link.linkage2 == Some(id), "the link does not hold");
+        }
+        again
+    }
+}
+
+/// A layer's file name in its folder.
+fn file(layer: &Arc<dyn Layer>) -> String {
+    layer.store().name().trim_start_matches('/').to_owned()
 }
 
 /// Bytes that tell where they were meant to be and who wrote them.
@@ -83,6 +135,10 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    prop::collection::vec(op(), 1..40)
+}
+
 /// Mostly the same size: folds are refused between others.
 fn size() -> impl Strategy<Value = u64> {
     prop_oneof![6 => Just(5 * MIB + 4096), 1 => Just(3 * MIB), 1 => Just(7 * MIB), 1 => Just(4096u64)]
@@ -124,8 +180,8 @@ fn check_runs(chain: &Chain, model: &[u8], at: u64, len: u64) {
     assert_eq!(pieces, whole);
 }
 
-fn run_ops(sector: u32, ops: Vec<Op>) {
-    let first = base(5 * MIB + 4096, sector, 64 << 10);
+fn run_ops(place: &Place, sector: u32, ops: Vec<Op>) {
+    let first = place.layer(None, 5 * MIB + 4096, sector, 64 << 10);
     let mut chain = Chain::new(vec![first], Access::Write).unwrap();
     let mut model = vec![0u8; chain.size() as usize];
     for (n, op) in ops.into_iter().enumerate() {
@@ -155,7 +211,8 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
             }
             Op::Flush => chain.flush().unwrap(),
             Op::Push { size, block } => {
-                chain.push(leaf(size, sector, block)).unwrap();
+                let layer = place.layer(chain.layers().last(), size, sector, block);
+                chain.push(layer).unwrap();
                 model.resize(size as usize, 0);
             }
             Op::Pop => match chain.pop_leaf(|| Ok::<_, Infallible>(())) {
@@ -182,7 +239,7 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
                 }
             }
             Op::Reopen { index } => {
-                chain = Chain::with_index(chain.layers(), Access::Write, index).unwrap();
+                chain = Chain::with_index(place.reopen(&chain), Access::Write, index).unwrap();
             }
         }
         assert_eq!(chain.size(), model.len() as u64);
@@ -197,8 +254,13 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_chain_reads_like_plain_bytes(sector in prop_oneof![Just(512u32), Just(4096)], ops in prop::collection::vec(op(), 1..40)) {
-        run_ops(sector, ops);
+    fn a_chain_reads_like_plain_bytes(sector in prop_oneof![Just(512u32), Just(4096)], ops in ops()) {
+        run_ops(&Place::Memory, sector, ops);
+    }
+
+    #[test]
+    fn a_chain_of_vhdx_files_reads_like_plain_bytes(sector in prop_oneof![Just(512u32), Just(4096)], ops in ops()) {
+        run_ops(&Place::vhdx(), sector, ops);
     }
 }
 
@@ -455,9 +517,18 @@ impl Own {
 
 #[test]
 fn many_threads_while_layers_come_and_go() {
+    many_threads(&Place::Memory);
+}
+
+#[test]
+fn many_threads_while_vhdx_files_come_and_go() {
+    many_threads(&Place::vhdx());
+}
+
+fn many_threads(place: &Place) {
     const PART: u64 = 300_000;
     let size = 8 * MIB;
-    let chain = Chain::with_index(vec![base(size, 512, 64 << 10)], Access::Write, 1 << 20).unwrap();
+    let chain = Chain::with_index(vec![place.layer(None, size, 512, 64 << 10)], Access::Write, 1 << 20).unwrap();
     let over = AtomicBool::new(false);
     let mut parts: Vec<Own> =
         (0..24).map(|n| Own { at: 100 + n * PART, model: vec![0; PART as usize], seed: 77 + n * 1_000_003 }).collect();
@@ -477,7 +548,10 @@ fn many_threads_while_layers_come_and_go() {
                 turn += 1;
                 let depth = chain.layers().len();
                 match turn % 7 {
-                    0 | 1 | 4 => chain.push(leaf(size, 512, [4096, 64 << 10, 2 << 20][turn % 3])).unwrap(),
+                    0 | 1 | 4 => {
+                        let block = [4096, 64 << 10, 2 << 20][turn % 3];
+                        chain.push(place.layer(chain.layers().last(), size, 512, block)).unwrap();
+                    }
                     2 if depth > 1 => assert_eq!(fold(&chain, depth - 1), Outcome::Folded),
                     3 if depth > 2 => assert_eq!(fold(&chain, 1 + turn % (depth - 1)), Outcome::Folded),
                     5 if depth > 1 => drop(chain.pop_leaf(|| Ok::<_, Infallible>(())).unwrap()),

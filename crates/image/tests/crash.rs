@@ -208,7 +208,9 @@ impl World {
         if self.fault == Fault::LowerLayers {
             let (leaf, lower) = self.omits.split_last().unwrap();
             leaf.flush.store(false, Ordering::SeqCst);
-            lower.iter().for_each(|lower| lower.flush.store(true, Ordering::SeqCst));
+            for lower in lower {
+                lower.flush.store(true, Ordering::SeqCst);
+            }
         }
         self.chain.flush()?;
         self.model.flush();
@@ -367,8 +369,9 @@ impl World {
     }
 }
 
-fn drop_name(names: &mut Vec<String>, position: usize) -> Result<()> {
-    names.remove(position);
+/// A commit to the ledger of this test: it never fails.
+fn drop_name<E>(names: &mut Vec<String>, position: usize) -> std::result::Result<(), E> {
+    let _gone = names.remove(position);
     Ok(())
 }
 
@@ -442,7 +445,7 @@ fn cut_everywhere(fault: Fault, seed: u64, stride: u64, states: u64) -> std::res
 #[test]
 fn nothing_is_lost_wherever_the_power_goes() {
     let mut seen = 0;
-    for seed in 0..12 {
+    for seed in 0..8 {
         seen += cut_everywhere(Fault::None, seed, 3, 4).unwrap_or_else(|error| panic!("{error}"));
     }
     assert!(seen > 1000, "{seen}");
