@@ -1,8 +1,9 @@
 //! The invariants of a machine's rows. [`crate::ledger`] commits no rows that break one, and opens none.
 
 use crate::tree::{Config, DiskId, LayerId, LayerKind, LayerRow, Machine, SnapshotId, State};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Display;
+use std::hash::Hash;
 
 impl Machine {
     /// Checks that the rows are sound:
@@ -32,15 +33,13 @@ impl Machine {
         if let Some(parent) = self.now.parent.filter(|id| !self.snapshots.contains_key(id)) {
             return Err(format!("now stands on snapshot {parent}, which is not there"));
         }
-        let parents: BTreeMap<SnapshotId, _> = self.snapshots.iter().map(|(id, row)| (*id, row.parent)).collect();
-        check_forest("snapshot", &parents)
+        check_forest("snapshot", self.snapshots.iter().map(|(id, row)| (*id, row.parent)))
     }
 
     fn check_layers(&self) -> Result<(), String> {
         check_keys("layer", self.layers.iter().map(|(key, row)| (*key, row.id)))?;
-        let parents: BTreeMap<LayerId, _> = self.layers.iter().map(|(id, row)| (*id, row.parent)).collect();
-        check_forest("layer", &parents)?;
-        let mut files = BTreeSet::new();
+        check_forest("layer", self.layers.iter().map(|(id, row)| (*id, row.parent)))?;
+        let mut files = HashSet::new();
         for LayerRow { id, kind, file, parent, .. } in self.layers.values() {
             if !files.insert(file) {
                 return Err(format!("two layers share the file {file}"));
@@ -105,8 +104,12 @@ fn check_keys<K: Eq + Display>(what: &str, mut rows: impl Iterator<Item = (K, K)
 }
 
 /// Every parent exists, and every row hangs on a root: a circle hangs on none.
-fn check_forest<K: Ord + Copy + Display>(what: &str, parents: &BTreeMap<K, Option<K>>) -> Result<(), String> {
-    let mut rooted: BTreeSet<K> = BTreeSet::new();
+fn check_forest<K>(what: &str, rows: impl Iterator<Item = (K, Option<K>)>) -> Result<(), String>
+where
+    K: Eq + Hash + Copy + Display,
+{
+    let parents: HashMap<K, Option<K>> = rows.collect();
+    let mut rooted: HashSet<K> = HashSet::with_capacity(parents.len());
     for id in parents.keys() {
         let mut path = Vec::new();
         let mut next = Some(*id);

@@ -87,6 +87,11 @@ impl State {
         jobs
     }
 
+    /// The job of this id.
+    pub fn job(&self, id: JobId) -> Option<&Job> {
+        self.jobs.get(&id)
+    }
+
     /// Keeps a job, in place of the one of its id.
     pub fn insert_job(&mut self, job: Job) {
         self.jobs.insert(job.id, job);
