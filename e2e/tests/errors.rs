@@ -1,0 +1,227 @@
+//! Bad input: the right exit code, words that name what is wrong, and nothing changed.
+
+use e2e::{BASE, Lab};
+use serde_json::Value;
+use std::fs;
+use std::path::Path;
+
+/// A saved machine with a snapshot, and what must not change about it.
+struct Untouched {
+    lab: Lab,
+    rows: Value,
+    files: Vec<(String, u64)>,
+}
+
+impl Untouched {
+    fn new() -> Self {
+        let lab = Lab::with_base();
+        lab.snapshot("Monday");
+        let (rows, files) = (lab.json(&["vm", "ledger", BASE])["machine"].clone(), lab.files());
+        Self { lab, rows, files }
+    }
+
+    /// Ends with `code` and a message with `words` in it; the machine is as it was, and it is the only one.
+    #[track_caller]
+    fn refuses(&self, code: i32, words: &str, args: &[&str]) -> Value {
+        let error = self.lab.fails(code, words, args);
+        assert_eq!(self.lab.json(&["vm", "ledger", BASE])["machine"], self.rows, "{args:?} changed the ledger");
+        assert_eq!(self.lab.files(), self.files, "{args:?} changed the files");
+        assert_eq!(self.lab.json(&["vm", "list"])["vms"].as_array().map(Vec::len), Some(1), "{args:?} left a machine");
+        let entries = fs::read_dir(self.lab.root()).expect("the root").filter_map(Result::ok);
+        let folders = entries.filter(|entry| entry.path().is_dir()).count();
+        assert_eq!(folders, 1, "{args:?} left a folder");
+        error
+    }
+}
+
+#[test]
+fn what_is_not_there() {
+    let machine = Untouched::new();
+    for verb in ["start", "stop", "save", "pause", "resume", "restart", "show", "log", "ledger", "delete", "console"] {
+        machine.refuses(4, "Tenbi", &["vm", verb, "Tenbi"]);
+    }
+    for verb in ["show", "delete", "apply"] {
+        let discard: &[&str] = if verb == "apply" { &["--discard"] } else { &[] };
+        machine.refuses(4, "Tuesday", &[&["snapshot", verb, BASE, "Tuesday"], discard].concat());
+    }
+    machine.refuses(4, "Tenbi", &["snapshot", "create", "Tenbi"]);
+    machine.refuses(4, "", &["job", "show", "ffff"]);
+}
+
+#[test]
+fn words_that_make_no_sense() {
+    let machine = Untouched::new();
+    let usage: &[&[&str]] = &[
+        &["vm", "create", "x", "--memory", "lots"],
+        &["vm", "create", "x", "--memory", "1"],
+        &["vm", "create", "x", "--memory", "99999999999999999999"],
+        &["vm", "create", "x", "--cpus", "0"],
+        &["vm", "create", "x", "--disk", "new:"],
+        &["vm", "create", "x", "--disk", "new:0"],
+        &["vm", "create", "x", "--disk", "new:1G,bus=floppy"],
+        &["vm", "create", "x", "--publish", "99999:1"],
+        &["vm", "frobnicate", BASE],
+        &["vm", "set", BASE],
+        &["snapshot", "apply", BASE, "Monday", "--keep", "--discard"],
+        &["snapshot"],
+    ];
+    for args in usage {
+        machine.refuses(2, "", args);
+    }
+}
+
+#[test]
+fn names_that_are_none() {
+    let machine = Untouched::new();
+    let long = "x".repeat(10_000);
+    for name in ["", " ", "a/b", "../../etc/passwd", "a@b", "new\nline", "bell\u{7}", "\u{1b}[31mred", &long] {
+        machine.refuses(2, "", &["vm", "create", name, "--disk", "new:1M"]);
+        machine.refuses(2, "", &["vm", "rename", BASE, name]);
+        machine.refuses(2, "", &["snapshot", "create", BASE, name]);
+        machine.refuses(2, "", &["snapshot", "rename", BASE, "Monday", name]);
+        machine.refuses(2, "", &["snapshot", "apply", BASE, "Monday", "--keep-as", name]);
+    }
+    // A name that leads a machine astray when it is looked up is merely not found.
+    for name in ["../..", "a/b", &long] {
+        let output = machine.lab.tenby(&["--json", "vm", "start", name]);
+        assert!([2, 4].contains(&output.code), "{name:.20}: {output:?}");
+    }
+    machine.refuses(2, "", &["--", "vm", "create", "-x"]);
+    // A hundred characters are a name, whatever they are.
+    let name = "日本 ñ'\"$(rm -rf)`;&|".chars().cycle().take(100).collect::<String>();
+    machine.lab.ok(&["snapshot", "create", BASE, &name]);
+    machine.lab.ok(&["snapshot", "show", BASE, &name]);
+}
+
+#[test]
+fn a_name_twice() {
+    let machine = Untouched::new();
+    machine.refuses(3, BASE, &["vm", "create", BASE, "--disk", "new:1M"]);
+}
+
+#[test]
+fn an_ambiguous_prefix_lists_its_candidates() {
+    let lab = Lab::with_base();
+    // Among seventeen ids two begin with the same digit.
+    let mut ids: Vec<String> = (0..17).map(|number| lab.snapshot(&format!("number {number}"))).collect();
+    ids.sort();
+    let digit = |id: &str| id.chars().next().expect("an id");
+    let twin = ids.windows(2).find(|pair| digit(&pair[0]) == digit(&pair[1])).expect("seventeen ids, sixteen digits");
+    let prefix = twin[0][..1].to_owned();
+    let error = lab.fails(4, "", &["snapshot", "delete", BASE, &prefix]);
+    assert!(error["candidates"].as_array().expect("a list").len() >= 2, "{error}");
+    assert_eq!(lab.tree()["snapshots"].as_array().expect("a list").len(), 17);
+}
+
+/// A disk that is no disk, or not what its name says.
+#[test]
+fn files_that_are_not_what_they_claim() {
+    let machine = Untouched::new();
+    let lab = &machine.lab;
+    let file = |name: &str, content: &[u8]| {
+        let path = lab.path(name);
+        fs::write(&path, content).expect("there is room");
+        path.to_string_lossy().into_owned()
+    };
+    let good = lab.path("good.vhdx").to_string_lossy().into_owned();
+    lab.ok(&["disk", "create", &good, "--size", "16M"]);
+    let image = fs::read(&good).expect("it was made");
+
+    let cut = file("cut.vhdx", &image[..image.len() / 2]);
+    let mut bytes = image.clone();
+    // Both headers: without them nothing in the file can be believed.
+    bytes[64 << 10..192 << 10].fill(0xa5);
+    let beheaded = file("beheaded.vhdx", &bytes);
+    let text = file("letter.vhdx", b"Dear Sir or Madam");
+    let empty = file("empty.vhdx", b"");
+    for broken in [&cut, &beheaded, &text, &empty] {
+        machine.refuses(5, "", &["vm", "create", "x", "--disk", broken]);
+        machine.refuses(5, "", &["vm", "create", "x", "--disk", &format!("{broken},in-place")]);
+        machine.refuses(5, "", &["disk", "info", broken]);
+        machine.refuses(5, "", &["disk", "hash", broken]);
+    }
+    // What a guest wrote into a raw disk must not make it another format.
+    let disguised = file("disguised.raw", &image);
+    let error = machine.refuses(5, "", &["vm", "create", "x", "--disk", &disguised]);
+    let message = error["message"].as_str().unwrap_or_default().to_lowercase();
+    assert!(message.contains("raw") && message.contains("vhdx"), "both readings: {message}");
+    // Without a signature nobody guesses.
+    let unknown = file("unknown.img2", &[0; 4096]);
+    machine.refuses(5, "", &["vm", "create", "x", "--disk", &unknown]);
+    for absent in ["/nowhere/disk.vhdx", "/dev/null/x"] {
+        let output = lab.tenby(&["--json", "vm", "create", "x", "--disk", absent]);
+        assert!([1, 4].contains(&output.code), "{output:?}");
+    }
+    machine.refuses(5, "", &["vm", "create", "x", "--disk", "/etc"]);
+}
+
+/// A parent that is missing, changed, or elsewhere is not opened.
+#[test]
+fn parents_that_are_not_theirs() {
+    let machine = Untouched::new();
+    let lab = &machine.lab;
+    let path = |name: &str| lab.path(name).to_string_lossy().into_owned();
+    let (parent, child) = (path("parent.vhdx"), path("child.avhdx"));
+    lab.ok(&["disk", "create", &parent, "--size", "16M"]);
+    lab.ok(&["disk", "create", &child, "--parent", &parent, "--size", "16M"]);
+    lab.ok(&["disk", "hash", &child]);
+
+    let kept = fs::read(&parent).expect("it is there");
+    fs::remove_file(&parent).expect("it is ours");
+    machine.refuses(5, "parent", &["disk", "hash", &child]);
+    machine.refuses(5, "parent", &["vm", "create", "x", "--disk", &child]);
+    // Another disk of the same name and size has another identity.
+    lab.ok(&["disk", "create", &parent, "--size", "16M"]);
+    machine.refuses(5, "parent", &["disk", "hash", &child]);
+    machine.refuses(5, "parent", &["vm", "create", "x", "--disk", &child]);
+    fs::write(&parent, kept).expect("it is ours");
+    lab.ok(&["disk", "hash", &child]);
+
+    // In a folder that nobody named.
+    fs::create_dir(lab.path("elsewhere")).expect("it is ours");
+    fs::rename(&parent, lab.path("elsewhere/parent.vhdx")).expect("it is ours");
+    machine.refuses(5, "parent", &["disk", "hash", &child]);
+    machine.refuses(5, "parent", &["vm", "create", "x", "--disk", &child]);
+}
+
+/// No space left: a clear error, and nothing half-made.
+#[test]
+fn no_space() {
+    if !rustix::process::getuid().is_root() {
+        // Only root can make a small file system.
+        return;
+    }
+    let lab = Lab::with_base();
+    let small = SmallDisk::mount(&lab.path("small"), "24m");
+    let root = small.0.to_string_lossy().into_owned();
+    let big = lab.path("big.raw");
+    fs::write(&big, vec![7; 64 << 20]).expect("there is room");
+    let spec = format!("{},format=raw", big.display());
+    let error = lab.fails(1, "", &["--root", &root, "vm", "create", "x", "--disk", &spec]);
+    assert!(error["message"].as_str().unwrap_or_default().to_lowercase().contains("space"), "{error}");
+    assert_eq!(lab.json(&["--root", &root, "vm", "list"])["vms"], Value::Array(Vec::new()));
+    let left: Vec<_> =
+        fs::read_dir(&small.0).expect("it is mounted").filter_map(Result::ok).filter(|e| e.path().is_dir()).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+/// A file system in memory with a limit.
+struct SmallDisk(std::path::PathBuf);
+
+impl SmallDisk {
+    fn mount(at: &Path, size: &str) -> Self {
+        fs::create_dir(at).expect("it is ours");
+        let options = format!("size={size}");
+        let mut mount = std::process::Command::new("mount");
+        let status = mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
+        assert!(status.expect("mount is there").success());
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        // Even while something still looks at it.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
