@@ -258,14 +258,14 @@ mod tests {
     fn go(name: &str, wanted: &[u16]) -> Vec<u8> {
         let mut out = string(name);
         out.extend_from_slice(&(wanted.len() as u16).to_be_bytes());
-        wanted.iter().for_each(|w| out.extend_from_slice(&w.to_be_bytes()));
+        out.extend(wanted.iter().flat_map(|kind| kind.to_be_bytes()));
         out
     }
 
     fn contexts(name: &str, queries: &[&str]) -> Vec<u8> {
         let mut out = string(name);
         out.extend_from_slice(&(queries.len() as u32).to_be_bytes());
-        queries.iter().for_each(|q| out.extend(string(q)));
+        out.extend(queries.iter().flat_map(|query| string(query)));
         out
     }
 
