@@ -70,7 +70,7 @@ fn qemu_img_sees_holes() {
         return;
     }
     let served = Served::new(64 * MIB);
-    served.chain.write(&[1; 1 << 20], 8 * MIB).expect("written");
+    served.chain.write(&vec![1; 1 << 20], 8 * MIB).expect("written");
     let map = run("qemu-img", ["map", "-f", "raw", "--output=json", &served.uri()]);
     let expected = [
         r#"{ "start": 0, "length": 8388608, "depth": 0, "present": false, "zero": true, "data": false,"#,
@@ -217,7 +217,7 @@ fn libnbd_copies_over_many_connections_and_maps() {
     }
 
     let empty = Served::new(8 * MIB);
-    empty.chain.write(&[1; 65536], 0).expect("written");
+    empty.chain.write(&vec![1; 65536], 0).expect("written");
     let map: Vec<Vec<String>> = run("nbdinfo", ["--map", &empty.uri()])
         .lines()
         .map(|line| line.split_whitespace().map(Into::into).collect())
