@@ -141,10 +141,21 @@ impl Owner {
         }
         .await;
         self.go_on(running).await;
+        if !running && captured.is_ok() {
+            self.pause_anew().await?;
+        }
         if let (Ok(written), true) = (&mut captured, running) {
             written.stats.pause_us = Some(began.elapsed().as_micros() as u64);
         }
         captured
+    }
+
+    /// Makes an ordinary pause of the state in which a capture leaves a guest that stood still: QEMU captures no guest a second time from
+    /// there. What the guest does in this moment lies after the point, like everything that it does later.
+    async fn pause_anew(&self) -> Result<(), Problem> {
+        let (live, name) = self.running()?;
+        live.qemu.resume().await.map_err(|e| qemu_problem(&name, &e))?;
+        live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))
     }
 
     /// Sequence A: QEMU stops and resumes itself; the disks' writes around that are sorted out by its stamps.
