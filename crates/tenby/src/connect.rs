@@ -61,7 +61,7 @@ pub(crate) async fn worker(root: &Root, found: &Found, out: &Out) -> Result<Clie
                     Err(error) => return Err(problem(error)),
                 }
             }
-            Err(Error::Gone(_)) => match start(root, found).await? {
+            Err(Error::Gone(_)) => match start(root, found, &client).await? {
                 Started::Ready => continue,
                 Started::Raced(refusal) if began.elapsed() > PATIENCE => {
                     return Err(Problem::failed(format!(
@@ -95,16 +95,19 @@ enum Started {
 }
 
 /// Starts a worker in a session of its own and waits until it serves or says why it does not.
-async fn start(root: &Root, found: &Found) -> Result<Started, Problem> {
+async fn start(root: &Root, found: &Found, client: &Client) -> Result<Started, Problem> {
     let failed =
         |what: &str, error: io::Error| Problem::failed(format!("{what} for the worker of {}: {error}", found.name));
     let folder = root.machine_folder(found.id);
+    if !folder.is_dir() {
+        return Err(Problem::not_found(format!("{} is gone", found.name)));
+    }
     let log = log(&folder).map_err(|error| failed("no log", error))?;
     let program = std::env::current_exe().map_err(|error| failed("no program", error))?;
     // The worker leaves this terminal's session itself (setsid), and outlives this process.
     let mut child = Command::new(program)
-        .arg("--root")
-        .arg(root.path())
+        // `tenby worker ID`, and nothing else: that is how people and scripts know it.
+        .env("TENBY_ROOT", root.path())
         .arg("worker")
         .arg(found.id.to_string())
         .current_dir("/")
@@ -115,8 +118,12 @@ async fn start(root: &Root, found: &Found) -> Result<Started, Problem> {
         .spawn()
         .map_err(|error| failed("no process", error))?;
     let mut said = Vec::new();
-    let stdout = child.stdout.take().expect("standard output was asked for as a pipe");
-    stdout.take(1 << 16).read_to_end(&mut said).await.map_err(|error| failed("no word", error))?;
+    let mut stdout = child.stdout.take().expect("standard output was asked for as a pipe").take(1 << 16);
+    tokio::select! {
+        read = stdout.read_to_end(&mut said) => { read.map_err(|error| failed("no word", error))?; }
+        // Another client's worker was first: this one finds the lock taken and ends by itself.
+        () = greeted(client) => return Ok(Started::Ready),
+    }
     match serde_json::from_slice::<Announcement>(&said) {
         Ok(Announcement::Ready) => Ok(Started::Ready),
         Ok(Announcement::Problem(problem)) if problem.kind == ProblemKind::Refused => Ok(Started::Raced(problem)),
@@ -125,10 +132,21 @@ async fn start(root: &Root, found: &Found) -> Result<Started, Problem> {
     }
 }
 
+/// Returns when a worker answers.
+async fn greeted(client: &Client) {
+    while client.hello().await.is_err() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// The worker's log, open at its end.
 fn log(folder: &Path) -> io::Result<File> {
     let folder = folder.join("log");
-    std::fs::create_dir_all(&folder)?;
+    // Only the last folder: a machine that was just deleted must not come back as an empty one.
+    match std::fs::create_dir(&folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        _ => {}
+    }
     let path = folder.join("worker.log");
     if std::fs::metadata(&path).is_ok_and(|about| about.len() > LONGEST_LOG) {
         std::fs::rename(&path, folder.join("worker.log.1"))?;

@@ -34,8 +34,10 @@ const REPLAY: usize = 64 << 10;
 /// What was typed so shortly before a break may not have arrived.
 const UNSURE: Duration = Duration::from_secs(2);
 
-/// At the end of input, how long the port must have been silent before the console is left, and how long that may take.
-const SILENCE: Duration = Duration::from_millis(500);
+/// At the end of input, how long the port must have been silent before the console is left: an answer to the last line is waited
+/// for a little. And how long all that may take.
+const SILENCE: Duration = Duration::from_millis(300);
+const ANSWER: Duration = Duration::from_millis(1500);
 const LAST_WORDS: Duration = Duration::from_secs(10);
 
 /// How long the machine may take to come back.
@@ -213,10 +215,12 @@ impl Console {
         }
         // The hub goes on showing to a client that types no more.
         let _ = to.shutdown().await;
-        let deadline = Instant::now() + LAST_WORDS;
-        let mut bytes = vec![0; 16 << 10];
-        while Instant::now() < deadline {
-            match tokio::time::timeout(SILENCE, from.read(&mut bytes)).await {
+        let (now, mut bytes) = (Instant::now(), vec![0; 16 << 10]);
+        let asked = !typed.is_empty() || self.sent.back().is_some_and(|(at, _)| at.elapsed() < ANSWER);
+        let least = now + if asked { ANSWER } else { SILENCE };
+        while now.elapsed() < LAST_WORDS {
+            let silence = SILENCE.max(least.saturating_duration_since(Instant::now()));
+            match tokio::time::timeout(silence, from.read(&mut bytes)).await {
                 Ok(Ok(count @ 1..)) if self.show(&bytes[..count]) => {}
                 _ => break,
             }
@@ -370,7 +374,7 @@ mod tests {
         assert_eq!(overlap("abc", ""), 0);
         assert_eq!(overlap("aab", "aab"), 3);
         assert_eq!(overlap("aabaa", "aabaaab"), 5);
-        assert_eq!(overlap("xaabaaab", "aabaab"), 4);
+        assert_eq!(overlap("xaabaaab", "aabaab"), 3);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod cli;
 mod connect;
 mod console;
+mod disk;
 mod doctor;
 mod draw;
 mod follow;

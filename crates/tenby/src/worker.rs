@@ -1,7 +1,6 @@
 //! `tenby worker ID`: the process that owns a machine. It recovers the machine, serves its socket, and ends when nothing is left to
 //! do, on SIGTERM, or for a newer version; QEMU runs on, and the next worker adopts it.
 
-use crate::out::put;
 use crate::session::Session;
 use api::types::Hello;
 use api::{End, Socket, Version, serve};
@@ -11,7 +10,7 @@ use machine::root::Root;
 use machine::steps::Steps;
 use machine::tree::MachineId;
 use serde::{Deserialize, Serialize};
-use std::io;
+use std::io::{self, Write};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// The one line that a worker says to who started it.
@@ -97,7 +96,8 @@ fn leave_session() {
 /// Says the line, and closes standard output, which the starter reads to its end.
 fn announce(announcement: &Announcement) {
     let line = serde_json::to_string(announcement).expect("an announcement is text");
-    put(&mut io::stdout().lock(), format!("{line}\n").as_bytes());
+    // The starter may have gone on already, with another worker or with this one: that is no reason to end.
+    let _ = writeln!(io::stdout().lock(), "{line}");
     let closed = rustix::fs::open("/dev/null", rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty())
         .and_then(|null| rustix::stdio::dup2_stdout(&null));
     if let Err(error) = closed {

@@ -1,20 +1,320 @@
-//! `tenby disk`
+//! `tenby disk`: image files, without any machine.
 
-use super::later;
+use super::{later, words};
+use crate::disk::{self, Place};
 use crate::out::Out;
-use clap::Subcommand;
+use clap::{Args, Subcommand, ValueEnum};
+use image::{Format, Kind};
 use machine::request::Problem;
+use std::path::PathBuf;
 
 /// What can be done with disk image files.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
+    /// Make an empty image
+    #[command(after_help = "Examples:
+  tenby disk create data.vhdx --size 20G
+  tenby disk create child.avhdx --parent data.vhdx")]
+    Create(CreateArgs),
     /// What a file is
-    Info,
+    #[command(after_help = "Example:\n  tenby disk info data.vhdx --chain")]
+    Info {
+        /// The image file
+        file: PathBuf,
+        /// With all its parents
+        #[arg(long)]
+        chain: bool,
+    },
+    /// The sha256 of the virtual content, as of the raw disk
+    #[command(after_help = "Example:\n  tenby disk hash data.vhdx")]
+    Hash {
+        /// The image file
+        file: PathBuf,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
+    },
+    /// Copy an image into another format
+    #[command(after_help = "Examples:
+  tenby disk convert old.raw new.vhdx
+  tenby disk convert data.vhdx data.img --to raw")]
+    Convert(ConvertArgs),
+    /// Serve an image by NBD, one export with the empty name; prints its URI
+    #[command(after_help = "Examples:
+  tenby disk serve data.vhdx --socket /tmp/data.sock
+  tenby disk serve data.vhdx --port 10809 --read-only")]
+    Serve(ServeArgs),
+    /// Check an image file
+    #[command(after_help = "Example:\n  tenby disk check data.vhdx --repair")]
+    Check {
+        /// The image file
+        file: PathBuf,
+        /// Mend what can be mended
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Where an image's content lies
+    #[command(after_help = "Example:\n  tenby disk map data.vhdx --json")]
+    Map {
+        /// The image file
+        file: PathBuf,
+    },
+    /// Compare the content of two images
+    #[command(after_help = "Example:\n  tenby disk compare a.vhdx b.raw")]
+    Compare {
+        /// One
+        a: PathBuf,
+        /// The other
+        b: PathBuf,
+    },
+    /// Change an image's size
+    #[command(after_help = "Example:\n  tenby disk resize data.vhdx 40G")]
+    Resize {
+        /// The image file
+        file: PathBuf,
+        /// The new size
+        #[arg(value_parser = words::some_size)]
+        size: u64,
+    },
+    /// Give unused space back
+    #[command(after_help = "Example:\n  tenby disk compact data.vhdx")]
+    Compact {
+        /// The image file
+        file: PathBuf,
+    },
+    /// Tell a child where its parent is
+    #[command(after_help = "Example:\n  tenby disk reconnect child.avhdx data.vhdx")]
+    Reconnect {
+        /// The child
+        child: PathBuf,
+        /// Its parent
+        parent: PathBuf,
+        /// Even if the ids differ
+        #[arg(long)]
+        force: bool,
+    },
+    /// Merge a child into its parent, or into a new file
+    #[command(after_help = "Example:\n  tenby disk merge child.avhdx")]
+    Merge {
+        /// The child
+        child: PathBuf,
+        /// A new file, instead of the parent
+        #[arg(long)]
+        into: Option<PathBuf>,
+    },
+}
+
+/// `disk create`
+#[derive(Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// The new file; its ending says its format
+    file: PathBuf,
+    /// The disk's size; a child has its parent's
+    #[arg(long, value_parser = words::some_size, required_unless_present = "parent")]
+    size: Option<u64>,
+    /// How it holds its blocks [default: differencing with --parent, else dynamic]
+    #[arg(long = "type", value_enum, value_name = "TYPE")]
+    kind: Option<KindArg>,
+    /// The image that it stands on, in the same folder
+    #[arg(long, value_name = "FILE")]
+    parent: Option<PathBuf>,
+    /// Bytes in a block: 1M to 256M, a power of two
+    #[arg(long, value_parser = words::some_size, value_name = "SIZE")]
+    block_size: Option<u64>,
+    /// Bytes in a logical sector: 512 or 4096
+    #[arg(long, value_parser = words::some_size, value_name = "BYTES")]
+    sector_size: Option<u64>,
+}
+
+/// `disk convert`
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// The image to copy
+    source: PathBuf,
+    /// The new file; its ending says its format
+    target: PathBuf,
+    /// The format of a source without signature: raw
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    from: Option<FormatArg>,
+    /// The new file's format
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    to: Option<FormatArg>,
+    /// How the new file holds its blocks
+    #[arg(long = "type", value_enum, value_name = "TYPE")]
+    kind: Option<KindArg>,
+    /// Zeros are written, too
+    #[arg(long)]
+    dense: bool,
+}
+
+/// `disk serve`
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// The image file
+    file: PathBuf,
+    /// The unix socket to listen on; a stale one is replaced
+    #[arg(long, value_name = "SOCKET", required_unless_present = "port", conflicts_with = "port")]
+    socket: Option<PathBuf>,
+    /// The TCP port to listen on, on 127.0.0.1; 0 for any
+    #[arg(long)]
+    port: Option<u16>,
+    /// Changes are refused
+    #[arg(long)]
+    read_only: bool,
+    /// The format of a file without signature: raw
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    from: Option<FormatArg>,
+}
+
+/// An image format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatArg {
+    /// Bytes as they are
+    Raw,
+    /// Microsoft's VHDX
+    Vhdx,
+    /// Microsoft's VHD
+    Vhd,
+    /// QEMU's
+    Qcow2,
+}
+
+impl FormatArg {
+    fn known(self) -> Result<Format, Problem> {
+        match self {
+            Self::Raw => Ok(Format::Raw),
+            Self::Vhdx => Ok(Format::Vhdx),
+            Self::Vhd => Err(later("the format VHD")),
+            Self::Qcow2 => Err(later("the format qcow2")),
+        }
+    }
+
+    /// What a file's name says.
+    fn of(file: &std::path::Path) -> Option<Self> {
+        match file.extension()?.to_str()?.to_ascii_lowercase().as_str() {
+            "raw" | "img" => Some(Self::Raw),
+            "vhdx" | "avhdx" => Some(Self::Vhdx),
+            "vhd" | "avhd" => Some(Self::Vhd),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+}
+
+/// How an image holds its blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KindArg {
+    /// Every block has its place
+    Fixed,
+    /// Blocks are placed when first written
+    Dynamic,
+    /// Blocks that were not written are the parent's
+    Differencing,
+}
+
+impl From<KindArg> for Kind {
+    fn from(kind: KindArg) -> Self {
+        match kind {
+            KindArg::Fixed => Self::Fixed,
+            KindArg::Dynamic => Self::Dynamic,
+            KindArg::Differencing => Self::Differencing,
+        }
+    }
 }
 
 impl Verb {
-    #[expect(clippy::unused_async, reason = "serving does")]
-    pub(crate) async fn run(self, _out: &Out) -> Result<(), Problem> {
-        Err(later("`tenby disk`"))
+    pub(crate) async fn run(self, out: &Out) -> Result<(), Problem> {
+        match self {
+            Self::Create(args) => create(args, out),
+            Self::Info { file, chain } => {
+                let info = disk::info(&Place::of(&file, None)?, chain)?;
+                out.show(&info, |_| info.draw());
+                Ok(())
+            }
+            Self::Hash { file, from } => {
+                let place = Place::of(&file, format(from)?)?;
+                let hash = disk::hash(place, out).await?;
+                out.show(&hash, |_| format!("{}  {}\n", hash.sha256, file.display()));
+                Ok(())
+            }
+            Self::Convert(args) => convert(args, out).await,
+            Self::Serve(args) => {
+                let place = Place::of(&args.file, format(args.from)?)?;
+                let at = match (args.socket, args.port) {
+                    (Some(socket), _) => disk::At::Socket(socket),
+                    (None, port) => disk::At::Port(port.unwrap_or(0)),
+                };
+                disk::serve(&place, at, args.read_only, out).await
+            }
+            Self::Check { .. } => Err(later("`tenby disk check`")),
+            Self::Map { .. } => Err(later("`tenby disk map`")),
+            Self::Compare { .. } => Err(later("`tenby disk compare`")),
+            Self::Resize { .. } => Err(later("`tenby disk resize`")),
+            Self::Compact { .. } => Err(later("`tenby disk compact`")),
+            Self::Reconnect { .. } => Err(later("`tenby disk reconnect`")),
+            Self::Merge { .. } => Err(later("`tenby disk merge`")),
+        }
     }
+}
+
+fn format(said: Option<FormatArg>) -> Result<Option<Format>, Problem> {
+    said.map(FormatArg::known).transpose()
+}
+
+/// The format of a new file: as said, else as its ending says.
+fn new_format(said: Option<FormatArg>, file: &std::path::Path) -> Result<Format, Problem> {
+    let wrong = || {
+        Problem::usage(format!("{}: its ending says no format", file.display()))
+            .hint("end it in .vhdx, .avhdx, .raw or .img, or say --to")
+    };
+    said.or_else(|| FormatArg::of(file)).ok_or_else(wrong)?.known()
+}
+
+fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
+    let kind = match (args.kind, &args.parent) {
+        (Some(KindArg::Differencing), None) => {
+            return Err(Problem::usage("a differencing image stands on another one").hint("--parent FILE"));
+        }
+        (Some(KindArg::Fixed | KindArg::Dynamic), Some(_)) => {
+            return Err(Problem::usage("an image with a parent is a differencing one").hint("--type differencing"));
+        }
+        (_, Some(_)) => Kind::Differencing,
+        (kind, None) => kind.map_or(Kind::Dynamic, Into::into),
+    };
+    let small = |what: &str, bytes: Option<u64>| {
+        bytes
+            .map(|bytes| u32::try_from(bytes).map_err(|_| Problem::usage(format!("the {what} is too large"))))
+            .transpose()
+    };
+    let wanted = disk::New {
+        format: new_format(None, &args.file)?,
+        size: args.size,
+        kind,
+        parent: args.parent,
+        block_size: small("block size", args.block_size)?,
+        sector_size: small("sector size", args.sector_size)?,
+    };
+    let info = disk::create(&args.file, &wanted)?;
+    if out.json() {
+        out.document(&info);
+    }
+    out.done(&format!("{} is made", args.file.display()));
+    Ok(())
+}
+
+async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
+    if args.dense {
+        return Err(later("`--dense`"));
+    }
+    if args.kind == Some(KindArg::Differencing) {
+        return Err(Problem::usage("a converted image stands on nothing: --type fixed or dynamic"));
+    }
+    let source = Place::of(&args.source, format(args.from)?)?;
+    let format = new_format(args.to, &args.target)?;
+    let info = disk::convert(source, &args.target, format, args.kind.map(Into::into), out).await?;
+    if out.json() {
+        out.document(&info);
+    }
+    out.done(&format!("{} is made", args.target.display()));
+    Ok(())
 }

@@ -103,13 +103,8 @@ pub(crate) fn told(session: &Session, job: &Job) -> Result<(), Problem> {
     if session.out.json() {
         session.out.document(job);
     }
-    session.out.done(&said(job).unwrap_or_else(|| draw::job_line(job, jiff::Timestamp::now())));
+    session.out.done(&draw::done(job, jiff::Timestamp::now()));
     Ok(())
-}
-
-/// The job's own words for people.
-pub(crate) fn said(job: &Job) -> Option<String> {
-    job.result.as_ref()?.get("said")?.as_str().map(str::to_owned)
 }
 
 async fn list(session: &Session, vm: Option<&str>) -> Result<(), Problem> {

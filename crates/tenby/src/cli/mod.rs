@@ -73,22 +73,22 @@ pub(crate) enum Color {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Virtual machines: make, run, change, look at them
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tenby vm list")]
     Vm(vm::Verb),
     /// Snapshots of a machine: take, list, apply, delete them
-    #[command(subcommand, alias = "snap")]
+    #[command(subcommand, alias = "snap", after_help = "Example:\n  tenby snapshot list web")]
     Snapshot(snapshot::Verb),
     /// What is under way, and what was
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tenby job list")]
     Job(job::Verb),
     /// Disk image files, without any machine
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tenby disk info data.vhdx")]
     Disk(disk::Verb),
     /// What is here, what is missing, and what that costs
     #[command(after_help = "Example:\n  tenby doctor")]
     Doctor,
     /// Stories on a real guest
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tenby demo week")]
     Demo(rest::Demo),
     /// Completions for a shell
     #[command(after_help = "Example:\n  tenby completions bash > /etc/bash_completion.d/tenby")]
@@ -100,10 +100,10 @@ pub(crate) enum Command {
     #[command(after_help = "Example:\n  tenby serve --listen 127.0.0.1:8080")]
     Serve(rest::Serve),
     /// Tokens for `serve`
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  tenby token list")]
     Token(rest::Token),
     /// The process that owns a machine
-    #[command(hide = true)]
+    #[command(hide = true, after_help = "Example:\n  tenby worker 0199c0ffee00c0ffee00c0ffee00c0ff")]
     Worker {
         /// The machine's id
         id: MachineIdArg,
@@ -173,4 +173,54 @@ pub(crate) struct Waiting {
     /// Print the job's id at once instead of waiting for its end
     #[arg(long = "async")]
     pub(crate) at_once: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_help_has_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{path} has no example");
+            assert!(help.contains("tenby"), "the example of {path} cannot be pasted");
+            for sub in command.get_subcommands() {
+                check(sub, &format!("{path} {}", sub.get_name()));
+            }
+        }
+        check(&Cli::command(), "tenby");
+    }
+
+    /// Examples are for pasting: each must parse.
+    #[test]
+    fn every_example_parses() {
+        fn examples(command: &clap::Command, into: &mut Vec<String>) {
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            into.extend(help.lines().map(str::trim).filter(|line| line.starts_with("tenby")).map(str::to_owned));
+            command.get_subcommands().for_each(|sub| examples(sub, into));
+        }
+        let mut all = Vec::new();
+        examples(&Cli::command(), &mut all);
+        assert!(all.len() > 40);
+        for example in all {
+            let line = example.split(" > ").next().unwrap_or_default();
+            let mut words = vec![String::new()];
+            let mut quoted = false;
+            for c in line.chars() {
+                match c {
+                    '"' => quoted = !quoted,
+                    ' ' if !quoted => words.push(String::new()),
+                    c => words.last_mut().expect("there is one").push(c),
+                }
+            }
+            Cli::try_parse_from(&words).unwrap_or_else(|error| panic!("{example}: {error}"));
+        }
+    }
 }

@@ -34,6 +34,33 @@ pub(crate) fn describe(job: &Job, now: Timestamp) -> String {
     }
 }
 
+/// What a job that ended well has brought: its own words for people, or a sentence by its kind.
+pub(crate) fn done(job: &Job, now: Timestamp) -> String {
+    let vm = plain(&job.vm);
+    let word = |key: &str| job.result.as_ref().and_then(|result| result.get(key)?.as_str()).map(plain);
+    if let Some(said) = word("said") {
+        return said;
+    }
+    match (job.kind.as_str(), word("state"), word("name")) {
+        ("snapshot", _, Some(name)) => format!("{vm}: snapshot \"{name}\" is taken"),
+        ("apply" | "revert", ..) => {
+            let kept = word("kept_name").map(|name| format!("; what was is kept as \"{name}\"")).unwrap_or_default();
+            format!("{vm}: the snapshot is applied{kept}")
+        }
+        ("delete", ..) => {
+            let gone = job.result.as_ref().and_then(|result| result.get("deleted")?.as_array()).map_or(1, Vec::len);
+            format!(
+                "{vm}: {} deleted",
+                if gone == 1 { "the snapshot is".to_owned() } else { format!("{gone} snapshots are") }
+            )
+        }
+        ("delete-machine", ..) => format!("{vm} is deleted"),
+        ("rename", _, Some(name)) => format!("{vm} is now named {name}"),
+        (_, Some(state), _) => format!("{vm} is {state}"),
+        _ => describe(job, now),
+    }
+}
+
 /// The time from one moment to another.
 fn between(from: Timestamp, to: Timestamp) -> String {
     duration((to.as_millisecond() - from.as_millisecond()).max(0) as u64)
@@ -89,6 +116,25 @@ mod tests {
             started: "2026-11-27T07:59:58Z".parse().unwrap(),
             ended: None,
         }
+    }
+
+    #[test]
+    fn what_a_job_has_brought() {
+        let ended = |kind: &str, result: serde_json::Value| {
+            let kind = kind.to_owned();
+            done(&Job { kind, result: Some(result), ..job(JobState::Completed) }, look().now)
+        };
+        use serde_json::json;
+        assert_eq!(ended("snapshot", json!({"name": "Monday"})), "Tenby: snapshot \"Monday\" is taken");
+        assert_eq!(ended("start", json!({"state": "running"})), "Tenby is running");
+        assert_eq!(ended("start", json!({"said": "Tenby runs already"})), "Tenby runs already");
+        assert_eq!(ended("apply", json!({"kept_name": null})), "Tenby: the snapshot is applied");
+        assert_eq!(
+            ended("apply", json!({"kept_name": "Wednesday"})),
+            "Tenby: the snapshot is applied; what was is kept as \"Wednesday\""
+        );
+        assert_eq!(ended("delete", json!({"deleted": ["a", "b"]})), "Tenby: 2 snapshots are deleted");
+        assert_eq!(ended("delete-machine", json!({})), "Tenby is deleted");
     }
 
     #[test]

@@ -7,7 +7,7 @@ mod table;
 mod tree;
 mod vm;
 
-pub(crate) use job::{describe as job_line, jobs};
+pub(crate) use job::{describe as job_line, done, jobs};
 pub(crate) use problem::problem;
 pub(crate) use table::{Align, Table};
 pub(crate) use tree::{pending, snapshot, tree};

@@ -1,0 +1,439 @@
+//! Disk image files, without any machine: made, looked at, hashed, copied, served.
+
+use crate::draw::{self, plain};
+use crate::out::Out;
+use crate::session::cancelled;
+use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhdx};
+use machine::request::Problem;
+use rustix::fs::{CWD, RenameFlags};
+use serde::Serialize;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use store::host::HostFolder;
+use store::{Folder, Mode, Store};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// An image that is there, and the format that it is to be read as.
+#[derive(Debug, Clone)]
+pub(crate) struct Place {
+    path: PathBuf,
+    format: Option<Format>,
+}
+
+impl Place {
+    /// The image at `path`. Its format is what was said, else raw for a name that ends in `.raw`, else what its signature says.
+    /// Formats that are not read yet are refused here.
+    pub(crate) fn of(path: &Path, said: Option<Format>) -> Result<Self, Problem> {
+        let raw = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("raw"));
+        let format = said.or(raw.then_some(Format::Raw));
+        let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
+        match image::open::probe(&*store).map_err(|error| problem(&error))? {
+            Some(image::open::Signature::Foreign(name @ ("VHD" | "qcow2"))) if format != Some(Format::Raw) => {
+                Err(crate::cli::later(&format!("{}: the format {name}", path.display())))
+            }
+            _ => Ok(Self { path: path.to_owned(), format }),
+        }
+    }
+
+    fn layers(&self, mode: Mode) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        image::open_path(&self.path, self.format, mode).map_err(|error| problem(&error))
+    }
+
+    fn chain(&self, access: Access) -> Result<Chain, Problem> {
+        let mode = if access == Access::Write { Mode::Write } else { Mode::Read };
+        Chain::new(self.layers(mode)?, access).map_err(|error| problem(&error))
+    }
+}
+
+/// What went wrong with an image, for people.
+fn problem(error: &Error) -> Problem {
+    let file = shown(&error.file);
+    let mut text = format!("{}: {}", file.display(), error.message);
+    let mut cause = std::error::Error::source(error);
+    while let Some(source) = cause {
+        // Each says its own part; what the last one said is not said again.
+        let said = source.to_string();
+        if !text.ends_with(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = source.source();
+    }
+    match error.kind {
+        ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Parent => Problem::damaged(text),
+        ErrorKind::Invalid => Problem::usage(text),
+        ErrorKind::Locked => {
+            Problem::refused(format!("{} is in use: a machine or another process has it open", file.display()))
+        }
+        ErrorKind::Exists => Problem::refused(text),
+        ErrorKind::NotFound => Problem::not_found(format!("{}: no such file", file.display())),
+        _ => Problem::failed(text),
+    }
+}
+
+/// A file's name as its user wrote it.
+fn shown(name: &str) -> PathBuf {
+    PathBuf::from(name.strip_prefix("./").unwrap_or(name))
+}
+
+/// What a file is. The contract's `disk info`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Info {
+    file: PathBuf,
+    format: &'static str,
+    r#type: &'static str,
+    size: u64,
+    block_size: u32,
+    sector_size: u32,
+    id: Option<String>,
+    parent: Option<Parent>,
+    /// Bytes that the file occupies on the host.
+    bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<Vec<Info>>,
+}
+
+/// The parent as an image names it.
+#[derive(Debug, Serialize)]
+struct Parent {
+    id: String,
+    path: Option<String>,
+}
+
+impl Info {
+    fn of(layer: &dyn Layer) -> Result<Self, Problem> {
+        let info = layer.info();
+        let bytes = layer.store().allocated().map_err(|error| problem(&error.into()))?;
+        Ok(Self {
+            file: shown(&layer.store().name()),
+            format: match info.format {
+                Format::Raw => "raw",
+                Format::Vhdx => "vhdx",
+            },
+            r#type: match info.kind {
+                Kind::Fixed => "fixed",
+                Kind::Dynamic => "dynamic",
+                Kind::Differencing => "differencing",
+            },
+            size: info.size,
+            block_size: info.block_size,
+            sector_size: info.sector_size,
+            id: (!info.data_id.is_nil()).then(|| info.data_id.to_string()),
+            parent: info
+                .parent
+                .map(|link| Parent { id: link.linkage.to_string(), path: link.relative_path.or(link.absolute_path) }),
+            bytes,
+            chain: None,
+        })
+    }
+
+    /// For people: a block for each file.
+    pub(crate) fn draw(&self) -> String {
+        let files = self.chain.as_deref().unwrap_or(std::slice::from_ref(self));
+        files.iter().map(Self::block).collect::<Vec<_>>().join("\n")
+    }
+
+    fn block(&self) -> String {
+        let mut lines = vec![
+            plain(&self.file.display().to_string()),
+            format!("  format    {}, {}", self.format, self.r#type),
+            format!(
+                "  size      {} ({} bytes), {} on the host",
+                draw::size(self.size),
+                self.size,
+                draw::size(self.bytes)
+            ),
+            format!("  blocks    {}, sectors of {} bytes", draw::size(self.block_size.into()), self.sector_size),
+        ];
+        lines.extend(self.id.as_ref().map(|id| format!("  id        {id}")));
+        lines.extend(self.parent.as_ref().map(|parent| {
+            let path = parent.path.as_deref().map_or("not named".to_owned(), plain);
+            format!("  parent    {path} ({})", parent.id)
+        }));
+        lines.join("\n") + "\n"
+    }
+}
+
+/// What the file is; with `chain`, all that it stands on, base first.
+pub(crate) fn info(place: &Place, chain: bool) -> Result<Info, Problem> {
+    if chain {
+        let files = place.layers(Mode::Read)?.iter().map(|layer| Info::of(&**layer)).collect::<Result<Vec<_>, _>>()?;
+        let leaf =
+            place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
+        return Ok(Info { chain: Some(files), ..Info::of(&*leaf)? });
+    }
+    // The file alone: a missing parent is no reason not to say what it is.
+    let store = store::host::open_file(&place.path, Mode::Read).map_err(|error| problem(&error.into()))?;
+    Info::of(&*image::open(store, place.format, Mode::Read).map_err(|error| problem(&error))?)
+}
+
+/// A new image, as it was asked for.
+#[derive(Debug)]
+pub(crate) struct New {
+    pub(crate) format: Format,
+    pub(crate) size: Option<u64>,
+    pub(crate) kind: Kind,
+    pub(crate) parent: Option<PathBuf>,
+    pub(crate) block_size: Option<u32>,
+    pub(crate) sector_size: Option<u32>,
+}
+
+/// Makes an empty image. Nothing is left if it fails.
+pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
+    let making = Making::begin(path)?;
+    let layer: Arc<dyn Layer> = match new.format {
+        Format::Raw => {
+            if new.parent.is_some() {
+                return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
+            }
+            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0)).map_err(|error| problem(&error))?
+        }
+        Format::Vhdx => {
+            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| problem(&error))?
+        }
+    };
+    layer.close().map_err(|error| problem(&error))?;
+    drop(layer);
+    making.finish()?;
+    info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) }, false)
+}
+
+fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
+    let mut options = match &new.parent {
+        Some(parent) => over(path, parent)?,
+        None => vhdx::Options { kind: new.kind, ..vhdx::Options::dynamic(new.size.unwrap_or(0)) },
+    };
+    options.size = new.size.unwrap_or(options.size);
+    options.block_size = new.block_size.unwrap_or(options.block_size);
+    options.sector_size = new.sector_size.unwrap_or(options.sector_size);
+    Ok(options)
+}
+
+/// A differencing image over `parent`, which must lie beside it: a parent elsewhere would never be opened.
+fn over(path: &Path, parent: &Path) -> Result<vhdx::Options, Problem> {
+    let folder = |path: &Path| {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        std::fs::canonicalize(folder).map_err(|error| Problem::not_found(format!("{}: {error}", folder.display())))
+    };
+    let place = Place::of(parent, None)?;
+    if folder(path)? != folder(parent)? {
+        let message = format!(
+            "{} must lie in the same folder as {}: no image names a parent elsewhere",
+            parent.display(),
+            path.display()
+        );
+        return Err(Problem::usage(message));
+    }
+    let name = parent.file_name().and_then(|name| name.to_str());
+    let name = name.ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))?;
+    let parent =
+        place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
+    vhdx::Options::differencing(&*parent, name).map_err(|error| problem(&error))
+}
+
+/// A hash. The contract's `disk hash`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Hash {
+    pub(crate) sha256: String,
+}
+
+/// The hash of all the content.
+pub(crate) async fn hash(place: Place, out: &Out) -> Result<Hash, Problem> {
+    let what = format!("hashing {}", place.path.display());
+    let hash = interruptible(out, what, move |progress| {
+        image::convert::hash(&place.chain(Access::Read)?, progress).map_err(|error| problem(&error))
+    })
+    .await?;
+    let hash = hash.ok_or_else(|| cancelled("the hash was cancelled"))?;
+    Ok(Hash { sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect() })
+}
+
+/// Copies an image into a new file. Nothing is left if it fails or is cancelled.
+pub(crate) async fn convert(
+    source: Place,
+    target: &Path,
+    format: Format,
+    kind: Option<Kind>,
+    out: &Out,
+) -> Result<Info, Problem> {
+    let making = Making::begin(target)?;
+    let store = Arc::clone(&making.store);
+    let what = format!("copying {}", source.path.display());
+    let complete = interruptible(out, what, move |progress| {
+        let source = source.chain(Access::Read)?;
+        let size = source.size();
+        let layer: Result<Arc<dyn Layer>, Error> = match format {
+            Format::Raw => image::raw::create(store, size).map(|layer| layer as Arc<dyn Layer>),
+            Format::Vhdx => {
+                let options = vhdx::Options {
+                    kind: kind.unwrap_or(Kind::Dynamic),
+                    sector_size: source.sector_size(),
+                    ..vhdx::Options::dynamic(size)
+                };
+                vhdx::create(store, &options).map(|layer| layer as Arc<dyn Layer>)
+            }
+        };
+        let copied = layer.and_then(|layer| {
+            let target = Chain::new(vec![layer], Access::Write)?;
+            let complete = image::convert::copy(&source, &target, progress)?;
+            target.close()?;
+            Ok(complete)
+        });
+        copied.map_err(|error| problem(&error))
+    })
+    .await?;
+    if !complete {
+        return Err(cancelled(format!("the copy was cancelled; {} was not made", target.display())));
+    }
+    making.finish()?;
+    info(&Place { path: target.to_owned(), format: (format == Format::Raw).then_some(Format::Raw) }, false)
+}
+
+/// Does something long with a progress that says `false` after Ctrl-C.
+async fn interruptible<T: Send + 'static>(
+    out: &Out,
+    what: String,
+    work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let stopped = Arc::new(AtomicBool::new(false));
+    let bar = out.progress();
+    let mut working = {
+        let stopped = Arc::clone(&stopped);
+        tokio::task::spawn_blocking(move || {
+            work(&mut |done, total| {
+                bar.bytes(&what, done, total);
+                !stopped.load(Ordering::Relaxed)
+            })
+        })
+    };
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
+    let done = tokio::select! {
+        done = &mut working => done,
+        _ = interrupt.recv() => {
+            stopped.store(true, Ordering::Relaxed);
+            working.await
+        }
+    };
+    done.map_err(|error| Problem::failed(format!("the work broke off: {error}")))?
+}
+
+/// A file that is being made: under a name of its own until it is complete, and gone if it never is.
+struct Making {
+    folder: HostFolder,
+    store: Arc<dyn Store>,
+    path: PathBuf,
+    partial: String,
+    complete: bool,
+}
+
+impl Making {
+    fn begin(path: &Path) -> Result<Self, Problem> {
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Err(Self::exists(path));
+        }
+        let (folder, _) = HostFolder::holding(path).map_err(|error| problem(&error.into()))?;
+        let partial = format!(".tenby-{}.part", uuid::Uuid::new_v4().simple());
+        let store = folder.create(&partial).map_err(|error| problem(&error.into()))?;
+        Ok(Self { folder, store, path: path.to_owned(), partial, complete: false })
+    }
+
+    fn exists(path: &Path) -> Problem {
+        Problem::refused(format!("{} exists already; nothing was changed", path.display()))
+    }
+
+    /// Gives the file its name, durably. A file that has come to bear that name meanwhile stays.
+    fn finish(mut self) -> Result<(), Problem> {
+        let partial = self.folder.path().join(&self.partial);
+        match rustix::fs::renameat_with(CWD, &partial, CWD, &self.path, RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::EXIST) => return Err(Self::exists(&self.path)),
+            Err(error) => {
+                return Err(Problem::failed(format!("{}: {}", self.path.display(), std::io::Error::from(error))));
+            }
+        }
+        self.complete = true;
+        self.folder.sync().map_err(|error| problem(&error.into()))
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        if !self.complete {
+            // If even that fails, a file of a telling name stays behind; there is nothing more to do about it.
+            let _ = self.folder.unlink(&self.partial);
+        }
+    }
+}
+
+/// Where a disk is served.
+#[derive(Debug)]
+pub(crate) enum At {
+    /// On a unix socket.
+    Socket(PathBuf),
+    /// On a TCP port of the loopback; 0 is any.
+    Port(u16),
+}
+
+/// A service's address. With `--json`.
+#[derive(Debug, Serialize)]
+struct Served {
+    uri: String,
+}
+
+/// Serves the image until SIGTERM or Ctrl-C; then everything is flushed and the socket removed.
+pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> Result<(), Problem> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
+    let hear = |kind| signal(kind).map_err(|error| failed("signals cannot be heard", &error));
+    let (mut terminate, mut interrupt) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
+    let chain = Arc::new(place.chain(if read_only { Access::Read } else { Access::Write })?);
+    let options = export::Options { read_only, ..export::Options::default() };
+    let (listener, uri): (export::Listener, String) = match &at {
+        At::Socket(path) => {
+            let listener = export::listen_unix(path).map_err(|error| refused(&error))?;
+            let path = std::path::absolute(path).map_err(|error| failed("the socket", &error))?;
+            (listener.into(), format!("nbd+unix:///?socket={}", escaped(&path.display().to_string())))
+        }
+        At::Port(port) => {
+            let listener =
+                TcpListener::bind(("127.0.0.1", *port)).map_err(|error| failed(&format!("port {port}"), &error))?;
+            let address = listener.local_addr().map_err(|error| failed("the port", &error))?;
+            (listener.into(), format!("nbd://{address}/"))
+        }
+    };
+    let served = export::Export::serve(Arc::clone(&chain), listener, options).map_err(|error| refused(&error))?;
+    out.show(&Served { uri: uri.clone() }, |_| format!("{uri}\n"));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let ended = tokio::task::spawn_blocking(move || {
+        served.stop();
+        chain.close()
+    });
+    let closed = ended.await.map_err(|error| failed("the end", &error))?;
+    if let At::Socket(path) = &at {
+        // The disk is safe; a socket that stays behind is replaced by the next one.
+        let _ = std::fs::remove_file(path);
+    }
+    closed.map_err(|error| problem(&error))
+}
+
+fn refused(error: &export::Error) -> Problem {
+    let text = match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    match error.kind {
+        export::ErrorKind::InUse => Problem::refused(text),
+        export::ErrorKind::NotFound => Problem::not_found(text),
+        _ => Problem::failed(text),
+    }
+}
+
+/// A path as part of a URI's query (RFC 3986).
+fn escaped(path: &str) -> String {
+    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    path.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}

@@ -1,0 +1,463 @@
+//! The command line, run as a process: what needs no QEMU. Machines that are off live here with real workers.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// A root of its own, with workers of its own.
+struct Place {
+    dir: tempfile::TempDir,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+struct Ended {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        Self {
+            code: output.status.code().unwrap_or(-1),
+            out: String::from_utf8(output.stdout).unwrap(),
+            err: String::from_utf8(output.stderr).unwrap(),
+        }
+    }
+}
+
+impl Ended {
+    #[track_caller]
+    fn well(self) -> Self {
+        assert_eq!(self.code, 0, "{self:?}");
+        self
+    }
+
+    #[track_caller]
+    fn with(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "{self:?}");
+        assert_ne!(self.err, "", "a failure says why");
+        self
+    }
+
+    #[track_caller]
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+impl Place {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn root(&self) -> PathBuf {
+        self.dir.path().join("root")
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.dir.path().join(name).display().to_string()
+    }
+
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tenby"));
+        command
+            .args(words)
+            .env("TENBY_ROOT", self.root())
+            .env("TENBY_RUNTIME", self.dir.path().join("run"))
+            .env("LC_ALL", "C.UTF-8")
+            .env("TZ", "UTC")
+            .env_remove("TENBY_LOG")
+            .current_dir(self.dir.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    fn tenby(&self, words: &[&str]) -> Ended {
+        self.command(words).output().unwrap().into()
+    }
+
+    /// A machine with one small disk.
+    fn with_machine(name: &str) -> Self {
+        let place = Self::new();
+        place.tenby(&["vm", "create", name, "--memory", "64M", "--disk", "new:8M"]).well();
+        place
+    }
+
+    fn machine(&self, name: &str) -> Value {
+        self.tenby(&["vm", "show", name, "--json"]).well().json()
+    }
+
+    fn tree(&self, name: &str) -> Value {
+        self.tenby(&["snapshot", "list", name, "--json"]).well().json()
+    }
+
+    fn names(&self, vm: &str) -> Vec<String> {
+        let tree = self.tree(vm);
+        tree["snapshots"].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap().to_owned()).collect()
+    }
+
+    fn runtime(&self, machine: &Value) -> PathBuf {
+        self.dir.path().join("run").join(machine["id"].as_str().unwrap().replace('-', ""))
+    }
+}
+
+/// Every file below a folder, with its content: to see that nothing has changed.
+fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            all.extend(content(&path));
+        } else {
+            all.push((path.clone(), std::fs::read(&path).unwrap_or_default()));
+        }
+    }
+    all.sort();
+    all
+}
+
+/// Waits for something that must come, however slow the host is.
+#[track_caller]
+fn eventually(what: &str, mut is: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !is() {
+        assert!(began.elapsed() < Duration::from_secs(60), "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn words_that_make_no_sense_end_with_2() {
+    let place = Place::new();
+    for words in [
+        &["foo"][..],
+        &["vm"],
+        &["vm", "create"],
+        &["vm", "create", "a/b"],
+        &["vm", "create", "a@b"],
+        &["vm", "create", "a\nb"],
+        &["vm", "create", ""],
+        &["vm", "create", &"x".repeat(10_000)],
+        &["vm", "create", "x", "--memory", "lots"],
+        &["vm", "create", "x", "--memory", "1M"],
+        &["vm", "create", "x", "--cpus", "0"],
+        &["vm", "create", "x", "--disk", "new:0"],
+        &["vm", "create", "x", "--publish", "80"],
+        &["vm", "set", "x"],
+        &["snapshot", "apply", "x", "y", "--keep", "--discard"],
+        &["snapshot", "apply", "x", "y", "--start", "--no-start"],
+        &["vm", "stop", "x", "--timeout", "soon"],
+        &["disk", "create", "no-ending", "--size", "1M"],
+        &["disk", "create", "x.vhdx"],
+        &["--color", "sometimes"],
+    ] {
+        if words == ["vm", "set", "x"] {
+            continue; // it needs a machine to be refused for its words alone
+        }
+        place.tenby(words).with(2);
+        let json: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
+        let failure = place.tenby(&json).with(2).json();
+        assert_eq!(failure["error"]["code"], 2, "{words:?}");
+        assert_eq!(failure["error"]["kind"], "usage", "{words:?}");
+    }
+    assert!(place.tenby(&["vm", "list"]).well().out.lines().count() == 1, "nothing was made");
+}
+
+#[test]
+fn what_is_not_there_yet_ends_with_3_and_says_so() {
+    let place = Place::with_machine("web");
+    std::fs::write(place.path("a.img"), vec![0; 4096]).unwrap();
+    let before = content(&place.root());
+    for words in [
+        &["vm", "create", "new", "--from", "web@Monday"][..],
+        &["vm", "create", "new", "--firmware", "uefi"],
+        &["vm", "create", "new", "--disk", "new:1M,format=vhd"],
+        &["vm", "create", "new", "--disk", "a.img,format=qcow2"],
+        &["vm", "set", "web", "--undo-for", "1d"],
+        &["vm", "check", "web", "--deep"],
+        &["vm", "undo", "web"],
+        &["vm", "detach", "web"],
+        &["vm", "rescue", "folder"],
+        &["vm", "import", "folder"],
+        &["vm", "export", "web", "Monday", "--to", "folder"],
+        &["snapshot", "apply", "web", "other@Monday", "--discard"],
+        &["job", "pause", "x"],
+        &["job", "resume", "x"],
+        &["job", "throttle", "x", "1M"],
+        &["disk", "check", "a.img"],
+        &["disk", "map", "a.img"],
+        &["disk", "compare", "a.img", "a.img"],
+        &["disk", "resize", "a.img", "1M"],
+        &["disk", "compact", "a.img"],
+        &["disk", "merge", "a.img"],
+        &["disk", "reconnect", "a.img", "a.img"],
+        &["disk", "create", "a.vhd", "--size", "1M"],
+        &["disk", "create", "a.qcow2", "--size", "1M"],
+        &["serve"],
+        &["token", "list"],
+        &["Checkpoint-VM", "-Name", "web"],
+        &["Get-VM"],
+        &["powershell", "-Command", "Get-VM"],
+    ] {
+        let ended = place.tenby(words).with(3);
+        assert!(ended.err.contains("not there yet"), "{words:?}: {ended:?}");
+        assert_eq!(ended.out, "", "{words:?}");
+    }
+    assert_eq!(content(&place.root()), before);
+}
+
+#[test]
+fn what_does_not_exist_ends_with_4() {
+    let place = Place::with_machine("web");
+    for words in [
+        &["vm", "show", "nix"][..],
+        &["vm", "start", "nix"],
+        &["vm", "delete", "nix", "--yes"],
+        &["snapshot", "list", "nix"],
+        &["snapshot", "show", "web", "nix"],
+        &["snapshot", "apply", "web", "nix", "--discard"],
+        &["snapshot", "delete", "web", "nix"],
+        &["snapshot", "delete", "web", "nix", "--dry-run"],
+        &["job", "show", "nix"],
+        &["job", "cancel", "ffff"],
+        &["job", "list", "nix"],
+        &["vm", "create", "new", "--disk", "nix.vhdx"],
+        &["vm", "create", "new", "--cdrom", "nix.iso"],
+        &["vm", "create", "new", "--kernel", "nix"],
+        &["disk", "hash", "nix.vhdx"],
+        &["disk", "info", "nix.vhdx"],
+        &["disk", "convert", "nix.vhdx", "new.raw"],
+    ] {
+        place.tenby(words).with(4);
+        let json: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
+        assert_eq!(place.tenby(&json).with(4).json()["error"]["kind"], "not-found", "{words:?}");
+    }
+    assert_eq!(place.tenby(&["vm", "list", "--json"]).well().json()["vms"].as_array().unwrap().len(), 1);
+    assert!(!place.dir.path().join("new.raw").exists());
+}
+
+#[test]
+fn alone_it_tells_the_first_commands_and_then_the_machines() {
+    let place = Place::new();
+    let first = place.tenby(&[]).well();
+    assert!(first.out.contains("tenby vm create"), "{}", first.out);
+    assert!(first.out.lines().last().unwrap().starts_with("doctor: "), "{}", first.out);
+    place.tenby(&["vm", "create", "web", "--disk", "new:8M"]).well();
+    let then = place.tenby(&[]).well();
+    assert!(then.out.contains("web") && then.out.contains("no snapshot yet"), "{}", then.out);
+    assert_eq!(place.tenby(&["--json"]).well().json()["vms"][0]["name"], "web");
+}
+
+#[test]
+fn the_life_of_a_machine_that_is_off() {
+    let place = Place::with_machine("Tenby");
+    place.tenby(&["vm", "create", "Tenby", "--disk", "new:8M"]).with(3);
+    let machine = place.machine("Tenby");
+    assert_eq!(machine["state"], "off");
+    assert_eq!(machine["memory"], 64 << 20);
+    assert_eq!(machine["disks"][0]["size"], 8 << 20);
+    assert_eq!(machine["disks"][0]["format"], "vhdx");
+
+    let taken = place.tenby(&["snapshot", "create", "Tenby", "Monday", "--note", "the first"]).well();
+    assert_eq!(taken.out, "Tenby: snapshot \"Monday\" is taken\n");
+    place.tenby(&["vm", "set", "Tenby", "--memory", "128M", "--cpus", "2"]).well();
+    let told = place.tenby(&["snapshot", "apply", "Tenby", "Monday"]).with(3);
+    assert!(told.err.starts_with("error: Tenby has changed since Monday"), "{}", told.err);
+    assert!(told.err.contains("hint: tenby snapshot apply Tenby Monday --keep"), "{}", told.err);
+    assert_eq!(place.machine("Tenby")["memory"], 128 << 20, "refused: nothing has changed");
+
+    let job = place.tenby(&["snapshot", "apply", "Tenby", "Monday", "--keep-as", "Tuesday", "--json"]).well().json();
+    assert_eq!(job["state"], "completed");
+    assert_eq!(place.machine("Tenby")["memory"], 64 << 20, "a snapshot holds the configuration");
+    assert_eq!(place.names("Tenby"), ["Monday", "Tuesday"]);
+
+    let tree = place.tenby(&["snap", "list", "Tenby"]).well().out;
+    let shape: Vec<String> = tree
+        .lines()
+        .map(|line| line.split("  ").find(|part| !part.trim().is_empty()).unwrap_or_default().trim().to_owned())
+        .collect();
+    assert_eq!(shape[..4], ["Tenby", "└─ Monday", "├─ Tuesday", "└─ Now"], "{tree}");
+    let ascii: Ended = place.command(&["snap", "list", "Tenby"]).env("LC_ALL", "C").output().unwrap().into();
+    assert!(ascii.well().out.is_ascii());
+
+    let shown = place.tenby(&["snapshot", "show", "Tenby", "Tuesday"]).well().out;
+    assert!(shown.contains("memory: 64M (then 128M)"), "{shown}");
+    place.tenby(&["snapshot", "rename", "Tenby", "Tuesday", "Monday"]).well();
+    let ambiguous = place.tenby(&["snapshot", "delete", "Tenby", "Monday", "--json"]).with(4).json();
+    assert_eq!(ambiguous["error"]["kind"], "ambiguous");
+    assert_eq!(ambiguous["error"]["candidates"].as_array().unwrap().len(), 2);
+    let tuesday = place.tree("Tenby")["snapshots"][1]["id"].as_str().unwrap().to_owned();
+    place.tenby(&["snapshot", "note", "Tenby", &tuesday, "by its id, with hyphens"]).well();
+    let plan = place.tenby(&["snapshot", "delete", "Tenby", &tuesday[..8], "--dry-run", "--json"]).well().json();
+    assert_eq!(plan["snapshots"][0], Value::String(tuesday.clone()));
+    assert_eq!(place.names("Tenby").len(), 2, "a dry run deletes nothing");
+    place.tenby(&["snapshot", "delete", "Tenby", &tuesday[..8], "--wait"]).well();
+    assert_eq!(place.names("Tenby"), ["Monday"]);
+    assert_eq!(place.tree("Tenby")["pending"].as_array().unwrap().len(), 0);
+
+    place.tenby(&["vm", "rename", "Tenby", "Dale"]).well();
+    place.tenby(&["vm", "show", "Tenby"]).with(4);
+    place.tenby(&["vm", "stop", "Dale"]).well();
+    place.tenby(&["vm", "console", "Dale"]).with(3);
+    place.tenby(&["vm", "screenshot", "Dale", "a.png"]).with(3);
+    assert!(place.tenby(&["vm", "log", "Dale"]).well().out.contains("Monday"));
+    place.tenby(&["vm", "ledger", "Dale"]).well().json();
+    let jobs = place.tenby(&["job", "list", "--json"]).well().json();
+    let job = jobs["jobs"][0]["id"].as_str().unwrap();
+    assert_eq!(place.tenby(&["job", "watch", &job[..8], "--json"]).well().json()["id"], job);
+    place.tenby(&["vm", "delete", "Dale", "--dry-run"]).well();
+    place.tenby(&["vm", "delete", "Dale"]).well();
+    assert_eq!(place.tenby(&["vm", "list", "--json"]).well().json()["vms"].as_array().unwrap().len(), 0);
+}
+
+#[test]
+fn many_clients_at_once_find_one_worker() {
+    let place = Place::with_machine("web");
+    let clients: Vec<_> = (0..6)
+        .map(|n| {
+            let mut command = place.command(&["snapshot", "create", "web", &format!("s{n}")]);
+            command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+        })
+        .collect();
+    for client in clients {
+        Ended::from(client.wait_with_output().unwrap()).well();
+    }
+    let mut names = place.names("web");
+    names.sort();
+    assert_eq!(names, ["s0", "s1", "s2", "s3", "s4", "s5"]);
+}
+
+#[test]
+fn at_once_means_the_jobs_id_and_nothing_else() {
+    let place = Place::with_machine("web");
+    let id = place.tenby(&["snapshot", "create", "web", "one", "--async"]).well().out;
+    let ended = place.tenby(&["job", "watch", id.trim(), "--json"]).well().json();
+    assert_eq!(ended["state"], "completed");
+    let job = place.tenby(&["snapshot", "create", "web", "two", "--async", "--json"]).well().json();
+    assert_eq!(job.as_object().unwrap().len(), 1);
+    place.tenby(&["job", "watch", job["job"].as_str().unwrap()]).well();
+    assert_eq!(place.names("web"), ["one", "two"]);
+}
+
+/// Starts the machine's worker and returns its process id and its folder.
+fn worker(place: &Place, name: &str) -> (rustix::process::Pid, PathBuf) {
+    place.tenby(&["snapshot", "create", name]).well();
+    let machine = place.machine(name);
+    let pid = machine["worker"].as_i64().expect("the worker lingers");
+    (rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), place.runtime(&machine))
+}
+
+#[test]
+fn a_worker_that_was_killed_is_followed_by_the_next() {
+    let place = Place::with_machine("web");
+    let (pid, _) = worker(&place, "web");
+    rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    place.tenby(&["snapshot", "create", "web", "after"]).well();
+    assert!(place.names("web").contains(&"after".to_owned()));
+}
+
+#[test]
+fn a_worker_ends_in_good_order_when_told_to() {
+    let place = Place::with_machine("web");
+    let (pid, runtime) = worker(&place, "web");
+    assert!(runtime.join("api.sock").exists());
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    eventually("the socket's removal", || !runtime.join("api.sock").exists());
+    place.tenby(&["snapshot", "create", "web", "after"]).well();
+}
+
+#[test]
+fn a_newer_client_takes_over_and_an_older_one_is_refused() {
+    let place = Place::with_machine("web");
+    let (_, runtime) = worker(&place, "web");
+    let runtime_of = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime_of.block_on(async {
+        let older = api::Client::new(&runtime).speaking(api::Version::new(0, 0, 1));
+        let refusal = older.hello().await.unwrap_err().to_string();
+        assert!(refusal.contains("0.0.1") && refusal.contains(&api::Version::own().to_string()), "{refusal}");
+        older.hand_over().await.unwrap_err();
+        let same = api::Client::new(&runtime);
+        same.hand_over().await.unwrap_err();
+        same.hello().await.unwrap();
+        api::Client::new(&runtime).speaking(api::Version::new(999, 0, 0)).hand_over().await.unwrap();
+    });
+    eventually("the older worker's end", || !runtime.join("api.sock").exists());
+    place.tenby(&["snapshot", "create", "web", "after"]).well();
+}
+
+#[test]
+fn disks_without_any_machine() {
+    let place = Place::new();
+    let raw: Vec<u8> = (0..3_000_320u32).map(|i| (i / 997 % 251) as u8).collect();
+    std::fs::write(place.path("a.raw"), &raw).unwrap();
+    place.tenby(&["disk", "convert", "a.raw", "a.vhdx"]).well();
+    place.tenby(&["disk", "convert", "a.vhdx", "b.img"]).well();
+    assert_eq!(std::fs::read(place.path("b.img")).unwrap(), raw);
+    let hash = |file: &str| place.tenby(&["disk", "hash", file, "--json"]).well().json()["sha256"].clone();
+    assert_eq!(hash("a.vhdx"), hash("a.raw"));
+    assert!(place.tenby(&["disk", "hash", "a.raw"]).well().out.ends_with("  a.raw\n"));
+
+    place.tenby(&["disk", "create", "child.avhdx", "--parent", "a.vhdx"]).well();
+    assert_eq!(hash("child.avhdx"), hash("a.raw"));
+    let info = place.tenby(&["disk", "info", "child.avhdx", "--chain", "--json"]).well().json();
+    assert_eq!(info["type"], "differencing");
+    assert_eq!(info["size"], raw.len());
+    assert_eq!(info["chain"].as_array().unwrap().len(), 2);
+    assert_eq!(info["parent"]["id"], info["chain"][0]["id"]);
+
+    // Bad input: refused, and nothing is made or changed.
+    let before = content(place.dir.path());
+    place.tenby(&["disk", "hash", "b.img"]).with(5);
+    place.tenby(&["disk", "convert", "a.raw", "a.vhdx"]).with(3);
+    place.tenby(&["disk", "create", "a.vhdx", "--size", "1M"]).with(3);
+    place.tenby(&["disk", "create", "odd.vhdx", "--size", "1000"]).with(2);
+    place.tenby(&["disk", "create", "sub/x.avhdx", "--parent", "a.vhdx"]).with(4);
+    assert_eq!(content(place.dir.path()), before);
+    std::fs::copy(place.path("a.vhdx"), place.path("lie.raw")).unwrap();
+    let both = place.tenby(&["disk", "hash", "lie.raw"]).with(5).err;
+    assert!(both.contains("raw") && both.contains("VHDX"), "{both}");
+    std::fs::rename(place.path("a.vhdx"), place.path("moved.vhdx")).unwrap();
+    place.tenby(&["disk", "hash", "child.avhdx"]).with(5);
+    place.tenby(&["disk", "info", "child.avhdx"]).well();
+    place.tenby(&["disk", "info", "child.avhdx", "--chain"]).with(5);
+    std::fs::write(place.path("short.vhdx"), b"vhdxfile").unwrap();
+    place.tenby(&["disk", "info", "short.vhdx"]).with(5);
+}
+
+#[test]
+fn a_served_disk_prints_its_address_and_ends_in_good_order() {
+    use std::io::{BufRead, BufReader};
+    let place = Place::new();
+    place.tenby(&["disk", "create", "a.vhdx", "--size", "8M"]).well();
+    let mut serving =
+        place.command(&["disk", "serve", "a.vhdx", "--socket", "s"]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut uri = String::new();
+    BufReader::new(serving.stdout.take().unwrap()).read_line(&mut uri).unwrap();
+    assert_eq!(uri.trim(), format!("nbd+unix:///?socket={}", place.path("s")));
+    std::os::unix::net::UnixStream::connect(place.path("s")).unwrap();
+    let used = place.tenby(&["disk", "serve", "a.vhdx", "--socket", "other"]).with(3);
+    assert!(used.err.contains("in use"), "{used:?}");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&serving), rustix::process::Signal::TERM).unwrap();
+    assert!(serving.wait().unwrap().success());
+    assert!(!place.dir.path().join("s").exists());
+}
+
+#[test]
+fn completions_know_the_verbs() {
+    let place = Place::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let script = place.tenby(&["completions", shell]).well().out;
+        assert!(script.contains("snapshot") && script.contains("revert"), "{shell}");
+    }
+}
+
+#[test]
+fn doctor_says_what_is_here_and_makes_nothing() {
+    let place = Place::new();
+    let findings = place.tenby(&["doctor", "--json"]).well().json();
+    assert!(findings["checks"].as_array().unwrap().iter().any(|check| check["what"] == "KVM"));
+    assert!(!place.root().exists());
+}
