@@ -1,6 +1,6 @@
 //! The invariants of a machine's rows. [`crate::ledger`] commits no rows that break one, and opens none.
 
-use crate::tree::{Config, DiskId, LayerId, LayerKind, LayerRow, Machine, SnapshotId, State};
+use crate::tree::{Config, DiskId, LayerId, LayerKind, LayerRow, Machine, State};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Display;
 use std::hash::Hash;

@@ -151,6 +151,8 @@ impl Ledger {
         let store = folder.open(NAME, Mode::Write)?;
         store.lock(Lock::Exclusive)?;
         let (file, state) = File::open(Medium::Store(store))?;
+        // What a creation that died has left; in nobody's way if it cannot be removed.
+        let _ = folder.unlink(NEW);
         Ok(Self { folder: Arc::clone(folder), state: Arc::new(state), file: Some(file) })
     }
 

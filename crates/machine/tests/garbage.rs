@@ -284,6 +284,9 @@ fn a_hint_names_nothing() {
     assert_eq!(machine.now.memory_base, None, "the layer is gone, and the hint with it");
 }
 
+/// What is wrong, and the words that say so.
+type Breach = (&'static str, fn(&mut Machine));
+
 /// Each rule of [`Machine::check`] finds its breach.
 #[test]
 fn breaches_are_found() {
@@ -294,7 +297,6 @@ fn breaches_are_found() {
         machine.check().expect("sound");
         machine
     };
-    type Breach = (&'static str, fn(&mut Machine));
     let breaches: [Breach; 15] = [
         ("not there", |m| m.now.parent = Some(SnapshotId::new())),
         ("not there", |m| m.snapshots.values_mut().for_each(|s| s.parent = Some(SnapshotId::new()))),
