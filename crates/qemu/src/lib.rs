@@ -32,6 +32,6 @@ pub use launch::{
 };
 pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode};
 pub use probe::{BINARY_VARIABLE, Installed, best_accel, cpu_model, find_binary, kvm, userfaultfd};
-pub use process::{Ending, Identity, Process};
+pub use process::{Ending, Identity, Process, alive};
 pub use qemu::{Qemu, RunState};
-pub use qmp::{Event, EventKind, Events, MigrationStatus, Qmp, Stamp};
+pub use qmp::{Event, EventKind, Events, MigrationStatus, Qmp, Stamp, Version};

@@ -12,10 +12,11 @@
 
 use crate::error::{Error, Result};
 use crate::qemu::Qemu;
-use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp};
+use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp, Version};
 use rustix::time::{ClockId, clock_gettime};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// The name under which QEMU keeps its end of the stream.
 const DESCRIPTOR: &str = "tenby-stream";
@@ -24,13 +25,22 @@ const DESCRIPTOR: &str = "tenby-stream";
 /// around the point are milliseconds.
 const CLOCK_TOLERANCE: u64 = 500;
 
+/// The first QEMU that is trusted with background captures. 7.2 leaves the guest's memory protected for good when one is cancelled or
+/// its reader dies, so that the guest hangs at its next write; and it lets a guest run that was standing still.
+const BACKGROUND: Version = Version { major: 9, minor: 0, micro: 0 };
+
+/// How often it is asked whether QEMU has cleaned up.
+const SETTLE_EVERY: Duration = Duration::from_millis(1);
+
 /// How memory is captured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CaptureMode {
-    /// The guest runs on; its memory as of one moment is written (QEMU's `background-snapshot`). Also for a guest that stands still, who then
-    /// may run again as soon as the first page has arrived.
+    /// The guest runs on; its memory as of one moment is written (QEMU's `background-snapshot`). Also for a guest that stands
+    /// still, who then may run again as soon as the first page has arrived ([`Capture::release`]). Not every QEMU and host
+    /// can: see [`Qemu::captures_in_background`].
     Background,
-    /// For a guest that stands still and stays so until the end. Needs nothing of the host.
+    /// For a guest that stands still and stays so until the end. The quicker way, and it needs nothing of the host; but it leaves the guest
+    /// in a state in which it can be resumed, not captured again: see [`Qemu::pause_anew`].
     Stopped,
 }
 
@@ -62,18 +72,37 @@ pub struct Capture {
 }
 
 impl Qemu {
+    /// Whether a guest can be captured while it runs. Otherwise it must stand still meanwhile ([`CaptureMode::Stopped`]).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason: this QEMU is too old, or the host does not let it track memory.
+    pub fn captures_in_background(&self) -> Result<()> {
+        let version = self.qmp().version();
+        if version < BACKGROUND {
+            return Err(Error::Unsupported(format!(
+                "QEMU {version} cannot safely capture a guest that runs; {BACKGROUND} can"
+            )));
+        }
+        crate::probe::userfaultfd().map_err(Error::Unsupported)
+    }
+
     /// Begins to capture the machine's memory. Give [`Capture::reader`] to a thread at once: a reader that stalls stalls the guest.
     /// Disks must be prepared before this is called.
     ///
     /// # Errors
-    /// [`Error::Refused`] with QEMU's words (another migration is under way, a device cannot be captured, the host cannot track memory:
-    /// then [`CaptureMode::Stopped`] is left). Nothing has happened then.
+    /// [`Error::Unsupported`] if the mode is not possible, [`Error::Refused`] with QEMU's words (another migration is under way, a device cannot
+    /// be captured). Nothing has happened then.
     pub async fn capture(&self, mode: CaptureMode) -> Result<Capture> {
         let qmp = self.qmp();
         let was_running = qmp.status().await?.running;
-        if was_running && mode == CaptureMode::Stopped {
-            return Err(Error::Unsupported("a running guest is captured in the background only".into()));
+        match mode {
+            CaptureMode::Background => self.captures_in_background()?,
+            CaptureMode::Stopped if was_running => {
+                return Err(Error::Unsupported("a running guest is captured in the background only".into()));
+            }
+            CaptureMode::Stopped => {}
         }
+        settle(self).await?;
         // A process that was restored lazily refuses the one while the other is set.
         let background = mode == CaptureMode::Background;
         qmp.set_capabilities(&[(Capability::PostcopyRam, false), (Capability::BackgroundSnapshot, background)]).await?;
@@ -85,6 +114,19 @@ impl Qemu {
         qmp.pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
         qmp.migrate_to(DESCRIPTOR).await?;
         Ok(Capture { qemu: self.clone(), events, reader: Some(reader), course: Course::default(), was_running, clock })
+    }
+
+    /// Makes an ordinary pause of what [`CaptureMode::Stopped`] leaves, by letting the guest run for a moment; does nothing else. Not for a
+    /// guest that will be taken back to what was captured.
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn pause_anew(&self) -> Result<()> {
+        if self.qmp().status().await?.status == "postmigrate" {
+            self.resume().await?;
+            self.pause().await?;
+        }
+        Ok(())
     }
 
     /// Begins to restore memory into a process launched with [`crate::Launch::incoming`]. Give [`Restore::writer`] to a thread at once.
@@ -159,7 +201,7 @@ impl Capture {
     pub async fn finished(&mut self) -> Result<()> {
         loop {
             match self.course.end {
-                Some(MigrationStatus::Completed) => return Ok(()),
+                Some(MigrationStatus::Completed) => return settle(&self.qemu).await,
                 Some(end) => {
                     let (how, reason) = self.reason(end).await;
                     return Err(self.abandon(how, reason).await);
@@ -182,6 +224,7 @@ impl Capture {
         while self.course.end.is_none() {
             self.step().await?;
         }
+        settle(&self.qemu).await?;
         self.let_run_on().await
     }
 
@@ -230,12 +273,22 @@ impl Capture {
 
     /// QEMU does not restart a guest that it stopped for a capture which then failed.
     async fn let_run_on(&self) -> Result<()> {
-        let ours = self.was_running && self.course.stopped.is_some() && self.course.disturbed.is_none();
+        let failed = self.course.end != Some(MigrationStatus::Completed);
+        let ours = self.was_running && failed && !self.course.stopped_by_others;
         if ours && self.qemu.qmp().status().await?.status == "paused" {
             self.qemu.resume().await?;
         }
         Ok(())
     }
+}
+
+/// QEMU reports an end before it has cleaned up after it, and until then refuses to run the guest or to begin anew. The cleaning
+/// ends with its giving up the means to break the connection by force (`yank`). Waits for nothing if a migration is under way.
+async fn settle(qemu: &Qemu) -> Result<()> {
+    while qemu.qmp().migration_held().await? && qemu.qmp().migration().await?.status.is_end() {
+        tokio::time::sleep(SETTLE_EVERY).await;
+    }
+    Ok(())
 }
 
 /// What a capture's events tell. Pure.
@@ -245,6 +298,7 @@ struct Course {
     stopped: Option<Stamp>,
     resumed: Option<Stamp>,
     disturbed: Option<String>,
+    stopped_by_others: bool,
     end: Option<MigrationStatus>,
 }
 
@@ -256,6 +310,7 @@ impl Course {
             EventKind::Stop if self.active && self.stopped.is_none() => self.stamp(event, |course| &mut course.stopped),
             EventKind::Resume if self.stopped.is_some() => self.stamp(event, |course| &mut course.resumed),
             kind => {
+                self.stopped_by_others |= *kind == EventKind::Stop;
                 if let Some(cause) = disturbance(kind) {
                     self.disturbed.get_or_insert_with(|| cause.into());
                 }
@@ -266,9 +321,7 @@ impl Course {
     fn take_status(&mut self, status: MigrationStatus) {
         match status {
             MigrationStatus::Active => self.active = true,
-            MigrationStatus::Completed | MigrationStatus::Failed | MigrationStatus::Cancelled => {
-                self.end = Some(status)
-            }
+            end if end.is_end() => self.end = Some(end),
             _ => {}
         }
     }

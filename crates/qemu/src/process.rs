@@ -49,7 +49,7 @@ impl fmt::Display for Ending {
 
 /// Whether the process still runs. It may end at any moment after this: [`Process::adopt`] takes hold of it.
 pub fn alive(identity: Identity) -> bool {
-    start_time(identity.pid) == Some(identity.started)
+    stat(identity.pid).is_some_and(|stat| stat.runs && stat.started == identity.started)
 }
 
 /// A running process, held by a pidfd. Dropping it leaves the process alone.
@@ -110,7 +110,8 @@ impl Process {
             Err(rustix::io::Errno::SRCH) => return Ok(None),
             Err(error) => return Err(Error::os(what())(error)),
         };
-        let Some(started) = start_time(pid.as_raw_nonzero().get()) else { return Ok(None) };
+        // It may have ended already: an unreaped process still has its start time.
+        let Some(Stat { started, .. }) = stat(pid.as_raw_nonzero().get()) else { return Ok(None) };
         #[expect(deprecated, reason = "an owned descriptor keeps the promise for which the new way asks unsafe")]
         let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(Error::io(what()))?;
         Ok(Some(Self {
@@ -189,23 +190,27 @@ fn append_to(log: &Path) -> Result<OwnedFd> {
     rustix::fs::open(log, flags, Mode::RUSR | Mode::WUSR).map_err(Error::os(Error::at("open", log)))
 }
 
-/// The start time of a process that has not ended.
-fn start_time(pid: i32) -> Option<u64> {
-    let file = rustix::fs::open(format!("/proc/{pid}/stat"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let mut stat = String::new();
-    std::fs::File::from(file).take(4096).read_to_string(&mut stat).ok()?;
-    parse_stat(&stat)
+/// What the kernel tells of a process.
+#[derive(Debug, PartialEq)]
+struct Stat {
+    /// Whether it has not ended; one that has and was not reaped is still listed.
+    runs: bool,
+    started: u64,
 }
 
-/// Field 22 of a `stat` line, unless the process is a zombie. The second field is a name in parentheses that may hold anything.
-fn parse_stat(stat: &str) -> Option<u64> {
-    let (_, rest) = stat.rsplit_once(')')?;
+fn stat(pid: i32) -> Option<Stat> {
+    let file = rustix::fs::open(format!("/proc/{pid}/stat"), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut line = Vec::new();
+    std::fs::File::from(file).take(4096).read_to_end(&mut line).ok()?;
+    parse_stat(&String::from_utf8_lossy(&line))
+}
+
+/// Fields 3 and 22. The second field is a name in parentheses that may hold anything.
+fn parse_stat(line: &str) -> Option<Stat> {
+    let (_, rest) = line.rsplit_once(')')?;
     let mut fields = rest.split_whitespace();
     let state = fields.next()?;
-    if matches!(state, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+    Some(Stat { runs: !matches!(state, "Z" | "X"), started: fields.nth(18)?.parse().ok()? })
 }
 
 #[cfg(test)]
@@ -215,8 +220,9 @@ mod tests {
     #[test]
     fn stat_with_a_hostile_name() {
         let tail = "S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20";
-        assert_eq!(parse_stat(&format!("12 (a) b) (c) {tail}")), Some(4711));
-        assert_eq!(parse_stat(&format!("12 (x) {}", tail.replace('S', "Z"))), None);
+        let stat = |runs| Some(Stat { runs, started: 4711 });
+        assert_eq!(parse_stat(&format!("12 (a) b) (c) {tail}")), stat(true));
+        assert_eq!(parse_stat(&format!("12 (x) {}", tail.replace('S', "Z"))), stat(false));
         assert_eq!(parse_stat("12 (x) S 1"), None);
         assert_eq!(parse_stat(""), None);
     }

@@ -298,7 +298,7 @@ async fn connect_when_up(run_dir: &Path) -> Result<UnixStream> {
         match connect(run_dir, QMP_SOCKET).await {
             // Not bound yet; or bound by an earlier process that is no more.
             Err(Error::Io { source, .. }) if matches!(source.kind(), NotFound | ConnectionRefused) => {
-                tokio::time::sleep(CONNECT_EVERY).await
+                tokio::time::sleep(CONNECT_EVERY).await;
             }
             other => return other,
         }

@@ -173,6 +173,16 @@ impl Qmp {
         self.execute("query-migrate", Value::Null).await
     }
 
+    /// Whether a migration, in or out, still holds anything; also for a moment after its end.
+    pub async fn migration_held(&self) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Instance {
+            r#type: String,
+        }
+        let all: Vec<Instance> = self.execute("query-yank", Value::Null).await?;
+        Ok(all.iter().any(|instance| instance.r#type == "migration"))
+    }
+
     /// Plugs the network card's cable in or out.
     pub async fn set_link(&self, device: &str, up: bool) -> Result<()> {
         self.order("set_link", json!({ "name": device, "up": up })).await

@@ -114,6 +114,13 @@ pub enum MigrationStatus {
     Other,
 }
 
+impl MigrationStatus {
+    /// Whether nothing comes after it.
+    pub const fn is_end(self) -> bool {
+        matches!(self, Self::Completed | Self::Failed | Self::Cancelled)
+    }
+}
+
 impl Event {
     pub(crate) fn new(name: String, data: Value, at: Option<u64>) -> Self {
         let word = |key: &str| data[key].as_str().unwrap_or_default().to_owned();

@@ -17,6 +17,7 @@ mod wire;
 
 pub use command::{BlockImage, BlockNode, Capability, MigrationInfo, Status};
 pub use event::{Event, EventKind, Events, MigrationStatus, Stamp};
+pub use wire::Version;
 
 use crate::error::{Error, Result};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -51,6 +52,7 @@ struct Link {
     /// QEMU keeps only the last descriptor that it was sent: one `getfd` at a time.
     passing: tokio::sync::Mutex<()>,
     out_of_band: bool,
+    version: Version,
     tasks: [AbortHandle; 2],
 }
 
@@ -111,14 +113,21 @@ impl Qmp {
             next_id: AtomicU64::new(1),
             passing: tokio::sync::Mutex::default(),
             out_of_band: false,
+            version: Version { major: 0, minor: 0, micro: 0 },
             tasks: [reader, writer],
         };
-        let offered = greeting.await.map_err(|_| Error::Disconnected)??;
-        link.out_of_band = offered.iter().any(|word| word == "oob");
+        let greeting = greeting.await.map_err(|_| Error::Disconnected)??;
+        link.out_of_band = greeting.capabilities.iter().any(|word| word == "oob");
+        link.version = greeting.version();
         let enable: &[&str] = if link.out_of_band { &["oob"] } else { &[] };
         let qmp = Self { link: Arc::new(link) };
         let _: Value = qmp.execute("qmp_capabilities", json!({ "enable": enable })).await?;
         Ok(qmp)
+    }
+
+    /// QEMU's version.
+    pub fn version(&self) -> Version {
+        self.link.version
     }
 
     /// The events from now on.
@@ -179,7 +188,7 @@ impl Qmp {
 struct Reader<F> {
     stream: Arc<UnixStream>,
     shared: Arc<Shared>,
-    greeted: Option<oneshot::Sender<Result<Vec<String>>>>,
+    greeted: Option<oneshot::Sender<Result<wire::Greeting>>>,
     observe: F,
 }
 
@@ -211,10 +220,10 @@ impl<F: FnMut(&Event)> Reader<F> {
 
     fn take(&mut self, line: &[u8]) -> Result<()> {
         match (wire::parse(line)?, &self.greeted) {
-            (wire::Message::Greeting { offered }, Some(_)) => {
+            (wire::Message::Greeting(greeting), Some(_)) => {
                 let greeted = self.greeted.take().expect("matched above");
                 // As above.
-                let _ = greeted.send(Ok(offered));
+                let _ = greeted.send(Ok(greeting));
             }
             (wire::Message::Event(event), None) => {
                 tracing::trace!(?event);

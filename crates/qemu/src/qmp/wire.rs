@@ -4,15 +4,22 @@ use super::event::Event;
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::fmt;
 
 /// The longest line that is taken, in bytes. The longest that QEMU sends (its schema) has a quarter of a megabyte.
 pub(super) const MAX_LINE: usize = 4 << 20;
 
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
 /// What QEMU sends.
 #[derive(Debug, PartialEq)]
 pub(super) enum Message {
-    /// Its first words: the capabilities that it offers.
-    Greeting { offered: Vec<String> },
+    /// Its first words.
+    Greeting(Greeting),
     /// The answer to a command; without an id if QEMU could not read the command.
     Answer { id: Option<u64>, answer: Result<Value, String> },
     /// Something happened.
@@ -22,7 +29,7 @@ pub(super) enum Message {
 #[derive(Deserialize)]
 struct Raw {
     #[serde(rename = "QMP")]
-    greeting: Option<RawGreeting>,
+    greeting: Option<Greeting>,
     event: Option<String>,
     #[serde(default)]
     data: Value,
@@ -33,10 +40,35 @@ struct Raw {
     id: Option<u64>,
 }
 
-#[derive(Deserialize)]
-struct RawGreeting {
+/// QEMU's first words.
+#[derive(Debug, PartialEq, Deserialize)]
+pub(super) struct Greeting {
+    version: GreetingVersion,
+    /// The capabilities of the monitor that it offers.
     #[serde(default)]
-    capabilities: Vec<String>,
+    pub(super) capabilities: Vec<String>,
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+struct GreetingVersion {
+    qemu: Version,
+}
+
+impl Greeting {
+    pub(super) fn version(&self) -> Version {
+        self.version.qemu
+    }
+}
+
+/// QEMU's version.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Version {
+    /// The first number.
+    pub major: u32,
+    /// The second.
+    pub minor: u32,
+    /// The third.
+    pub micro: u32,
 }
 
 #[derive(Deserialize)]
@@ -63,7 +95,7 @@ pub(super) fn parse(line: &[u8]) -> Result<Message> {
             Ok(Message::Event(Event::new(name, data, at)))
         }
         Raw { error: Some(error), id, .. } => Ok(Message::Answer { id, answer: Err(error.desc) }),
-        Raw { greeting: Some(greeting), .. } => Ok(Message::Greeting { offered: greeting.capabilities }),
+        Raw { greeting: Some(greeting), .. } => Ok(Message::Greeting(greeting)),
         Raw { result: Some(value), id, .. } => Ok(Message::Answer { id, answer: Ok(value) }),
         _ => Err(Error::Protocol(format!("neither an answer nor an event: {}", excerpt(line)))),
     }
@@ -115,20 +147,23 @@ fn excerpt(line: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::event::Stamp;
     use super::*;
 
     #[test]
     fn messages() {
         let greeting =
             br#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": ["oob"]}}"#;
-        assert_eq!(parse(greeting).expect("greeting"), Message::Greeting { offered: vec!["oob".into()] });
+        let Message::Greeting(greeting) = parse(greeting).expect("greeting") else { panic!("no greeting") };
+        assert_eq!(greeting.version(), Version { major: 10, minor: 0, micro: 2 });
+        assert_eq!(greeting.capabilities, ["oob"]);
         let answer = parse(br#"{"return": {}, "id": 7}"#).expect("answer");
         assert_eq!(answer, Message::Answer { id: Some(7), answer: Ok(json!({})) });
         let refused = parse(br#"{"error": {"class": "GenericError", "desc": "no"}, "id": 8}"#).expect("refusal");
         assert_eq!(refused, Message::Answer { id: Some(8), answer: Err("no".into()) });
         let event = br#"{"timestamp": {"seconds": 5, "microseconds": 17}, "event": "STOP"}"#;
         let Message::Event(event) = parse(event).expect("event") else { panic!("no event") };
-        assert_eq!(event.at.map(|at| at.micros()), Some(5_000_017));
+        assert_eq!(event.at, Some(Stamp::from_micros(5_000_017)));
         let Message::Event(event) =
             parse(br#"{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "STOP"}"#).expect("event")
         else {
@@ -162,7 +197,11 @@ mod tests {
         for size in 1..text.len() {
             let (mut lines, mut seen) = (Lines::default(), Vec::new());
             for piece in text.chunks(size) {
-                lines.feed(piece, |line| Ok(seen.push(line.trim_ascii().to_vec()))).expect("lines");
+                let fed = lines.feed(piece, |line| {
+                    seen.push(line.trim_ascii().to_vec());
+                    Ok(())
+                });
+                fed.expect("lines");
             }
             assert_eq!(seen, [b"one".to_vec(), b"two".to_vec()]);
         }
