@@ -107,7 +107,7 @@ impl Owner {
     ) -> Result<Written, Problem> {
         let running = self.machine().machine.now.state == State::Running;
         let target = ram::Target::new(&self.files, &self.machine().machine, memory);
-        if running && qemu::userfaultfd().is_ok() {
+        if running && self.live.as_ref().is_some_and(|live| live.qemu.captures_in_background().is_ok()) {
             self.capture_running(task, target, leaves, made).await
         } else {
             self.capture_halted(task, target, leaves, made, running).await
@@ -136,12 +136,15 @@ impl Owner {
                 chain.push(Arc::clone(layer)).map_err(|e| image_problem(&e))?;
                 live.pushed(disk, row.id, Arc::clone(layer));
             }
-            let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
+            // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
+            let in_background = !running && live.qemu.captures_in_background().is_ok();
+            let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
+            let mut capture = live.qemu.capture(mode).await.map_err(|e| qemu_problem(&name, &e))?;
             ram::write(task, &mut capture, target, ram::no_point).await
         }
         .await;
         self.go_on(running).await;
-        if !running && captured.is_ok() {
+        if !running {
             self.pause_anew().await?;
         }
         if let (Ok(written), true) = (&mut captured, running) {
@@ -150,12 +153,11 @@ impl Owner {
         captured
     }
 
-    /// Makes an ordinary pause of the state in which a capture leaves a guest that stood still: QEMU captures no guest a second time from
-    /// there. What the guest does in this moment lies after the point, like everything that it does later.
+    /// Makes an ordinary pause of the state in which a capture may leave a guest that stood still: QEMU captures no guest a second time
+    /// from there. What the guest does in this moment lies after the point, like everything that it does later.
     async fn pause_anew(&self) -> Result<(), Problem> {
         let (live, name) = self.running()?;
-        live.qemu.resume().await.map_err(|e| qemu_problem(&name, &e))?;
-        live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))
+        live.qemu.pause_anew().await.map_err(|e| qemu_problem(&name, &e))
     }
 
     /// Sequence A: QEMU stops and resumes itself; the disks' writes around that are sorted out by its stamps.
