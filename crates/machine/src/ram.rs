@@ -84,14 +84,22 @@ pub(crate) async fn write(
     let began = Instant::now();
     let name = target.name.clone();
     let stream = capture.reader();
-    let closer = stream.try_clone().map_err(|e| Problem::failed(format!("{name}: {e}")))?;
+    let another = || stream.try_clone().map_err(|e| Problem::failed(format!("{name}: {e}")));
+    let (closer, hanger) = (another()?, another()?);
     let told = task.clone();
     let signal = move |signal| {
         if let Signal::Progress { done, total } = signal {
             told.progress(done, total);
         }
     };
-    let reader = tokio::task::spawn_blocking(move || target.capture(stream, signal));
+    let reader = tokio::task::spawn_blocking(move || {
+        let read = target.capture(stream, signal);
+        if read.is_err() {
+            // Said to QEMU at once: the guest would wait for a reader that has given up (a full disk).
+            let _ = hanger.shutdown(std::net::Shutdown::Both);
+        }
+        read
+    });
     let ended = tokio::select! {
         ended = to_the_end(&name, capture, at_point) => ended,
         () = task.cancel().wait() => Err(Problem::new(ProblemKind::Cancelled, "cancelled; nothing has changed")),
