@@ -45,12 +45,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Shows the console until the user leaves, the input ends, or the machine is off.
 pub(crate) async fn run(session: &Session, found: &Found) -> Result<(), Problem> {
-    let stream = match join(session, found).await? {
-        Some(stream) => stream,
-        None => {
-            return Err(Problem::refused(format!("{} is not running: there is no console", found.name))
-                .hint(format!("tenby vm start {}", crate::cli::quoted(&found.name))));
-        }
+    let Some(stream) = join(session, found).await? else {
+        return Err(Problem::refused(format!("{} is not running: there is no console", found.name))
+            .hint(format!("tenby vm start {}", crate::cli::quoted(&found.name))));
     };
     let terminal = RawTerminal::enter();
     if terminal.is_some() {

@@ -7,6 +7,7 @@ use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhdx};
 use machine::request::Problem;
 use rustix::fs::{CWD, RenameFlags};
 use serde::Serialize;
+use std::fmt::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -246,7 +247,11 @@ pub(crate) async fn hash(place: Place, out: &Out) -> Result<Hash, Problem> {
     })
     .await?;
     let hash = hash.ok_or_else(|| cancelled("the hash was cancelled"))?;
-    Ok(Hash { sha256: hash.iter().map(|byte| format!("{byte:02x}")).collect() })
+    let mut sha256 = String::with_capacity(64);
+    for byte in hash {
+        write!(sha256, "{byte:02x}").expect("writing to a string never fails");
+    }
+    Ok(Hash { sha256 })
 }
 
 /// Copies an image into a new file. Nothing is left if it fails or is cancelled.

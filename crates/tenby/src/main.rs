@@ -3,6 +3,7 @@
 mod cli;
 mod connect;
 mod console;
+mod demo;
 mod disk;
 mod doctor;
 mod draw;

@@ -10,7 +10,7 @@ mod snapshot;
 mod vm;
 mod words;
 
-pub(crate) use vm::quoted;
+pub(crate) use vm::{quoted, quoted_loosely};
 
 use crate::out::Out;
 use crate::session::Session;

@@ -94,10 +94,9 @@ pub(crate) enum Demo {
 }
 
 impl Demo {
-    #[expect(clippy::unused_async, reason = "the story is told on a real guest, soon")]
-    pub(crate) async fn run(self, _root: Option<&Path>) -> Result<(), Problem> {
+    pub(crate) async fn run(self, root: Option<&Path>) -> Result<(), Problem> {
         match self {
-            Self::Week => Err(super::later("`tenby demo week`")),
+            Self::Week => crate::demo::week(root).await,
         }
     }
 }

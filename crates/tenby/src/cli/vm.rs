@@ -484,6 +484,11 @@ pub(crate) fn quoted(name: &str) -> String {
     }
 }
 
+/// A word as a person would type it.
+pub(crate) fn quoted_loosely(word: &str) -> String {
+    if word.contains([' ', '"', '\'', '$', '\\']) || word.is_empty() { quoted(word) } else { word.to_owned() }
+}
+
 async fn list(session: &Session) -> Result<(), Problem> {
     let mut vms: Vec<View> = Vec::new();
     for found in session.root.list()? {

@@ -120,11 +120,11 @@ mod tests {
 
     #[test]
     fn what_a_job_has_brought() {
+        use serde_json::json;
         let ended = |kind: &str, result: serde_json::Value| {
             let kind = kind.to_owned();
             done(&Job { kind, result: Some(result), ..job(JobState::Completed) }, look().now)
         };
-        use serde_json::json;
         assert_eq!(ended("snapshot", json!({"name": "Monday"})), "Tenby: snapshot \"Monday\" is taken");
         assert_eq!(ended("start", json!({"state": "running"})), "Tenby is running");
         assert_eq!(ended("start", json!({"said": "Tenby runs already"})), "Tenby runs already");
