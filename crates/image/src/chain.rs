@@ -206,12 +206,11 @@ impl Chain {
     /// Fills `buf` from `offset` (bytes, any alignment). Outside the disk: [`ErrorKind::Invalid`].
     pub fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         let stack = self.open(offset, buf.len() as u64)?;
-        let mut found = Vec::with_capacity(8);
         let mut rest = buf;
         for (offset, len) in blocks(offset, rest.len() as u64) {
             let (piece, after) = rest.split_at_mut(len as usize);
             let _gate = self.gate(offset / BLOCK);
-            self.read_piece(&stack, piece, offset, &mut found)?;
+            self.read_piece(&stack, piece, offset)?;
             rest = after;
         }
         Ok(())
@@ -272,7 +271,7 @@ impl Chain {
     pub fn flush(&self) -> Result<()> {
         let _one = locked(&self.flushing);
         // Not for the whole flush: a push need not wait for a disk to sync. Slots that go meanwhile wait for `flushing`.
-        let slots: Vec<_> = self.open(0, 0)?.slots.iter().filter(|slot| slot.wants_flush()).cloned().collect();
+        let slots: Vec<_> = self.open(0, 0)?.slots.iter().filter(|slot| slot.is_unsynced()).cloned().collect();
         slots.iter().try_for_each(|slot| slot.flush())
     }
 
@@ -352,20 +351,18 @@ impl Chain {
 
 /// Requests, piece by piece. A piece lies inside one block.
 impl Chain {
-    fn read_piece(&self, stack: &Stack, buf: &mut [u8], offset: u64, found: &mut Vec<Found>) -> Result<()> {
+    fn read_piece(&self, stack: &Stack, buf: &mut [u8], offset: u64) -> Result<()> {
         let end = offset + buf.len() as u64;
-        found.clear();
-        self.look_up(stack, offset, end, found)?;
-        let mut rest = buf;
-        for run in found {
+        let (mut at, mut rest) = (offset, buf);
+        while at < end {
+            let run = self.look_up(stack, at, end)?;
             // Look-ups are by sector; the request may begin and end inside one.
-            let from = run.offset.max(offset);
-            let (piece, after) = rest.split_at_mut(((run.offset + run.len).min(end) - from) as usize);
+            let (piece, after) = rest.split_at_mut(((run.offset + run.len).min(end) - at) as usize);
             match run.place {
-                Place::Data { layer, at } => stack.slots[layer].read(piece, at + (from - run.offset))?,
+                Place::Data { layer, at: file } => stack.slots[layer].read(piece, file + (at - run.offset))?,
                 Place::Zero { .. } | Place::Hole => piece.fill(0),
             }
-            rest = after;
+            (at, rest) = (at + piece.len() as u64, after);
         }
         Ok(())
     }
@@ -383,7 +380,7 @@ impl Chain {
         }
         let start = offset - offset % self.sector;
         let mut sectors = vec![0; (end.next_multiple_of(self.sector) - start) as usize];
-        self.read_piece(stack, &mut sectors, start, &mut Vec::new())?;
+        self.read_piece(stack, &mut sectors, start)?;
         let skip = (offset - start) as usize;
         sectors[skip..skip + data.len()].copy_from_slice(data);
         self.write_logged(stack, &sectors, start, received)
@@ -399,13 +396,12 @@ impl Chain {
 
     fn write_sectors(&self, stack: &Stack, data: &[u8], offset: u64) -> Result<()> {
         let (leaf, top) = (stack.leaf(), stack.slots.len() - 1);
-        let mut found = Vec::with_capacity(8);
-        self.look_up(stack, offset, offset + data.len() as u64, &mut found)?;
-        if found.iter().all(|run| matches!(run.place, Place::Data { layer, .. } if layer == top)) {
-            return found.iter().try_for_each(|run| {
-                let Place::Data { at, .. } = run.place else { unreachable!("all are data") };
-                let from = (run.offset - offset) as usize;
-                leaf.rewrite(&data[from..from + run.len as usize], run.offset, at)
+        if let Some(places) = self.all_in_leaf(stack, offset, offset + data.len() as u64)? {
+            let mut rest = data;
+            return places.into_iter().try_for_each(|(offset, at, len)| {
+                let (piece, after) = rest.split_at(len as usize);
+                rest = after;
+                leaf.rewrite(piece, offset, at)
             });
         }
         let extents = leaf.write(data, offset);
@@ -417,6 +413,21 @@ impl Chain {
                 Err(error)
             }
         }
+    }
+
+    /// The places of whole sectors (offset, offset in the file, length) if the leaf holds them all.
+    fn all_in_leaf(&self, stack: &Stack, from: u64, to: u64) -> Result<Option<Vec<(u64, u64, u64)>>> {
+        let mut places = Vec::new();
+        let mut at = from;
+        while at < to {
+            let run = self.look_up(stack, at, to)?;
+            match run.place {
+                Place::Data { layer, at: file } if stack.is_leaf(layer) => places.push((at, file, run.len)),
+                _ => return Ok(None),
+            }
+            at += run.len;
+        }
+        Ok(Some(places))
     }
 
     fn zero_sectors(&self, stack: &Stack, from: u64, to: u64, received: Received) -> Result<()> {
@@ -452,24 +463,24 @@ impl Chain {
         Ok(())
     }
 
-    /// The runs of the sectors that cover `[from, to)`, inside one block.
-    fn look_up(&self, stack: &Stack, from: u64, to: u64, out: &mut Vec<Found>) -> Result<()> {
+    /// The run of sectors from the one that `from` is in, at most up to the one before `to`. Both inside one block.
+    fn look_up(&self, stack: &Stack, from: u64, to: u64) -> Result<Found> {
         let block = from / BLOCK;
         let start = block * BLOCK;
         let (first, last) = ((from - start) / self.sector, (to - start).div_ceil(self.sector));
         let shard = &self.stripe(block).shard;
         let generation = {
             let mut shard = locked(shard);
-            if shard.get(block, first, last, out) {
-                return Ok(());
+            if let Some(run) = shard.get(block, first, last) {
+                return Ok(run);
             }
             shard.generation()
         };
         let found = resolve(&stack.slots, start, BLOCK.min(stack.size() - start))?;
         let runs = Runs::new(start, &found, self.sector)?;
-        runs.select(start, first, last, self.sector, out);
+        let run = runs.at(start, first, last, self.sector);
         locked(shard).insert(block, runs, generation);
-        Ok(())
+        Ok(run)
     }
 }
 
@@ -510,9 +521,9 @@ impl Chain {
         (stack.log, stack.unsettled) = (None, false);
     }
 
-    pub(crate) fn flush_slot(&self, slot: &Slot) -> Result<()> {
+    pub(crate) fn sync_slot(&self, slot: &Slot) -> Result<()> {
         let _one = locked(&self.flushing);
-        slot.flush()
+        slot.sync()
     }
 
     fn open(&self, offset: u64, len: u64) -> Result<RwLockReadGuard<'_, Stack>> {

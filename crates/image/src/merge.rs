@@ -217,7 +217,7 @@ impl<'a> Fold<'a> {
             self.copy_touched()?;
         }
         // So that the last flush, while requests may wait, is short.
-        Ok(self.chain.flush_slot(&self.parent)?)
+        Ok(self.chain.sync_slot(&self.parent)?)
     }
 
     /// Copies the rest, commits and splices. `None`: not yet, a push above the child is ambiguous.
@@ -237,7 +237,7 @@ impl<'a> Fold<'a> {
             return Ok(None);
         }
         self.copy_touched()?;
-        self.parent.flush()?;
+        self.parent.sync()?;
         if g.is_some() {
             self.hand_over()?;
         }
@@ -310,7 +310,7 @@ impl<'a> Fold<'a> {
             let piece = PIECE.min(len - done);
             let data = &mut self.buffer[..piece as usize];
             self.child.read(data, at + done)?;
-            self.parent.write(data, offset + done)?;
+            self.parent.copy_in(data, offset + done)?;
             done += piece;
             self.progress.done += piece;
             self.tell()?;
@@ -326,7 +326,7 @@ impl<'a> Fold<'a> {
         while at < end {
             let next = end.min((at / unit + 1) * unit);
             if self.shows_through(at, next - at)? {
-                self.parent.zero(at, next - at)?;
+                self.parent.copy_zeros(at, next - at)?;
             }
             at = next;
         }

@@ -42,11 +42,21 @@ impl Request {
             }
     }
 
+    fn len(&self) -> u64 {
+        match &self.change {
+            Logged::Data(data) => data.len() as u64,
+            Logged::Zero(len) => *len,
+        }
+    }
+
     fn apply(&self, slot: &Slot) -> Result<()> {
         match &self.change {
-            Logged::Data(data) => slot.write(data, self.offset).map(|_| ()),
-            Logged::Zero(len) => slot.zero(self.offset, *len),
-        }
+            Logged::Data(data) => slot.copy_in(data, self.offset).map(|_| ()),
+            Logged::Zero(len) => slot.copy_zeros(self.offset, *len),
+        }?;
+        // A fold of the old leaf may be under way.
+        slot.touched().mark(self.offset, self.len());
+        Ok(())
     }
 }
 
@@ -177,7 +187,7 @@ impl Ambiguous {
                 request.apply(&self.old).inspect_err(|_| self.log.void())?;
             }
         }
-        self.chain.flush_slot(&self.old).inspect_err(|_| self.log.void())?;
+        self.chain.sync_slot(&self.old).inspect_err(|_| self.log.void())?;
         self.let_go();
         Ok(())
     }

@@ -20,7 +20,7 @@ pub(crate) struct Slot {
     block: u64,
     sector: u32,
     differencing: bool,
-    /// Something may have been written since the last flush *began*.
+    /// The guest may have written something since the last flush *began*.
     unsynced: AtomicBool,
     /// A write or sync failed (invariant 10).
     poisoned: AtomicBool,
@@ -92,20 +92,11 @@ impl Slot {
         Ok(self.store.read_at(buf, at)?)
     }
 
-    /// Writes sectors, wherever the layer wants them; they are read back once this returns. Says where they went.
+    /// Writes sectors of the guest, wherever the layer wants them; they are read back once this returns. Says where they went.
     pub(crate) fn write(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
-        self.trusted()?;
-        let ticket = self.layer.prepare(offset, data.len() as u64, Change::Data)?;
-        let extents = ticket.extents.clone();
-        let result = extents
-            .iter()
-            .try_for_each(|e| {
-                let from = (e.offset - offset) as usize;
-                self.put(&data[from..from + e.len as usize], e.at)
-            })
-            .and_then(|()| self.layer.commit(ticket));
+        let result = self.copy_in(data, offset);
         self.wrote(offset, data.len() as u64);
-        result.map(|()| extents)
+        result
     }
 
     /// Writes sectors that this layer exposes already, in place.
@@ -119,26 +110,51 @@ impl Slot {
 
     /// Makes sectors read as zeros, whatever a parent holds (invariant 11).
     pub(crate) fn zero(&self, offset: u64, len: u64) -> Result<()> {
-        self.trusted()?;
-        let ticket = self.layer.prepare(offset, len, Change::Zero)?;
-        let extents = ticket.extents.clone();
-        let result =
-            extents.iter().try_for_each(|e| self.put_zeros(e.at, e.len)).and_then(|()| self.layer.commit(ticket));
+        let result = self.copy_zeros(offset, len);
         self.wrote(offset, len);
         result
     }
 
-    /// Whether a flush has anything to do, or to complain about.
-    pub(crate) fn wants_flush(&self) -> bool {
-        self.unsynced.load(Ordering::SeqCst) || self.poisoned.load(Ordering::SeqCst)
+    /// Writes sectors that another layer of the chain holds as well: no flush of the guest waits for them, or fails with them.
+    pub(crate) fn copy_in(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
+        self.trusted()?;
+        let ticket = self.layer.prepare(offset, data.len() as u64, Change::Data)?;
+        let extents = ticket.extents.clone();
+        for extent in &extents {
+            let from = (extent.offset - offset) as usize;
+            self.put(&data[from..from + extent.len as usize], extent.at)?;
+        }
+        self.layer.commit(ticket)?;
+        Ok(extents)
     }
 
-    /// Makes durable what was written before this was called. Flushes of one slot must not overlap: the second would find
-    /// nothing to do while the first is still under way.
+    /// Zeroes sectors that another layer of the chain says are zeros.
+    pub(crate) fn copy_zeros(&self, offset: u64, len: u64) -> Result<()> {
+        self.trusted()?;
+        let ticket = self.layer.prepare(offset, len, Change::Zero)?;
+        for extent in &ticket.extents {
+            self.put_zeros(extent.at, extent.len)?;
+        }
+        self.layer.commit(ticket)
+    }
+
+    /// Whether acknowledged data of the guest may not be durable yet.
+    pub(crate) fn is_unsynced(&self) -> bool {
+        self.unsynced.load(Ordering::SeqCst)
+    }
+
+    /// Makes durable what the guest wrote before this was called. Flushes of one slot must not overlap: the second would find nothing
+    /// to do while the first is still under way.
     pub(crate) fn flush(&self) -> Result<()> {
         if !self.unsynced.swap(false, Ordering::SeqCst) {
-            return self.trusted();
+            return Ok(());
         }
+        // What a failed sync covered stays unsynced for ever: no later flush may say otherwise.
+        self.sync().inspect_err(|_| self.unsynced.store(true, Ordering::SeqCst))
+    }
+
+    /// Makes everything durable, copies included.
+    pub(crate) fn sync(&self) -> Result<()> {
         self.trusted()?;
         self.layer.flush().inspect_err(|_| self.poison())
     }

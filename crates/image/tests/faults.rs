@@ -1,0 +1,110 @@
+//! Files that fail: what is refused afterwards, and what goes on.
+
+use image::merge::{FoldError, Outcome, fold_down};
+use image::vhdx::{self, Options, Parent};
+use image::{Access, Chain, ErrorKind, Kind, Layer};
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use store::sim::{At, Sim, Times};
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+const SIZE: u64 = 16 * MIB;
+
+fn base(sim: &Sim) -> Arc<dyn Layer> {
+    vhdx::create(sim.root().create("base").unwrap(), &Options::dynamic(SIZE)).unwrap()
+}
+
+fn child(sim: &Sim, name: &str, parent: &Arc<dyn Layer>) -> Arc<dyn Layer> {
+    let parent = Parent::of(&**parent, Some("parent")).unwrap();
+    let options = Options { kind: Kind::Differencing, parent: Some(parent), ..Options::dynamic(SIZE) };
+    vhdx::create(sim.root().create(name).unwrap(), &options).unwrap()
+}
+
+fn content(chain: &Chain) -> Vec<u8> {
+    let mut bytes = vec![0xAA; chain.size() as usize];
+    chain.read(&mut bytes, 0).unwrap();
+    bytes
+}
+
+fn kind<T>(result: image::Result<T>) -> ErrorKind {
+    result.err().expect("it cannot have worked").kind
+}
+
+#[test]
+fn a_failed_sync_is_never_retried_and_trusted() {
+    let sim = Sim::new();
+    let chain = Chain::new(vec![base(&sim)], Access::Write).unwrap();
+    chain.write(&[1; 512], 0).unwrap();
+    sim.fail(At::Sync(sim.counts().syncs), store::ErrorKind::Io, Times::Once);
+    assert_eq!(kind(chain.flush()), ErrorKind::Io);
+    assert_eq!(kind(chain.flush()), ErrorKind::Poisoned);
+    assert_eq!(kind(chain.write(&[2; 512], 0)), ErrorKind::Poisoned);
+    assert_eq!(kind(chain.zero(0, 512)), ErrorKind::Poisoned);
+    assert_eq!(content(&chain)[..512], [1; 512]);
+}
+
+#[test]
+fn no_space_is_an_answer_and_not_a_fault() {
+    let sim = Sim::new();
+    let chain = Chain::new(vec![base(&sim)], Access::Write).unwrap();
+    chain.write(&vec![1; 4 * MIB as usize], 0).unwrap();
+    sim.set_capacity(Some(10 * MIB));
+    let mut offset = 4 * MIB;
+    let error = loop {
+        match chain.write(&vec![2; MIB as usize], offset) {
+            Ok(()) => offset += MIB,
+            Err(error) => break error,
+        }
+        assert!(offset < SIZE, "the disk does not fill up");
+    };
+    assert_eq!(error.kind, ErrorKind::NoSpace);
+    sim.set_capacity(None);
+    chain.write(&vec![3; MIB as usize], offset).unwrap();
+    chain.flush().unwrap();
+    let bytes = content(&chain);
+    assert!(bytes[..4 * MIB as usize].iter().all(|&byte| byte == 1));
+    assert!(bytes[4 * MIB as usize..offset as usize].iter().all(|&byte| byte == 2));
+    assert!(bytes[offset as usize..(offset + MIB) as usize].iter().all(|&byte| byte == 3));
+}
+
+#[test]
+fn a_fold_that_fails_does_not_disturb_the_guest() {
+    let sim = Sim::new();
+    let lower = base(&sim);
+    let chain = Chain::new(vec![Arc::clone(&lower)], Access::Write).unwrap();
+    chain.write(&vec![1; 4 * MIB as usize], 0).unwrap();
+    chain.flush().unwrap();
+    let upper = child(&sim, "child", &lower);
+    chain.push(Arc::clone(&upper)).unwrap();
+    chain.write(&vec![2; 4 * MIB as usize], MIB).unwrap();
+    let expected = content(&chain);
+    let mut go_on = |_| ControlFlow::Continue(());
+    // The third piece of data meets a bad place.
+    let mut calls = 0;
+    let mut break_it = |_| {
+        calls += 1;
+        if calls == 3 {
+            sim.fail(At::Operation(sim.counts().operations), store::ErrorKind::Io, Times::Once);
+        }
+        ControlFlow::Continue(())
+    };
+    let never = || -> Result<(), Infallible> { panic!("nothing to commit") };
+    let failed = fold_down(Some(&chain), &upper, &lower, Uuid::new_v4(), &mut break_it, never);
+    assert!(matches!(failed, Err(FoldError::Image(error)) if error.kind == ErrorKind::Io));
+    assert!(content(&chain) == expected);
+    chain.write(&[3; 512], 0).unwrap();
+    chain.flush().unwrap();
+    // The parent is not trusted any more: not before it is opened again.
+    let again = fold_down(Some(&chain), &upper, &lower, Uuid::new_v4(), &mut go_on, never);
+    assert!(matches!(again, Err(FoldError::Image(error)) if error.kind == ErrorKind::Poisoned));
+    let reopened = vhdx::open(sim.root().open("base", store::Mode::Write).unwrap(), store::Mode::Write).unwrap();
+    let reopened: Arc<dyn Layer> = reopened;
+    chain.replace(&lower, Arc::clone(&reopened)).unwrap();
+    let commit = || Ok::<_, Infallible>(());
+    let folded = fold_down(Some(&chain), &upper, &reopened, Uuid::new_v4(), &mut go_on, commit).unwrap();
+    assert_eq!(folded, Outcome::Folded);
+    let bytes = content(&chain);
+    assert!(bytes[..512] == [3; 512] && bytes[512..] == expected[512..]);
+}
