@@ -8,11 +8,16 @@ use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerRow, Machine, Stats};
 use image::{Access, Chain, Layer};
 use memory::{Captured, NewLayer, Signal};
-use qemu::Capture;
+use qemu::{Capture, Stream};
+use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use store::Mode;
+
+/// Why the reader stops before the end of the stream.
+const GIVEN_UP: &str = "the capture was given up";
 
 /// The memory layer that a capture is to make.
 #[derive(Debug)]
@@ -36,7 +41,7 @@ impl Target {
     }
 
     /// Reads the stream to its end into the new layer. Blocks.
-    fn capture(mut self, stream: UnixStream, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
+    fn capture(mut self, stream: impl Read, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
         let parent = match &self.parent {
             Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
             None => None,
@@ -83,9 +88,8 @@ pub(crate) async fn write(
 ) -> Result<Written, Problem> {
     let began = Instant::now();
     let name = target.name.clone();
-    let stream = capture.reader();
-    let another = || stream.try_clone().map_err(|e| Problem::failed(format!("{name}: {e}")));
-    let (closer, hanger) = (another()?, another()?);
+    let given_up = Arc::<AtomicBool>::default();
+    let mut tap = Tap { stream: capture.reader(), given_up: Arc::clone(&given_up) };
     let told = task.clone();
     let signal = move |signal| {
         if let Signal::Progress { done, total } = signal {
@@ -93,10 +97,10 @@ pub(crate) async fn write(
         }
     };
     let reader = tokio::task::spawn_blocking(move || {
-        let read = target.capture(stream, signal);
+        let read = target.capture(&mut tap, signal);
         if read.is_err() {
-            // Said to QEMU at once: the guest would wait for a reader that has given up (a full disk).
-            let _ = hanger.shutdown(std::net::Shutdown::Both);
+            // The guest waits for its pages to be read, whatever becomes of them.
+            tap.stream.drain();
         }
         read
     });
@@ -105,14 +109,13 @@ pub(crate) async fn write(
         () = task.cancel().wait() => Err(Problem::new(ProblemKind::Cancelled, "cancelled; nothing has changed")),
     };
     if ended.is_err() {
-        // The reader sees the end of the stream; QEMU sees that nobody reads.
-        let _ = closer.shutdown(std::net::Shutdown::Both);
+        given_up.store(true, Ordering::Relaxed);
         if let Err(error) = capture.cancel().await {
             tracing::warn!("ending a capture: {error}");
         }
     }
     let read = reader.await.map_err(|e| Problem::failed(format!("reading {name}'s memory broke off: {e}")))?;
-    // If our side failed (a full disk), QEMU's complaint about a closed socket is only its echo.
+    // If our side failed (a full disk), what QEMU says of its end is only an echo.
     let ((layer, captured), pause_us) = match (read, ended) {
         (Ok(read), Ok(pause)) => (read, pause),
         (Err(problem), Ok(_)) => return Err(problem),
@@ -129,6 +132,21 @@ pub(crate) async fn write(
     Ok(Written { layer, stats })
 }
 
+/// The stream as the capture reads it: it fails as soon as the capture is given up.
+struct Tap {
+    stream: Stream,
+    given_up: Arc<AtomicBool>,
+}
+
+impl Read for Tap {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.given_up.load(Ordering::Relaxed) {
+            return Err(std::io::Error::other(GIVEN_UP));
+        }
+        self.stream.read(buffer)
+    }
+}
+
 async fn to_the_end(
     name: &str,
     capture: &mut Capture,
@@ -139,9 +157,9 @@ async fn to_the_end(
     Ok(pause)
 }
 
-/// Whether the reader only saw the stream end.
+/// Whether the reader only saw the stream end, or was told to give up.
 fn is_echo(problem: &Problem) -> bool {
-    problem.message.contains("ended early")
+    problem.message.contains("ended early") || problem.message.contains(GIVEN_UP)
 }
 
 /// Writes the memory in `layers` (base first) to a QEMU that waits for it. Blocks.

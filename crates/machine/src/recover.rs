@@ -94,11 +94,11 @@ impl Owner {
     }
 }
 
-/// A capture that was under way has lost its reader; it is over before anything else is asked of QEMU.
+/// A capture that was under way when the last worker died comes to its end (it is read and thrown away, or it fails) before
+/// anything else is asked of QEMU.
 async fn end_capture(qemu: &qemu::Qemu) -> qemu::Result<()> {
     use qemu::MigrationStatus::{Active, Cancelling, Device, Setup};
     while matches!(qemu.qmp().migration().await?.status, Setup | Active | Device | Cancelling) {
-        qemu.qmp().migrate_cancel().await?;
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
     Ok(())

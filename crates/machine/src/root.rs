@@ -115,13 +115,17 @@ impl Root {
         Ok(found)
     }
 
-    /// The name in the ledger, or, while a worker holds that, in the runtime folder.
+    /// The name in the ledger, or, while a worker holds that, in the runtime folder. A machine whose ledger cannot be read goes by
+    /// its id: it is not hidden, and whoever asks for it is told why.
     fn name_of(&self, id: MachineId) -> Option<String> {
         // A worker that has just started or ended is between the two places for a moment.
         for _ in 0..20 {
-            let peeked = self.peek_rows(id).ok()?;
-            if let Some(rows) = peeked {
-                return Some(rows.machine.name.clone());
+            match self.peek_rows(id) {
+                Ok(Some(rows)) => return Some(rows.machine.name.clone()),
+                // Gone since it was listed.
+                Err(problem) if problem.kind == ProblemKind::NotFound => return None,
+                Err(_) => return Some(id.to_string()),
+                Ok(None) => {}
             }
             if let Some(name) = read_name(id) {
                 return Some(name);

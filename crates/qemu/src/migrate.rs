@@ -13,9 +13,13 @@
 use crate::error::{Error, Result};
 use crate::qemu::Qemu;
 use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp, Version};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_setfl, mknodat, open, unlink};
 use rustix::time::{ClockId, clock_gettime};
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// The name under which QEMU keeps its end of the stream.
@@ -25,9 +29,15 @@ const DESCRIPTOR: &str = "tenby-stream";
 /// around the point are milliseconds.
 const CLOCK_TOLERANCE: u64 = 500;
 
-/// The first QEMU that is trusted with background captures. 7.2 leaves the guest's memory protected for good when one is cancelled or
-/// its reader dies, so that the guest hangs at its next write; and it lets a guest run that was standing still.
-const BACKGROUND: Version = Version { major: 9, minor: 0, micro: 0 };
+/// The stream of a background capture, in the run folder: a named pipe. QEMU itself holds a reading end of it, so that it does not
+/// break when the worker dies; whoever comes next reads it to its end ([`drain`]).
+const PIPE: &str = "capture.pipe";
+
+/// The name under which QEMU keeps that reading end.
+const KEEPER: &str = "tenby-stream-keeper";
+
+/// The first QEMU that captures a guest in the background who stands still, and leaves him standing: 7.2 lets him run.
+const STANDING: Version = Version { major: 9, minor: 0, micro: 0 };
 
 /// How often it is asked whether QEMU has cleaned up.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
@@ -60,30 +70,60 @@ impl Point {
     }
 }
 
-/// A capture under way. It goes on if this is dropped, but ends at once when the reader is closed.
+/// A capture under way. One in the background cannot be broken off: its stream must be read to the end, whatever becomes of it.
+/// (QEMU 7.2 leaves the guest's memory protected for good if it is; and in any version QEMU's main loop may at that moment be
+/// waiting for a page that only the capture can release.)
 #[derive(Debug)]
 pub struct Capture {
     qemu: Qemu,
     events: Events,
-    reader: Option<UnixStream>,
+    reader: Option<Stream>,
+    mode: CaptureMode,
     course: Course,
     was_running: bool,
     clock: ClockPair,
 }
 
+/// The stream of a capture. Blocks.
+#[derive(Debug)]
+pub struct Stream(File);
+
+impl Stream {
+    /// Reads what is left and throws it away.
+    pub fn drain(&mut self) {
+        let mut bytes = vec![0; 1 << 20];
+        // An error is an end, too: there is nobody to tell.
+        while self.0.read(&mut bytes).is_ok_and(|length| length > 0) {}
+    }
+}
+
+impl Read for Stream {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer)
+    }
+}
+
 impl Qemu {
-    /// Whether a guest can be captured while it runs. Otherwise it must stand still meanwhile ([`CaptureMode::Stopped`]).
+    /// Whether a running guest can be captured while it runs. Otherwise it must stand still meanwhile ([`CaptureMode::Stopped`]).
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the reason: this QEMU is too old, or the host does not let it track memory.
+    /// [`Error::Unsupported`] with the reason: the host does not let QEMU track memory.
     pub fn captures_in_background(&self) -> Result<()> {
+        crate::probe::userfaultfd().map_err(Error::Unsupported)
+    }
+
+    /// Whether a guest that stands still can be captured in the background.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason: as above, or this QEMU is too old.
+    pub fn captures_standing(&self) -> Result<()> {
         let version = self.qmp().version();
-        if version < BACKGROUND {
+        if version < STANDING {
             return Err(Error::Unsupported(format!(
-                "QEMU {version} cannot safely capture a guest that runs; {BACKGROUND} can"
+                "QEMU {version} cannot capture a guest that stands still and leave it so"
             )));
         }
-        crate::probe::userfaultfd().map_err(Error::Unsupported)
+        self.captures_in_background()
     }
 
     /// Begins to capture the machine's memory. Give [`Capture::reader`] to a thread at once: a reader that stalls stalls the guest.
@@ -96,7 +136,8 @@ impl Qemu {
         let qmp = self.qmp();
         let was_running = qmp.status().await?.running;
         match mode {
-            CaptureMode::Background => self.captures_in_background()?,
+            CaptureMode::Background if was_running => self.captures_in_background()?,
+            CaptureMode::Background => self.captures_standing()?,
             CaptureMode::Stopped if was_running => {
                 return Err(Error::Unsupported("a running guest is captured in the background only".into()));
             }
@@ -108,12 +149,23 @@ impl Qemu {
         qmp.set_capabilities(&[(Capability::PostcopyRam, false), (Capability::BackgroundSnapshot, background)]).await?;
         // The default is 128 MiB/s. In the background there is no limit at all.
         qmp.set_bandwidth(1 << 40).await?;
-        let (reader, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+        let (reader, theirs) = match mode {
+            CaptureMode::Background => {
+                let pipe = pipe(self.run_dir())?;
+                qmp.pass(KEEPER, pipe.keeper).await?;
+                (pipe.reader, pipe.writer)
+            }
+            CaptureMode::Stopped => {
+                let (ours, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+                (OwnedFd::from(ours), OwnedFd::from(theirs))
+            }
+        };
+        let reader = Some(Stream(File::from(reader)));
         let events = qmp.events();
         let clock = ClockPair::now();
-        qmp.pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
+        qmp.pass(DESCRIPTOR, theirs).await?;
         qmp.migrate_to(DESCRIPTOR).await?;
-        Ok(Capture { qemu: self.clone(), events, reader: Some(reader), course: Course::default(), was_running, clock })
+        Ok(Capture { qemu: self.clone(), events, reader, mode, course: Course::default(), was_running, clock })
     }
 
     /// Makes an ordinary pause of what [`CaptureMode::Stopped`] leaves, by letting the guest run for a moment; does nothing else. Not for a
@@ -149,11 +201,12 @@ impl Qemu {
 }
 
 impl Capture {
-    /// The stream, for a thread that does nothing but read (it blocks). Closing it before the end makes the capture fail.
+    /// The stream, for a thread that does nothing but read it, to its end ([`Stream::drain`]). What comes of it: closing the stream of
+    /// a [`CaptureMode::Stopped`] makes it fail; that of a background capture must not be closed.
     ///
     /// # Panics
     /// If it was taken before.
-    pub fn reader(&mut self) -> UnixStream {
+    pub fn reader(&mut self) -> Stream {
         self.reader.take().expect("the reader is taken once")
     }
 
@@ -211,21 +264,34 @@ impl Capture {
         }
     }
 
-    /// Ends the capture; the guest runs on if it ran before. What is read from the stream afterwards means nothing.
+    /// Ends the capture; the guest runs on if it ran before. What is read from the stream afterwards means nothing, but it must be
+    /// read: one in the background goes on to its end.
     ///
     /// # Errors
     /// Those of the monitor.
     pub async fn cancel(&mut self) -> Result<()> {
-        // QEMU's writer may sit in a full socket, which nobody may be reading any more.
-        self.reader.take();
-        if self.course.end.is_none() {
+        if let Some(mut reader) = self.reader.take() {
+            std::thread::spawn(move || reader.drain());
+        }
+        if self.course.end.is_none() && self.mode == CaptureMode::Stopped {
             self.qemu.qmp().migrate_cancel().await?;
         }
         while self.course.end.is_none() {
             self.step().await?;
         }
+        self.let_go().await?;
         settle(&self.qemu).await?;
         self.let_run_on().await
+    }
+
+    /// The pipe is not needed any more.
+    async fn let_go(&self) -> Result<()> {
+        if self.mode == CaptureMode::Background {
+            self.qemu.qmp().close(KEEPER).await?;
+            // A pipe that stays is replaced by the next one.
+            let _ = unlink(self.qemu.run_dir().join(PIPE));
+        }
+        Ok(())
     }
 
     /// Lets a guest that was standing still run while its memory is still being written ([`CaptureMode::Background`]): to be called once the
@@ -279,6 +345,47 @@ impl Capture {
             self.qemu.resume().await?;
         }
         Ok(())
+    }
+}
+
+/// The ends of a new pipe.
+struct Pipe {
+    reader: OwnedFd,
+    keeper: OwnedFd,
+    writer: OwnedFd,
+}
+
+fn pipe(run_dir: &Path) -> Result<Pipe> {
+    let path = run_dir.join(PIPE);
+    let fail = || Error::at("make the pipe", &path);
+    match unlink(&path) {
+        Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+        Err(error) => return Err(Error::os(fail())(error)),
+    }
+    mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).map_err(Error::os(fail()))?;
+    let reader = open_reader(&path)?;
+    let keeper = open_reader(&path)?;
+    let writer = open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(fail()))?;
+    Ok(Pipe { reader, keeper, writer })
+}
+
+/// A reading end that blocks, opened without waiting for a writer.
+fn open_reader(path: &PathBuf) -> Result<OwnedFd> {
+    let fail = || Error::at("open the pipe", path);
+    let reader =
+        open(path, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(fail()))?;
+    fcntl_setfl(&reader, OFlags::empty()).map_err(Error::os(fail()))?;
+    Ok(reader)
+}
+
+/// Reads to its end, in the background, the stream of a capture whose worker has died: until then QEMU and its guest may hang.
+pub(crate) fn drain(run_dir: &Path) {
+    let path = run_dir.join(PIPE);
+    if let Ok(reader) = open_reader(&path) {
+        std::thread::spawn(move || {
+            Stream(File::from(reader)).drain();
+            let _ = unlink(&path);
+        });
     }
 }
 
@@ -454,5 +561,101 @@ impl Restore {
                 Err(error) => Err(error),
             };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    /// Events by their initials: `s`etup `a`ctive `c`ompleted `f`ailed `x` cancelled, `S`TOP `R`ESUME, `P`anic, reset `0`, power `O`ff, I/O
+    /// error `E`, one that was only reported `e`; each a microsecond after the one before.
+    fn course(events: &str) -> Course {
+        let mut course = Course::default();
+        for (time, letter) in events.chars().enumerate() {
+            let (name, data) = match letter {
+                's' => ("MIGRATION", json!({ "status": "setup" })),
+                'a' => ("MIGRATION", json!({ "status": "active" })),
+                'c' => ("MIGRATION", json!({ "status": "completed" })),
+                'f' => ("MIGRATION", json!({ "status": "failed" })),
+                'x' => ("MIGRATION", json!({ "status": "cancelled" })),
+                '?' => ("MIGRATION", json!({ "status": "a word of the future" })),
+                'S' => ("STOP", json!(null)),
+                'R' => ("RESUME", json!(null)),
+                'P' => ("GUEST_PANICKED", json!({ "action": "pause" })),
+                '0' => ("RESET", json!({ "guest": true, "reason": "guest-reset" })),
+                'O' => ("SHUTDOWN", json!({ "guest": true, "reason": "guest-shutdown" })),
+                'E' => ("BLOCK_IO_ERROR", json!({ "action": "stop", "node-name": "disk0" })),
+                'e' => ("BLOCK_IO_ERROR", json!({ "action": "report", "node-name": "disk0" })),
+                _ => ("RTC_CHANGE", json!({})),
+            };
+            course.take(&Event::new(name.into(), data, Some(time as u64)));
+        }
+        course
+    }
+
+    #[test]
+    fn the_point_lies_between_the_first_stop_and_resume_after_active() {
+        for (events, stopped, resumed) in
+            [("saSR", 2, 3), ("saSRc", 2, 3), ("s?aeSrR", 4, 6), ("saSRSR", 2, 3), ("saSRPSO0E", 2, 3)]
+        {
+            let point = course(events).point().expect(events).expect(events);
+            assert_eq!((point.stopped.micros(), point.resumed.micros()), (stopped, resumed), "{events}");
+            assert_eq!(point.pause_micros(), resumed - stopped, "{events}");
+        }
+    }
+
+    #[test]
+    fn not_yet() {
+        for events in ["", "s", "sa", "saS", "se", "saf", "saSx"] {
+            assert_eq!(course(events).point(), Ok(None), "{events}");
+        }
+    }
+
+    #[test]
+    fn there_is_no_point() {
+        // Stopped by others, before or after `active`; run again by others; a death, a reset, an outage in the window; no RESUME at all.
+        for events in [
+            "sS", "sSR", "sSaR", "sSaSR", "sRaSR", "saSSR", "saPS", "saSPR", "s0aSR", "saS0R", "saSOR", "saES", "sac",
+            "saSc",
+        ] {
+            assert!(course(events).point().is_err(), "{events}");
+        }
+    }
+
+    #[test]
+    fn who_stopped_the_guest() {
+        assert!(course("sS").stopped_by_others);
+        assert!(course("saSS").stopped_by_others);
+        assert!(!course("saSf").stopped_by_others);
+        assert!(!course("s0aS").stopped_by_others);
+        assert!(!course("saSRS").stopped_by_others);
+    }
+
+    #[test]
+    fn the_end() {
+        assert_eq!(course("saSR").end, None);
+        assert_eq!(course("saSRc").end, Some(MigrationStatus::Completed));
+        assert_eq!(course("saSf").end, Some(MigrationStatus::Failed));
+        assert_eq!(course("sx").end, Some(MigrationStatus::Cancelled));
+    }
+
+    #[test]
+    fn an_event_without_a_stamp_is_no_point() {
+        let mut course = course("sa");
+        course.take(&Event::new("STOP".into(), json!(null), None));
+        course.take(&Event::new("RESUME".into(), json!(null), Some(7)));
+        assert!(course.point().is_err());
+    }
+
+    #[test]
+    fn a_clock_that_is_set() {
+        let pair = ClockPair::now();
+        // Nothing sets the clock of the machine under this test by so much.
+        assert!(pair.strayed() < 60_000_000);
+        let hour = 3_600_000_000;
+        assert!(ClockPair { wall: pair.wall - hour, ..pair }.strayed() > hour / 2);
+        assert!(ClockPair { wall: pair.wall + hour, ..pair }.strayed() > hour / 2);
     }
 }

@@ -13,6 +13,8 @@
 
 mod command;
 mod event;
+#[cfg(test)]
+mod tests;
 mod wire;
 
 pub use command::{BlockImage, BlockNode, Capability, MigrationInfo, Status};
@@ -162,6 +164,17 @@ impl Qmp {
         let _turn = self.link.passing.lock().await;
         let _: Value = self.submit("execute", "getfd", json!({ "fdname": name }), Some(descriptor)).await?;
         Ok(())
+    }
+
+    /// Closes a descriptor that was passed. That there is none of this name is no error.
+    ///
+    /// # Errors
+    /// As [`Qmp::execute`], but for a refusal.
+    pub async fn close(&self, name: &str) -> Result<()> {
+        match self.submit::<Value>("execute", "closefd", json!({ "fdname": name }), None).await {
+            Ok(_) | Err(Error::Refused { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     async fn submit<T: DeserializeOwned>(
