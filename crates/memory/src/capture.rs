@@ -108,10 +108,15 @@ pub fn capture(
     let prelude = source.prelude()?;
     let on_parent = parent.is_some_and(|parent| holds(parent, &prelude.blocks));
     let layout = Layout::of(&prelude.blocks);
-    let chain = new_layer(NewLayer { size: layout.size, on_parent })
-        .map_err(|source| Error { source: Some(source), ..Error::new(ErrorKind::Image, "the memory disk could not be made") })?;
+    let chain = new_layer(NewLayer { size: layout.size, on_parent }).map_err(|source| Error {
+        source: Some(source),
+        ..Error::new(ErrorKind::Image, "the memory disk could not be made")
+    })?;
     if chain.size() != layout.size || chain.sector_size() as usize != PAGE {
-        return Err(Error::new(ErrorKind::Image, "the memory disk has not the size or the sectors that were asked for"));
+        return Err(Error::new(
+            ErrorKind::Image,
+            "the memory disk has not the size or the sectors that were asked for",
+        ));
     }
 
     let (tail, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
@@ -176,7 +181,10 @@ fn write_rest(chain: &Chain, layout: &Layout, prelude: &Prelude, devices: Device
 fn write_region(chain: &Chain, at: u64, room: u64, mut bytes: Vec<u8>) -> Result<Content> {
     let content = Content::of(&bytes);
     if content.len > room {
-        return Err(Error::new(ErrorKind::Unsupported, format!("{} bytes of device state; {room} at most", content.len)));
+        return Err(Error::new(
+            ErrorKind::Unsupported,
+            format!("{} bytes of device state; {room} at most", content.len),
+        ));
     }
     bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
     chain.write(&bytes, at)?;
@@ -267,7 +275,13 @@ struct Collector<'a, S> {
 }
 
 impl<'a, S: FnMut(Signal)> Collector<'a, S> {
-    fn new(prelude: &'a Prelude, layout: &'a Layout, full: SyncSender<Batch>, empty: Receiver<Batch>, signal: &'a mut S) -> Self {
+    fn new(
+        prelude: &'a Prelude,
+        layout: &'a Layout,
+        full: SyncSender<Batch>,
+        empty: Receiver<Batch>,
+        signal: &'a mut S,
+    ) -> Self {
         let seen = Seen::new(&prelude.blocks);
         Self { layout, seen, batch: Batch::default(), full, empty, started: false, tail: Vec::new(), signal }
     }
@@ -316,4 +330,3 @@ impl<'a, S: FnMut(Signal)> Collector<'a, S> {
         Ok(())
     }
 }
-

@@ -1,7 +1,7 @@
 //! The memory disk's table as it lies on the disk. Little-endian, like the VHDX around it. See `docs/formats/memory.md`.
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// What a memory disk begins with.
 pub(crate) const MAGIC: [u8; 8] = *b"TENBYRAM";

@@ -95,7 +95,9 @@ impl<W: Write, P: FnMut(u64, u64)> Sender<'_, W, P> {
                         self.chain.read(&mut data, at)?;
                         self.pages(emitter, index, at - start, &data, zeros);
                     } else if zeros {
-                        (0..len).step_by(PAGE).for_each(|page| emitter.zero_page(&mut self.out, index, at - start + page));
+                        (0..len)
+                            .step_by(PAGE)
+                            .for_each(|page| emitter.zero_page(&mut self.out, index, at - start + page));
                     }
                     if self.out.len() >= READ {
                         self.send()?;

@@ -120,9 +120,11 @@ impl Table {
     /// The table's bytes, padded with zeros to whole pages.
     pub fn encode(&self) -> Vec<u8> {
         let layout = self.layout();
-        let ram = self.blocks.iter().zip(&layout.blocks).map(|(block, &at)| {
-            region(kind::RAM, &block.name, at, Content { len: block.len, checksum: 0 })
-        });
+        let ram = self
+            .blocks
+            .iter()
+            .zip(&layout.blocks)
+            .map(|(block, &at)| region(kind::RAM, &block.name, at, Content { len: block.len, checksum: 0 }));
         let rest = [
             region(kind::PRELUDE, "", layout.prelude, self.prelude),
             region(kind::DESCRIPTION, "", layout.description, self.description),
@@ -277,7 +279,14 @@ mod tests {
         let blocks = blocks.prop_map(|blocks| blocks.into_iter().map(block).collect());
         let counts = any::<[u64; 4]>().prop_map(|[stored, zeroed, same, empty]| Counts { stored, zeroed, same, empty });
         (any::<u32>(), blocks, counts, content(PRELUDE_ROOM), content(DESCRIPTION_ROOM), content(STATE_ROOM)).prop_map(
-            |(section, blocks, counts, prelude, description, state)| Table { section, blocks, counts, prelude, description, state },
+            |(section, blocks, counts, prelude, description, state)| Table {
+                section,
+                blocks,
+                counts,
+                prelude,
+                description,
+                state,
+            },
         )
     }
 

@@ -63,7 +63,10 @@ mod tests {
         seen.mark(2, 0);
         let error = seen.check().unwrap_err();
         assert_eq!(error.kind, ErrorKind::Incomplete);
-        assert!(error.message.contains("4096 bytes") && error.message.contains("at 4096 of the block \"b\""), "{error}");
+        assert!(
+            error.message.contains("4096 bytes") && error.message.contains("at 4096 of the block \"b\""),
+            "{error}"
+        );
         seen.mark(2, PAGE as u64);
         seen.check().unwrap();
         assert_eq!(seen.bytes(), seen.total());

@@ -20,7 +20,7 @@ impl DeviceState {
     /// that it saw the end.
     pub fn split(mut bytes: Vec<u8>) -> Result<Self> {
         let at = Self::tail(&bytes)
-            .ok_or_else(|| Error::new(ErrorKind::Truncated, "the stream ends within the devices' state"))?;
+            .ok_or_else(|| Error::new(ErrorKind::Truncated, "the stream ended early, within the devices' state"))?;
         let description = bytes.split_off(at + 6);
         bytes.truncate(at);
         Ok(Self { state: bytes, description })
@@ -53,7 +53,8 @@ mod tests {
     #[test]
     fn splits_at_the_last_place_that_fits() {
         // A state that itself ends in what looks like an EOF and a description of another length.
-        let whole = DeviceState { state: b"\x04abc\x00\x06\x00\x00\x00\x01{".to_vec(), description: b"{\"a\":1}".to_vec() };
+        let whole =
+            DeviceState { state: b"\x04abc\x00\x06\x00\x00\x00\x01{".to_vec(), description: b"{\"a\":1}".to_vec() };
         let mut bytes = Vec::new();
         whole.join(&mut bytes);
         assert_eq!(DeviceState::split(bytes).unwrap(), whole);

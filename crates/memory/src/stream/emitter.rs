@@ -1,7 +1,8 @@
 //! Makes a migration stream: what [`Parser`](super::Parser) reads, and QEMU loads.
 
 use super::format::{
-    CONFIGURATION, FOOTER, MAGIC, PAGE, RAM, RAM_INSTANCE, RAM_VERSION, SECTION_END, SECTION_PART, SECTION_START, VERSION, flag,
+    CONFIGURATION, FOOTER, MAGIC, PAGE, RAM, RAM_INSTANCE, RAM_VERSION, SECTION_END, SECTION_PART, SECTION_START,
+    VERSION, flag,
 };
 use super::{Block, DeviceState};
 

@@ -23,6 +23,9 @@ pub(super) const CONFIGURATION: u8 = 0x07;
 pub(super) const COMMAND: u8 = 0x08;
 pub(super) const FOOTER: u8 = 0x7e;
 
+/// The one command that plain migration sends (machine types from 10.0 on), and its length, 0.
+pub(super) const SWITCHOVER_START: [u8; 4] = [0, 11, 0, 0];
+
 /// The RAM section's name, instance and version, as they follow the section id of its START.
 pub(super) const RAM: &str = "ram";
 pub(super) const RAM_INSTANCE: u32 = 0;

@@ -6,7 +6,7 @@
 use super::Block;
 use super::format::{
     COMMAND, CONFIGURATION, EOF, FOOTER, MAGIC, MAX_BLOCKS, MAX_EARLY, MAX_RAM, PAGE, RAM, RAM_INSTANCE, RAM_VERSION,
-    SECTION_END, SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION, VERSION, flag,
+    SECTION_END, SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION, SWITCHOVER_START, VERSION, flag,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -116,7 +116,7 @@ impl Parser {
     pub fn finish(&self) -> Result<()> {
         match self.grammar.state {
             State::Devices => Ok(()),
-            _ => Err(locate(Error::new(ErrorKind::Truncated, "the stream ends early"), self.taken)),
+            _ => Err(locate(Error::new(ErrorKind::Truncated, "the stream ended early"), self.taken)),
         }
     }
 
@@ -198,11 +198,15 @@ enum State {
     /// Before the RAM section.
     Prelude,
     /// In device state before RAM; so many bytes were searched for its end.
-    Early { searched: usize },
+    Early {
+        searched: usize,
+    },
     /// At the first record of the RAM section, which opens the block list.
     MemSize,
     /// In the block list; so many bytes of RAM have not been named yet.
-    Blocks { left: u64 },
+    Blocks {
+        left: u64,
+    },
     /// In the records of a RAM section.
     Records,
     /// At the footer of a RAM section.
@@ -377,7 +381,10 @@ impl Grammar {
         let Some(data) = bytes.get(at..at + body) else { return Ok(Step::Need(at + body)) };
         let in_block = &self.blocks[block];
         if offset >= in_block.len {
-            return Err(damaged(format!("a page at {offset} of the RAM block {:?} of {} bytes", in_block.name, in_block.len)));
+            return Err(damaged(format!(
+                "a page at {offset} of the RAM block {:?} of {} bytes",
+                in_block.name, in_block.len
+            )));
         }
         self.current = Some(block);
         if flags & flag::PAGE != 0 {
@@ -426,6 +433,12 @@ impl Grammar {
             }
             SECTION_FULL => self.skip(0, State::Devices),
             SECTION_START => self.start(bytes),
+            COMMAND => match bytes.get(1..5) {
+                None => Ok(Step::Need(5)),
+                // It only says that the source has stopped.
+                Some(command) if command == SWITCHOVER_START => self.skip(5, State::Between),
+                Some(_) => unexpected(COMMAND, "after RAM"),
+            },
             other => unexpected(other, "after RAM"),
         }
     }
@@ -489,7 +502,7 @@ fn unexpected(byte: u8, place: &str) -> Result<Step> {
     match byte {
         COMMAND => Err(unsupported(format!("a command {place} (return path or postcopy is switched on)"))),
         // QEMU cancelled or failed ends a stream without the devices.
-        EOF => Err(Error::new(ErrorKind::Truncated, format!("the stream ends {place}"))),
+        EOF => Err(Error::new(ErrorKind::Truncated, format!("the stream ended early, {place}"))),
         _ => Err(damaged(format!("unexpected byte {byte:#04x} {place}"))),
     }
 }

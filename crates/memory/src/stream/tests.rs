@@ -56,7 +56,11 @@ impl Script {
         Emitter::prelude(&mut out, &self.machine, if self.early { EARLY } else { &[] });
         emitter.start(&mut out);
         for (records, end) in self.sections() {
-            if end { emitter.open_end(&mut out) } else { emitter.open_part(&mut out) }
+            if end {
+                emitter.open_end(&mut out)
+            } else {
+                emitter.open_part(&mut out)
+            }
             for record in records {
                 match self.record(record) {
                     (block, offset, Some(fill)) => emitter.page(&mut out, block, offset, &[fill; PAGE]),
@@ -256,7 +260,7 @@ fn what_is_not_known_is_refused_by_name() {
     refused(&after(b"\x02\0\0\0\x02"), ErrorKind::Unsupported, "section 2");
     refused(&after(b"\x01\0\0\0\x02\x04vfio\0\0\0\0\0\0\0\x01"), ErrorKind::Unsupported, "\"vfio\"");
     refused(&after(b"\x08\0\x01\0\0"), ErrorKind::Unsupported, "command after RAM");
-    refused(&after(b"\x00"), ErrorKind::Truncated, "ends after RAM");
+    refused(&after(b"\x00"), ErrorKind::Truncated, "ended early, after RAM");
     refused(&after(b"\x33"), ErrorKind::Damaged, "0x33");
     refused(&[&open[..], &record(0, flag::EOS), b"\x7e\0\0\0\x02"].concat(), ErrorKind::Damaged, "footer");
     refused(&[&open[..], &record(0, flag::EOS), b"\x02"].concat(), ErrorKind::Damaged, "footer");
@@ -294,7 +298,7 @@ fn a_block_list_must_add_up_and_be_bounded() {
     refused(&with_blocks(4096, &[("a", 8192)]), ErrorKind::Damaged, "4096 are left");
     refused(&with_blocks(8192, &[("a", 4097)]), ErrorKind::Damaged, "4097");
     refused(&with_blocks(8192, &[("a", 4096), ("a", 4096)]), ErrorKind::Damaged, "two RAM blocks");
-    refused(&with_blocks(8192, &[("a", 4096)]), ErrorKind::Truncated, "ends early");
+    refused(&with_blocks(8192, &[("a", 4096)]), ErrorKind::Truncated, "ended early");
     let names: Vec<_> = (0..=MAX_BLOCKS).map(|index| index.to_string()).collect();
     let many: Vec<_> = names.iter().map(|name| (name.as_str(), 0)).collect();
     refused(&with_blocks(4096, &many), ErrorKind::Unsupported, "more than 1024");
