@@ -62,8 +62,11 @@ fn reads(chain: &Chain, seed: u64) -> Result<f64, Box<dyn Error>> {
     Ok(READS as f64 / start.elapsed().as_secs_f64())
 }
 
+/// A read's file and its offset there.
+type Place = (Arc<dyn Store>, u64);
+
 /// Where each read of `reads` lies.
-fn places(chain: &Chain, seed: u64) -> Result<Vec<(Arc<dyn Store>, u64)>, Box<dyn Error>> {
+fn places(chain: &Chain, seed: u64) -> Result<Vec<Place>, Box<dyn Error>> {
     let mut state = seed;
     let layers = chain.layers();
     let mut places = Vec::new();
@@ -82,7 +85,7 @@ fn places(chain: &Chain, seed: u64) -> Result<Vec<(Arc<dyn Store>, u64)>, Box<dy
     Ok(places)
 }
 
-fn bare(places: &[(Arc<dyn Store>, u64)]) -> Result<f64, Box<dyn Error>> {
+fn bare(places: &[Place]) -> Result<f64, Box<dyn Error>> {
     let mut buf = vec![0; BLOCK as usize];
     let start = Instant::now();
     for (store, at) in places {
