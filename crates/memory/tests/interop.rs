@@ -4,7 +4,7 @@
 mod qemu;
 mod support;
 
-use image::Chain;
+use image::{Access, Chain};
 use memory::stream::PAGE;
 use memory::{ErrorKind, Signal};
 use qemu::{Guest, LARGE, PAGES, Qemu, SMALL, emulator};
@@ -63,7 +63,7 @@ fn a_running_machine_comes_back() {
         qemu.run_until_it_speaks();
         let (first, captured) = background_snapshot(&mut qemu, &mut disks, None);
         assert_eq!(captured.machine, machine);
-        check_firmware_pages(&disks.open(first), LARGE);
+        check_firmware_pages(&disks.open(first, Access::Read), LARGE);
         assert_eq!(qemu.status(), "running");
 
         // The guest has gone on, in one page; nothing else is stored.
@@ -71,17 +71,20 @@ fn a_running_machine_comes_back() {
         let (second, captured) = background_snapshot(&mut qemu, &mut disks, Some(first));
         assert!(captured.on_parent);
         assert_eq!((captured.counts.stored, captured.counts.zeroed), (1, 0), "{machine}");
+        let (all, changes) = (disks.allocated(first), disks.allocated(second));
+        eprintln!("{machine}: {all} and {changes} bytes on disk");
+        assert!(all < 8 << 20 && changes < 8 << 20, "{all} and {changes} bytes");
         drop(qemu);
 
         // The new QEMU has what the disk has, in every block, and goes on from there.
-        let mut qemu = restored(&emulator, machine, LARGE, &disks.open(second));
+        let mut qemu = restored(&emulator, machine, LARGE, &disks.open(second, Access::Read));
         let at_rest = qemu.memory(LARGE.pages_at.into(), PAGES * PAGE as u64);
-        assert_eq!(at_rest, memory_of(&disks.open(second), LARGE.pages_at.into(), PAGES * PAGE as u64));
+        assert_eq!(at_rest, memory_of(&disks.open(second, Access::Read), LARGE.pages_at.into(), PAGES * PAGE as u64));
         qemu.capability("background-snapshot");
         let (third, captured) = background_snapshot(&mut qemu, &mut disks, Some(second));
         assert_eq!((captured.counts.stored, captured.counts.zeroed), (0, 0), "{machine}: RAM is what was restored");
         qemu.run_until_it_speaks();
-        check_firmware_pages(&disks.open(third), LARGE);
+        check_firmware_pages(&disks.open(third, Access::Read), LARGE);
     }
 }
 
@@ -96,8 +99,8 @@ fn a_plain_migration_of_a_stopped_machine_comes_back() {
         let (disk, captured) = disks.capture(qemu.migrate(), None, |_| {}).unwrap();
         assert_eq!(qemu.migration_end(), "completed");
         assert_eq!(captured.machine, machine);
-        check_firmware_pages(&disks.open(disk), SMALL);
-        let mut qemu = restored(&emulator, machine, SMALL, &disks.open(disk));
+        check_firmware_pages(&disks.open(disk, Access::Read), SMALL);
+        let mut qemu = restored(&emulator, machine, SMALL, &disks.open(disk, Access::Read));
         assert_eq!(qemu.memory(SMALL.counter(), 4), counter);
         qemu.run_until_it_speaks();
     }
@@ -113,8 +116,8 @@ fn memory_outlives_an_upgrade_of_qemu() {
     qemu.run_until_it_speaks();
     let (disk, _) = background_snapshot(&mut qemu, &mut disks, None);
     drop(qemu);
-    let mut qemu = restored(&new, "pc-q35-7.2", SMALL, &disks.open(disk));
-    assert_eq!(qemu.memory(SMALL.counter(), 4), memory_of(&disks.open(disk), SMALL.counter(), 4));
+    let mut qemu = restored(&new, "pc-q35-7.2", SMALL, &disks.open(disk, Access::Read));
+    assert_eq!(qemu.memory(SMALL.counter(), 4), memory_of(&disks.open(disk, Access::Read), SMALL.counter(), 4));
     qemu.run_until_it_speaks();
 }
 
@@ -134,7 +137,7 @@ fn a_capture_that_fails_is_read_to_its_end() {
         assert_eq!(qemu.migration_end(), "completed");
         qemu.run_until_it_speaks();
         let (disk, _) = background_snapshot(&mut qemu, &mut disks, None);
-        check_firmware_pages(&disks.open(disk), LARGE);
+        check_firmware_pages(&disks.open(disk, Access::Read), LARGE);
     }
 }
 

@@ -66,7 +66,9 @@ mod tests {
         let mut bytes = Vec::new();
         whole.join(&mut bytes);
         for end in 0..bytes.len() {
-            let error = DeviceState::split(bytes[..end].to_vec()).unwrap_err();
+            let mut cut = bytes.clone();
+            cut.truncate(end);
+            let error = DeviceState::split(cut).unwrap_err();
             assert_eq!(error.kind, ErrorKind::Truncated, "cut at {end}");
         }
     }

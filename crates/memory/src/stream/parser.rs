@@ -11,7 +11,7 @@ use super::format::{
 use crate::{Error, ErrorKind, Result};
 
 /// What the parser found. Data is borrowed from the input, or from the parser where the input broke it.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event<'a> {
     /// The stream is QEMU's, of a version that is known.
     Header,
@@ -246,15 +246,15 @@ impl Grammar {
     }
 
     /// Moves on with bytes that carry no event.
-    fn skip(&mut self, len: usize, next: State) -> Result<Step> {
+    fn skip(&mut self, len: usize, next: State) -> Step {
         self.state = next;
-        Ok(Step::Skip(len))
+        Step::Skip(len)
     }
 
     /// Moves on with an event.
-    fn found(&mut self, len: usize, found: Found, next: State) -> Result<Step> {
+    fn found(&mut self, len: usize, found: Found, next: State) -> Step {
         self.state = next;
-        Ok(Step::Found(len, found))
+        Step::Found(len, found)
     }
 
     fn header(&mut self, bytes: &[u8]) -> Result<Step> {
@@ -266,7 +266,7 @@ impl Grammar {
         if version != VERSION {
             return Err(unsupported(format!("migration stream of version {version}; {VERSION} is known")));
         }
-        self.found(8, Found::Header, State::Configuration)
+        Ok(self.found(8, Found::Header, State::Configuration))
     }
 
     fn configuration(&mut self, bytes: &[u8]) -> Result<Step> {
@@ -280,13 +280,13 @@ impl Grammar {
         let end = 5 + len as usize;
         let Some(name) = bytes.get(5..end) else { return Ok(Step::Need(end)) };
         text(name)?;
-        self.found(end, Found::Configuration(5..end), State::Prelude)
+        Ok(self.found(end, Found::Configuration(5..end), State::Prelude))
     }
 
     fn prelude(&mut self, bytes: &[u8]) -> Result<Step> {
         match bytes[0] {
             SECTION_START => self.start(bytes),
-            SECTION_FULL => self.skip(0, State::Early { searched: 0 }),
+            SECTION_FULL => Ok(self.skip(0, State::Early { searched: 0 })),
             SUBSECTION => match name_at(bytes, 1)? {
                 Name::Need(total) => Ok(Step::Need(total)),
                 Name::Is(name, _) => Err(unsupported(format!("the subsection {name:?}"))),
@@ -312,7 +312,7 @@ impl Grammar {
             return Err(unsupported(format!("RAM section of version {version}, instance {instance}")));
         }
         self.section = section;
-        self.skip(end + 8, State::MemSize)
+        Ok(self.skip(end + 8, State::MemSize))
     }
 
     /// Device state before RAM has no length: it ends where a footer is followed by the START of RAM.
@@ -321,7 +321,7 @@ impl Grammar {
         let places = bytes.len().saturating_sub(EARLY_END - 1);
         for at in searched..places {
             if ends_early(&bytes[at..at + EARLY_END]) {
-                return self.found(at + FOOTER_LEN, Found::EarlyState, State::Prelude);
+                return Ok(self.found(at + FOOTER_LEN, Found::EarlyState, State::Prelude));
             }
         }
         if places > MAX_EARLY {
@@ -340,7 +340,7 @@ impl Grammar {
         if left > MAX_RAM {
             return Err(unsupported(format!("{left} bytes of RAM; {MAX_RAM} at most")));
         }
-        self.skip(8, State::Blocks { left })
+        Ok(self.skip(8, State::Blocks { left }))
     }
 
     fn block(&mut self, bytes: &[u8], left: u64) -> Result<Step> {
@@ -360,8 +360,8 @@ impl Grammar {
         }
         self.blocks.push(Block { name: name.to_owned(), len });
         match left - len {
-            0 => self.found(end + 8, Found::Blocks(self.section), State::Records),
-            left => self.skip(end + 8, State::Blocks { left }),
+            0 => Ok(self.found(end + 8, Found::Blocks(self.section), State::Records)),
+            left => Ok(self.skip(end + 8, State::Blocks { left })),
         }
     }
 
@@ -371,7 +371,7 @@ impl Grammar {
         let body = match flags & !flag::CONTINUE {
             flag::PAGE => PAGE,
             flag::ZERO => 1,
-            flag::EOS if flags == flag::EOS => return self.skip(8, State::Footer),
+            flag::EOS if flags == flag::EOS => return Ok(self.skip(8, State::Footer)),
             _ => return Err(refuse_flags(flags)),
         };
         let (block, at) = match self.block_of(bytes, flags)? {
@@ -388,12 +388,12 @@ impl Grammar {
         }
         self.current = Some(block);
         if flags & flag::PAGE != 0 {
-            return self.found(at + body, Found::Page { block, offset }, State::Records);
+            return Ok(self.found(at + body, Found::Page { block, offset }, State::Records));
         }
         if data[0] != 0 {
             return Err(unsupported(format!("a page filled with {:#04x}", data[0])));
         }
-        self.found(at + body, Found::ZeroPage { block, offset }, State::Records)
+        Ok(self.found(at + body, Found::ZeroPage { block, offset }, State::Records))
     }
 
     /// The block that a record is about, and where the record's body begins.
@@ -419,7 +419,7 @@ impl Grammar {
         if section != self.section {
             return Err(damaged(format!("the footer of section {section} ends section {}", self.section)));
         }
-        self.skip(5, State::Between)
+        Ok(self.skip(5, State::Between))
     }
 
     fn between(&mut self, bytes: &[u8]) -> Result<Step> {
@@ -429,14 +429,14 @@ impl Grammar {
                 if section != self.section {
                     return Err(unsupported(format!("the iterable section {section}, which is not RAM")));
                 }
-                self.found(5, Found::Pages, State::Records)
+                Ok(self.found(5, Found::Pages, State::Records))
             }
-            SECTION_FULL => self.skip(0, State::Devices),
+            SECTION_FULL => Ok(self.skip(0, State::Devices)),
             SECTION_START => self.start(bytes),
             COMMAND => match bytes.get(1..5) {
                 None => Ok(Step::Need(5)),
                 // It only says that the source has stopped.
-                Some(command) if command == SWITCHOVER_START => self.skip(5, State::Between),
+                Some(command) if command == SWITCHOVER_START => Ok(self.skip(5, State::Between)),
                 Some(_) => unexpected(COMMAND, "after RAM"),
             },
             other => unexpected(other, "after RAM"),

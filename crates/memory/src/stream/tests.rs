@@ -57,9 +57,9 @@ impl Script {
         emitter.start(&mut out);
         for (records, end) in self.sections() {
             if end {
-                emitter.open_end(&mut out)
+                emitter.open_end(&mut out);
             } else {
-                emitter.open_part(&mut out)
+                emitter.open_part(&mut out);
             }
             for record in records {
                 match self.record(record) {
@@ -307,7 +307,7 @@ fn a_block_list_must_add_up_and_be_bounded() {
 #[test]
 fn early_state_without_an_end_is_bounded() {
     let mut out = Vec::new();
-    Emitter::prelude(&mut out, "m", &[4; 2 * MAX_EARLY]);
+    Emitter::prelude(&mut out, "m", &vec![4; 2 * MAX_EARLY]);
     refused(&out, ErrorKind::Unsupported, "before RAM");
     let cuts: Vec<_> = (0..out.len()).step_by(1000).collect();
     assert_eq!(parse(&out, &cuts).unwrap_err().kind, ErrorKind::Unsupported);

@@ -25,32 +25,27 @@ impl Disks {
         Self { folder, chains: Vec::new(), _temporary: temporary }
     }
 
-    /// The layers of a disk, opened for reading.
-    fn layers(&self, disk: usize) -> Vec<Arc<dyn Layer>> {
-        let open = |name: &String| -> Arc<dyn Layer> {
-            vhdx::open(self.folder.open(name, Mode::Read).unwrap(), Mode::Read).unwrap()
+    /// The layers of a disk; the topmost may be opened for writing.
+    fn layers(&self, disk: usize, leaf: Mode) -> Vec<Arc<dyn Layer>> {
+        let names = &self.chains[disk];
+        let open = |(height, name): (usize, &String)| -> Arc<dyn Layer> {
+            let mode = if height + 1 == names.len() { leaf } else { Mode::Read };
+            vhdx::open(self.folder.open(name, mode).unwrap(), mode).unwrap()
         };
-        self.chains[disk].iter().map(open).collect()
+        names.iter().enumerate().map(open).collect()
     }
 
-    /// A disk, to be read.
-    pub(crate) fn open(&self, disk: usize) -> Chain {
-        Chain::new(self.layers(disk), Access::Read).unwrap()
-    }
-
-    /// A disk, to be damaged.
-    pub(crate) fn open_to_write(&self, disk: usize) -> Chain {
-        let mut layers = self.layers(disk);
-        let name = self.chains[disk].last().unwrap();
-        layers.pop();
-        layers.push(vhdx::open(self.folder.open(name, Mode::Write).unwrap(), Mode::Write).unwrap());
-        Chain::new(layers, Access::Write).unwrap()
+    /// A disk, to be read, or to be damaged.
+    pub(crate) fn open(&self, disk: usize, access: Access) -> Chain {
+        let mode = if access == Access::Write { Mode::Write } else { Mode::Read };
+        Chain::new(self.layers(disk, mode), access).unwrap()
     }
 
     /// A new disk, over `parent` if asked for.
     pub(crate) fn create(&mut self, new: NewLayer, parent: Option<usize>) -> Arc<Chain> {
         let name = self.chains.len().to_string();
-        let mut layers = parent.filter(|_| new.on_parent).map(|parent| self.layers(parent)).unwrap_or_default();
+        let mut layers =
+            parent.filter(|_| new.on_parent).map(|parent| self.layers(parent, Mode::Read)).unwrap_or_default();
         let mut names = parent.filter(|_| new.on_parent).map(|parent| self.chains[parent].clone()).unwrap_or_default();
         let options = match layers.last() {
             Some(parent) => Options::differencing(parent.as_ref(), names.last().unwrap()).unwrap(),
@@ -69,7 +64,7 @@ impl Disks {
         parent: Option<usize>,
         signal: impl FnMut(Signal),
     ) -> memory::Result<(usize, Captured)> {
-        let chain = parent.map(|parent| self.open(parent));
+        let chain = parent.map(|parent| self.open(parent, Access::Read));
         let captured = memory::capture(stream, chain.as_ref(), |new| Ok(self.create(new, parent)), signal)?;
         captured.chain.close().unwrap();
         Ok((self.chains.len() - 1, captured))
