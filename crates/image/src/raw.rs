@@ -4,7 +4,7 @@ use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, R
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use store::{Mode, Store};
+use store::{Lock, Mode, Store};
 use uuid::Uuid;
 
 /// Bytes in a sector of a raw disk.
@@ -39,8 +39,9 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<RawLayer>> {
     }))
 }
 
-/// Makes a raw disk of `size` bytes, a multiple of 512, in an empty file.
+/// Makes a raw disk of `size` bytes, a multiple of 512, in an empty file, and opens it for writing, locked.
 pub fn create(store: Arc<dyn Store>, size: u64) -> Result<Arc<RawLayer>> {
+    store.lock(Lock::Exclusive)?;
     if !store.is_empty()? {
         return Err(Error::new(ErrorKind::Exists, store.name(), "the file is not empty"));
     }

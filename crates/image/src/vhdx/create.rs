@@ -12,7 +12,7 @@ use super::open::geometry;
 use crate::layer::{Kind, Layer, ParentLink};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
-use store::Store;
+use store::{Lock, Store};
 use uuid::Uuid;
 
 /// Who made the file, as it says itself.
@@ -94,7 +94,7 @@ impl Parent {
     }
 }
 
-/// Makes a new image in `store`, which must be empty, and opens it for writing. It is durable when this returns (its name is the
+/// Makes a new image in `store`, which must be empty, and opens it for writing, locked. It is durable when this returns (its name is the
 /// folder's business).
 ///
 /// # Errors
@@ -103,6 +103,7 @@ pub fn create(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdxLayer>
     let name = store.name();
     let fault = |(kind, message): Fault| Error::new(kind, name.clone(), message);
     let metadata = check(options).map_err(fault)?;
+    store.lock(Lock::Exclusive)?;
     if !store.is_empty()? {
         return Err(fault((ErrorKind::Exists, "the file is not empty".to_owned())));
     }

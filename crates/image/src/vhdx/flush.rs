@@ -43,6 +43,16 @@ impl Inner {
         Ok(())
     }
 
+    /// See [`crate::Layer::wrote`]. What was written in place without a ticket is a change too: the ids change before it is
+    /// acknowledged.
+    pub(crate) fn wrote(&self) {
+        if self.writable && !self.started.load(Ordering::Acquire) {
+            // A failure poisons the layer, so that the next flush reports it.
+            let _ = self.start();
+        }
+        self.wrote.store(true, Ordering::Release);
+    }
+
     fn identify(&self, session: &mut Session, data_id: Option<Uuid>) -> Result<()> {
         let new_file_id = (!session.file_identified).then(Uuid::new_v4);
         if new_file_id.is_none() && data_id.is_none() {
@@ -64,10 +74,6 @@ impl Inner {
     pub(crate) fn flush(&self) -> Result<()> {
         if !self.writable {
             return Ok(());
-        }
-        if self.wrote.load(Ordering::Acquire) {
-            // Data may have been written in place without a ticket.
-            self.start()?;
         }
         let mut session = lock(&self.session);
         self.check_sound()?;

@@ -193,7 +193,7 @@ impl Layer for VhdxLayer {
     }
 
     fn wrote(&self) {
-        self.0.wrote.store(true, Ordering::Release);
+        self.0.wrote();
     }
 
     fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {

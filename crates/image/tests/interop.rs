@@ -1,0 +1,483 @@
+//! Our VHDX against those of others: qemu-img, 7-Zip, and images that Windows and QEMU made.
+
+use image::vhdx::{self, Options};
+use image::{Access, Chain, Kind, Layer, convert, gate};
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::Arc;
+use store::host::HostFolder;
+use store::{Folder, Mode};
+use tempfile::TempDir;
+
+const MIB: u64 = 1 << 20;
+
+/// Runs a tool; `None`, with a note, if it is not installed.
+fn tool(name: &str, args: &[&str]) -> Option<Output> {
+    let output = Command::new(name).args(args).stdin(Stdio::null()).output();
+    match output {
+        Ok(output) => Some(output),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            println!("skipped: {name} is not installed");
+            None
+        }
+        Err(error) => panic!("{name}: {error}"),
+    }
+}
+
+/// Runs a tool that must be content; `None` if it is not installed.
+fn content(name: &str, args: &[&str]) -> Option<Vec<u8>> {
+    let output = tool(name, args)?;
+    let words = String::from_utf8_lossy(&output.stderr).into_owned()
+        + &String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(2000)]);
+    assert!(output.status.success(), "{name} {args:?}: {words}");
+    Some(output.stdout)
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a string takes everything");
+        text
+    })
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    use sha2::{Digest, Sha256};
+    hex(&Sha256::digest(bytes))
+}
+
+fn open(path: &Path) -> image::Result<Chain> {
+    Chain::new(image::open_path(path, None, Mode::Read)?, Access::Read)
+}
+
+/// The SHA-256 of an image's content as we read it.
+fn hash(path: &Path) -> image::Result<String> {
+    Ok(hex(&convert::hash(&open(path)?, &mut |_, _| true)?.expect("nobody stops it")))
+}
+
+/// An image's content as 7-Zip reads it. 7-Zip finds a parent by its name beside the child.
+fn seven_zip(path: &Path) -> Option<Vec<u8>> {
+    content("7z", &["t", text(path)])?;
+    content("7z", &["e", "-so", text(path)])
+}
+
+/// An image's content as qemu-img reads it.
+fn qemu(path: &Path) -> Option<Vec<u8>> {
+    let raw = path.with_extension("from-qemu");
+    let info = content("qemu-img", &["info", "--output=json", text(path)])?;
+    assert!(String::from_utf8_lossy(&info).contains(r#""format": "vhdx""#));
+    content("qemu-img", &["check", "-f", "vhdx", text(path)])?;
+    content("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", text(path), text(&raw)])?;
+    let bytes = fs::read(&raw).expect("qemu-img wrote it");
+    fs::remove_file(raw).expect("removed");
+    Some(bytes)
+}
+
+struct Disks {
+    dir: TempDir,
+    folder: Arc<dyn Folder>,
+}
+
+impl Disks {
+    fn new() -> Self {
+        let dir = TempDir::new().expect("a temporary folder");
+        let folder = Arc::new(HostFolder::open(dir.path()).expect("opened"));
+        Self { dir, folder }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn create(&self, name: &str, options: &Options) -> Arc<dyn Layer> {
+        vhdx::create(self.folder.create(name).expect("a new file"), options).expect("a new image")
+    }
+
+    /// A child of `parent`, an image beside it.
+    fn child(&self, name: &str, parent: &str, change: impl FnOnce(&mut Options)) -> Arc<dyn Layer> {
+        let parents = gate::open_chain(&self.folder, parent, Mode::Read).expect("a chain");
+        let mut options = Options::differencing(&**parents.last().expect("a leaf"), parent).expect("a parent");
+        change(&mut options);
+        self.create(name, &options)
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Writes and zeroes here and there, in sectors, runs and whole blocks.
+fn scribble(chain: &Chain, seed: u64) {
+    let mut random = Random(seed);
+    let sector = u64::from(chain.sector_size());
+    for step in 0..60u64 {
+        let sectors = chain.size() / sector;
+        let at = random.below(sectors);
+        let len = match random.below(5) {
+            0 => 4096,
+            1 => 1 + random.below(3000),
+            _ => 1 + random.below(9),
+        };
+        let at = if len == 4096 { at / 4096 * 4096 } else { at };
+        let len = len.min(sectors - at);
+        if random.below(4) == 0 {
+            chain.zero(at * sector, len * sector).expect("zero");
+        } else {
+            let bytes: Vec<u8> = (0..len * sector).map(|byte| (byte / 7 + step * 31 + seed) as u8).collect();
+            chain.write(&bytes, at * sector).expect("write");
+        }
+        if step % 20 == 19 {
+            chain.flush().expect("flush");
+        }
+    }
+    chain.close().expect("close");
+}
+
+/// Writes to an image through its chain.
+fn scribble_on(disks: &Disks, name: &str, seed: u64) {
+    let layers = gate::open_chain(&disks.folder, name, Mode::Write).expect("a chain");
+    scribble(&Chain::new(layers, Access::Write).expect("a chain"), seed);
+}
+
+#[test]
+fn others_read_what_we_write() {
+    let disks = Disks::new();
+    let shapes = [
+        ("dynamic", Options::dynamic(100 * MIB)),
+        ("odd", Options { block_size: 1 << 20, ..Options::dynamic(33 * MIB) }),
+        ("large-blocks", Options { block_size: 32 << 20, ..Options::dynamic(70 * MIB) }),
+        ("native", Options { sector_size: 4096, ..Options::dynamic(40 * MIB) }),
+        ("fixed", Options { kind: Kind::Fixed, ..Options::dynamic(21 * MIB) }),
+        ("sparse", Options::dynamic(9 << 30)),
+    ];
+    for (index, (name, options)) in shapes.iter().enumerate() {
+        let file = format!("{name}.vhdx");
+        drop(disks.create(&file, options));
+        if *name == "sparse" {
+            // The second chunk; too much to compare byte by byte.
+            let layers = gate::open_chain(&disks.folder, &file, Mode::Write).expect("a chain");
+            let chain = Chain::new(layers, Access::Write).expect("a chain");
+            chain.write(&[7; 4096], 5 << 30).expect("write");
+            chain.close().expect("close");
+            content("7z", &["t", text(&disks.path(&file))]);
+            content("qemu-img", &["check", "-f", "vhdx", text(&disks.path(&file))]);
+            continue;
+        }
+        scribble_on(&disks, &file, index as u64);
+        scribble_on(&disks, &file, index as u64 + 100);
+        let ours = hash(&disks.path(&file)).expect("ours");
+        if let Some(theirs) = seven_zip(&disks.path(&file)) {
+            assert_eq!(ours, sha256(&theirs), "7-Zip reads {name} as we do");
+        }
+        // QEMU knows no sectors of 4,096 bytes.
+        if options.sector_size == 512
+            && let Some(theirs) = qemu(&disks.path(&file))
+        {
+            assert_eq!(ours, sha256(&theirs), "qemu-img reads {name} as we do");
+        }
+    }
+}
+
+#[test]
+fn others_read_our_differencing_disks() {
+    for (sector_size, base_block) in [(512, 2 << 20), (512, 32 << 20), (4096, 1 << 20)] {
+        let disks = Disks::new();
+        let size = 42 * MIB;
+        drop(disks.create("base.vhdx", &Options { sector_size, block_size: base_block, ..Options::dynamic(size) }));
+        scribble_on(&disks, "base.vhdx", 1);
+        drop(disks.child("one.avhdx", "base.vhdx", |_| ()));
+        scribble_on(&disks, "one.avhdx", 2);
+        drop(disks.child("two.avhdx", "one.avhdx", |options| options.block_size = 1 << 20));
+        scribble_on(&disks, "two.avhdx", 3);
+        drop(disks.child("empty.avhdx", "two.avhdx", |_| ()));
+        for name in ["base.vhdx", "one.avhdx", "two.avhdx", "empty.avhdx"] {
+            let path = disks.path(name);
+            if let Some(theirs) = seven_zip(&path) {
+                assert_eq!(
+                    hash(&path).expect("ours"),
+                    sha256(&theirs),
+                    "{name}, sectors of {sector_size}, blocks of {base_block}"
+                );
+            }
+        }
+        assert_eq!(hash(&disks.path("two.avhdx")).expect("ours"), hash(&disks.path("empty.avhdx")).expect("ours"));
+        let base = fs::read(disks.path("base.vhdx")).expect("read");
+        scribble_on(&disks, "empty.avhdx", 4);
+        assert!(fs::read(disks.path("base.vhdx")).expect("read") == base, "parents are not touched");
+    }
+}
+
+#[test]
+fn we_read_and_write_what_qemu_writes() {
+    let disks = Disks::new();
+    let raw = disks.path("source.raw");
+    let bytes: Vec<u8> = (0..37 * MIB).map(|at| if at / 70_000 % 3 == 0 { (at / 5) as u8 } else { 0 }).collect();
+    fs::write(&raw, &bytes).expect("written");
+    for (index, options) in [
+        "subformat=dynamic",
+        "subformat=fixed",
+        "subformat=dynamic,block_size=1M",
+        "block_size=16M,block_state_zero=off",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let name = format!("{index}.vhdx");
+        let path = disks.path(&name);
+        let made = content("qemu-img", &["convert", "-f", "raw", "-O", "vhdx", "-o", options, text(&raw), text(&path)]);
+        if made.is_none() {
+            return;
+        }
+        assert_eq!(hash(&path).expect("ours"), sha256(&bytes), "{options}");
+        scribble_on(&disks, &name, 9);
+        assert_eq!(hash(&path).expect("ours"), sha256(&qemu(&path).expect("installed")), "{options}, written by us");
+    }
+}
+
+#[test]
+fn raw_and_vhdx_become_each_other() {
+    let disks = Disks::new();
+    let bytes: Vec<u8> = (0..11 * MIB + 512).map(|at| if at / 50_000 % 4 == 0 { (at / 3) as u8 } else { 0 }).collect();
+    fs::write(disks.path("source.raw"), &bytes).expect("written");
+    let raw = image::open_path(&disks.path("source.raw"), Some(image::Format::Raw), Mode::Read).expect("raw");
+    let raw = Chain::new(raw, Access::Read).expect("a chain");
+    let target = disks.create("target.vhdx", &Options::dynamic(raw.size()));
+    let target = Chain::new(vec![target], Access::Write).expect("a chain");
+    let mut last = 0;
+    let ended = convert::copy(&raw, &target, &mut |done, total| {
+        assert!(done >= last && done <= total, "progress goes forward");
+        last = done;
+        true
+    });
+    assert!(ended.expect("copied"));
+    assert_eq!(last, raw.size());
+    target.close().expect("close");
+    drop(target);
+    assert_eq!(hash(&disks.path("target.vhdx")).expect("ours"), sha256(&bytes));
+
+    let back = image::raw::create(disks.folder.create("back.raw").expect("new"), raw.size()).expect("raw");
+    let back = Chain::new(vec![back], Access::Write).expect("a chain");
+    assert!(convert::copy(&open(&disks.path("target.vhdx")).expect("open"), &back, &mut |_, _| true).expect("copied"));
+    assert!(fs::read(disks.path("back.raw")).expect("read") == bytes);
+
+    assert!(!convert::copy(&raw, &back, &mut |_, _| false).expect("stopped"), "a copy that is stopped says so");
+}
+
+#[test]
+fn a_parent_is_found_checked_and_never_sought_elsewhere() {
+    let disks = Disks::new();
+    drop(disks.create("Base.VHDX", &Options::dynamic(4 * MIB)));
+    let child = disks.child("child.avhdx", "Base.VHDX", |_| ());
+    let link = child.info().parent.expect("a link");
+    let relink = |path: &str| {
+        child
+            .relink(None, Some(image::ParentLink { relative_path: Some(path.to_owned()), ..link.clone() }))
+            .expect("relink");
+    };
+    let open = || gate::open_chain(&disks.folder, "child.avhdx", Mode::Read);
+    child.store().lock(store::Lock::None).expect("unlocked");
+    assert_eq!(open().expect("a chain").len(), 2);
+    relink(r".\base.vhdx");
+    assert_eq!(open().expect("names are Windows'").len(), 2);
+    for path in [r"..\Base.VHDX", "/etc/passwd", r".\missing.vhdx", r".\child.avhdx", r"C:\Base.VHDX"] {
+        relink(path);
+        assert_eq!(open().expect_err(path).kind, image::ErrorKind::Parent, "{path}");
+    }
+    relink(r".\Base.VHDX");
+    scribble_on(&disks, "Base.VHDX", 5);
+    assert_eq!(open().expect_err("changed").kind, image::ErrorKind::Parent);
+    let base = gate::open_chain(&disks.folder, "Base.VHDX", Mode::Read).expect("a base");
+    let mut link = link;
+    link.linkage2 = Some(base[0].info().data_id);
+    child.relink(None, Some(link)).expect("relink");
+    assert_eq!(open().expect("the second linkage counts").len(), 2);
+}
+
+#[test]
+fn formats_are_told_by_their_signature() {
+    let disks = Disks::new();
+    let mut vhd = vec![0; 4 * 512];
+    vhd[3 * 512..][..8].copy_from_slice(b"conectix");
+    let files: [(&str, Vec<u8>, &str); 5] = [
+        ("a.qcow2", [b"QFI\xfb".as_slice(), &[0; 508]].concat(), "qcow2"),
+        ("a.vmdk", [b"KDMV".as_slice(), &[0; 508]].concat(), "VMDK"),
+        ("a.vdi", [&[0; 64], b"\x7f\x10\xda\xbe".as_slice(), &[0; 444]].concat(), "VDI"),
+        ("a.vhd", vhd, "VHD"),
+        ("a.img", vec![1; 1024], "raw"),
+    ];
+    for (name, bytes, word) in files {
+        fs::write(disks.path(name), bytes).expect("written");
+        let refused = image::open_path(&disks.path(name), None, Mode::Read).expect_err(name);
+        assert_eq!(refused.kind, image::ErrorKind::Unsupported);
+        assert!(refused.to_string().contains(word), "{refused}");
+        let as_raw = image::open_path(&disks.path(name), Some(image::Format::Raw), Mode::Read);
+        assert_eq!(as_raw.is_ok(), word == "raw", "{name}");
+    }
+}
+
+#[test]
+fn a_file_in_use_is_refused() {
+    let disks = Disks::new();
+    let writer = disks.create("a.vhdx", &Options::dynamic(4 * MIB));
+    for mode in [Mode::Read, Mode::Write] {
+        let refused = image::open_path(&disks.path("a.vhdx"), None, mode).expect_err("in use");
+        assert_eq!(refused.kind, image::ErrorKind::Locked);
+    }
+    drop(writer);
+    let reader = image::open_path(&disks.path("a.vhdx"), None, Mode::Read).expect("free");
+    image::open_path(&disks.path("a.vhdx"), None, Mode::Read).expect("readers share");
+    assert_eq!(
+        image::open_path(&disks.path("a.vhdx"), None, Mode::Write).expect_err("in use").kind,
+        image::ErrorKind::Locked
+    );
+    drop(reader);
+}
+
+/// Images that nobody here wrote: each must read to the hash that unrelated readers agree on.
+mod corpus {
+    use super::*;
+
+    struct Image {
+        /// Relative to the corpus, without `.xz`.
+        path: String,
+        format: String,
+        hash: String,
+        file_hash: String,
+    }
+
+    fn root() -> Option<PathBuf> {
+        let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/corpus");
+        let root = std::env::var_os("TENBY_CORPUS").map_or(beside, PathBuf::from);
+        if root.join("MANIFEST.tsv").exists() {
+            return Some(root);
+        }
+        println!("skipped: no corpus at {} (say where with TENBY_CORPUS)", root.display());
+        None
+    }
+
+    fn images(root: &Path) -> Vec<Image> {
+        let manifest = fs::read_to_string(root.join("MANIFEST.tsv")).expect("a manifest");
+        let mut lines = manifest.lines();
+        let columns: Vec<_> = lines.next().expect("a head").split('\t').collect();
+        let column = |name: &str| columns.iter().position(|column| *column == name).expect("a column");
+        let (path, format, hash, file) =
+            (column("path"), column("fmt"), column("virtual_sha256"), column("file_sha256"));
+        let image = |line: &str| {
+            let cells: Vec<_> = line.split('\t').collect();
+            Image {
+                path: cells[path].to_owned(),
+                format: cells[format].to_owned(),
+                hash: cells.get(hash).copied().unwrap_or_default().to_owned(),
+                file_hash: cells[file].to_owned(),
+            }
+        };
+        lines.map(image).collect()
+    }
+
+    fn unpack(root: &Path, disks: &Disks, path: &str) -> PathBuf {
+        let name = Path::new(path).file_name().and_then(|name| name.to_str()).expect("a name");
+        let packed = root.join(format!("{path}.xz"));
+        let bytes = content("xz", &["-dc", text(&packed)]).expect("xz is needed for the corpus");
+        fs::write(disks.path(name), bytes).expect("unpacked");
+        disks.path(name)
+    }
+
+    #[test]
+    fn every_image_reads_as_others_read_it() {
+        let Some(root) = root() else { return };
+        let images = images(&root);
+        let mut read = 0;
+        for image in images.iter().filter(|image| image.format == "vhdx") {
+            let disks = Disks::new();
+            let path = unpack(&root, &disks, &image.path);
+            if image.path.contains("differential") {
+                unpack(&root, &disks, &image.path.replace("differential", "parent"));
+            }
+            assert_eq!(hash(&path).expect(&image.path), image.hash, "{}", image.path);
+            let bytes = fs::read(&path).expect("read");
+            assert_eq!(
+                sha256(&bytes),
+                image.file_hash,
+                "{}: reading changes nothing, also where a log waits",
+                image.path
+            );
+            read += 1;
+        }
+        assert!(read >= 12, "only {read} images");
+    }
+
+    #[test]
+    fn every_image_can_be_written() {
+        let Some(root) = root() else { return };
+        for image in images(&root).iter().filter(|image| image.format == "vhdx" && !image.path.contains("10G")) {
+            let disks = Disks::new();
+            let path = unpack(&root, &disks, &image.path);
+            let differencing = image.path.contains("differential");
+            if differencing {
+                unpack(&root, &disks, &image.path.replace("differential", "parent"));
+            }
+            let name = path.file_name().and_then(|name| name.to_str()).expect("a name");
+            let size = open(&path).expect("open").size();
+            if size > 64 * MIB {
+                // Comparing gigabytes tells nothing more.
+                continue;
+            }
+            scribble_on(&disks, name, 11);
+            let ours = hash(&path).expect("ours");
+            if let Some(theirs) = seven_zip(&path) {
+                assert_eq!(ours, sha256(&theirs), "7-Zip reads {} as we do", image.path);
+            }
+            if !differencing && let Some(theirs) = qemu(&path) {
+                assert_eq!(ours, sha256(&theirs), "qemu-img reads {} as we do", image.path);
+            }
+        }
+    }
+
+    #[test]
+    fn a_waiting_log_is_carried_out_when_the_image_is_opened_for_writing() {
+        let Some(root) = root() else { return };
+        let images = images(&root);
+        let image = images.iter().find(|image| image.path.contains("dirtylog")).expect("the image");
+        let disks = Disks::new();
+        let path = unpack(&root, &disks, &image.path);
+        let name = path.file_name().and_then(|name| name.to_str()).expect("a name");
+        // That what is replayed in memory is right, the hash of the whole disk says in another test.
+        let in_memory = data(&open(&path).expect("open"));
+        drop(gate::open_chain(&disks.folder, name, Mode::Write).expect("open"));
+        content("qemu-img", &["check", "-f", "vhdx", text(&path)]);
+        assert_ne!(sha256(&fs::read(&path).expect("read")), image.file_hash);
+        assert!(data(&open(&path).expect("open")) == in_memory);
+    }
+
+    /// Every stretch of data: offset and bytes.
+    fn data(chain: &Chain) -> Vec<(u64, Vec<u8>)> {
+        let runs = chain.runs(0, chain.size(), usize::MAX).expect("runs");
+        let data = runs.into_iter().filter(|run| run.kind == image::RunKind::Data).map(|run| {
+            let mut bytes = vec![0; run.len as usize];
+            chain.read(&mut bytes, run.offset).expect("read");
+            (run.offset, bytes)
+        });
+        data.collect()
+    }
+
+    #[test]
+    fn vhd_is_named_in_the_refusal() {
+        let Some(root) = root() else { return };
+        for image in images(&root).iter().filter(|image| image.format == "vhd" && !image.path.contains("ntfs")) {
+            let disks = Disks::new();
+            let refused =
+                image::open_path(&unpack(&root, &disks, &image.path), None, Mode::Read).expect_err(&image.path);
+            assert!(refused.to_string().contains("VHD"), "{refused}");
+        }
+    }
+}
