@@ -83,8 +83,9 @@ impl Owner {
         end_capture(&live.qemu).await.map_err(|e| qemu_problem(name, &e))?;
         match (live.qemu.state(), rows.machine.now.state) {
             (RunState::Shutdown | RunState::Exited(_), _) => self.off("the guest powered off", None).await,
-            // Halted for a request that was undone; or started, or resumed, by one that was committed.
-            (RunState::Paused, State::Running) => self.let_run().await?,
+            // Halted for a request that was undone; or started, or resumed, by one that was committed; or its disks were away for
+            // longer than QEMU waits: they are back, and what failed is repeated.
+            (RunState::Paused | RunState::IoError, State::Running) => self.let_run().await?,
             // A pause that was undone.
             (RunState::Running, State::Paused) => live.qemu.pause().await.map_err(|e| qemu_problem(name, &e))?,
             (state @ (RunState::IoError | RunState::Panicked | RunState::Broken), _) => self.react(state).await,
