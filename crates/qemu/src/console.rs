@@ -2,23 +2,22 @@
 //!
 //! ```text
 //!   guest ──▶ QEMU ──▶ console log ──▶ ConsoleReader (each at its own pace)
-//!               ▲ serial.sock
+//!               ▲ serial.pipe
 //!               └───── Console::write
 //! ```
 //!
-//! QEMU itself appends what the port prints to the log, whether anybody is attached or not. So the log is the only truth about the
-//! output: nothing is missing or doubled when a worker dies or one QEMU follows another. The socket carries what is typed; what it prints is
-//! thrown away. The log's front is punched out as it grows, so that it takes a bounded space while positions in it stay what they are.
+//! QEMU itself appends what the port prints to the log, its standard output, whether anybody is attached or not. So the log is the only
+//! truth about the output: nothing is missing or doubled when a worker dies or one QEMU follows another. What is typed goes through a
+//! pipe, QEMU's standard input; QEMU holds both of its ends, so it never sees it closed. The log's front is punched out as it grows, so that it takes a bounded space while positions in it stay what they are.
 
 use crate::error::{Error, Result};
-use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, inotify, open};
+use rustix::fs::{CWD, FallocateFlags, FileType, Mode, OFlags, fallocate, fstat, inotify, mknodat, open, unlink};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::task::{AbortHandle, JoinHandle};
 
@@ -47,13 +46,13 @@ struct Hub {
 
 #[derive(Debug)]
 struct Input {
-    stream: Arc<UnixStream>,
-    drain: JoinHandle<()>,
+    pipe: Arc<AsyncFd<OwnedFd>>,
+    watch: JoinHandle<()>,
 }
 
 impl Drop for Input {
     fn drop(&mut self) {
-        self.drain.abort();
+        self.watch.abort();
     }
 }
 
@@ -91,14 +90,24 @@ impl Console {
         Ok(Self { hub: Arc::new(hub) })
     }
 
-    /// Sends what is typed to this process from now on, until it ends or another one is attached.
-    pub fn attach(&self, serial: UnixStream) {
-        let stream = Arc::new(serial);
+    /// Sends what is typed into `pipe` from now on, until its reader ends or another one is attached.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if nobody reads it.
+    pub(crate) fn attach(&self, pipe: &Path) -> Result<()> {
+        let what = || Error::at("write to", pipe);
+        // Without waiting for a reader: that there is none is an error.
+        let flags = OFlags::WRONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let end = open(pipe, flags, Mode::empty()).map_err(Error::os(what()))?;
+        #[expect(deprecated, reason = "an owned descriptor keeps the promise for which the new way asks unsafe")]
+        let end = AsyncFd::with_interest(end, Interest::WRITABLE | Interest::ERROR).map_err(Error::io(what()))?;
+        let pipe = Arc::new(end);
         // Held over the start of the task, which may see the end at once.
         let mut input = self.hub.input();
-        let drain = tokio::spawn(drain(stream.clone(), Arc::downgrade(&self.hub)));
-        *input = Some(Input { stream, drain });
+        let watch = tokio::spawn(watch_reader(pipe.clone(), Arc::downgrade(&self.hub)));
+        *input = Some(Input { pipe, watch });
         self.hub.attached.send_replace(true);
+        Ok(())
     }
 
     /// Whether what is typed has somewhere to go.
@@ -113,22 +122,24 @@ impl Console {
         ConsoleReader { log: self.hub.log.clone(), length, position }
     }
 
-    /// Types. Returns when QEMU's socket has taken all of it. Writes of several clients do not mix.
+    /// Types. Returns when QEMU's pipe has taken all of it. Writes of several clients do not mix.
     ///
     /// # Errors
     /// [`Error::ConsoleDetached`] with what was delivered.
     pub async fn write(&self, bytes: &[u8]) -> Result<()> {
         let _turn = self.hub.typing.lock().await;
-        let stream = self.hub.input().as_ref().map(|input| input.stream.clone());
+        let pipe = self.hub.input().as_ref().map(|input| input.pipe.clone());
         let mut delivered = 0;
         let detached = |delivered| Error::ConsoleDetached { delivered, length: bytes.len() };
-        let stream = stream.ok_or(detached(0))?;
+        let pipe = pipe.ok_or(detached(0))?;
         while delivered < bytes.len() {
-            stream.writable().await.map_err(|_| detached(delivered))?;
-            match stream.try_write(&bytes[delivered..]) {
-                Ok(length) => delivered += length,
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(_) => return Err(detached(delivered)),
+            let mut ready = pipe.writable().await.map_err(|_| detached(delivered))?;
+            let written = ready.try_io(|pipe| Ok(rustix::io::write(pipe, &bytes[delivered..])?));
+            match written {
+                Ok(Ok(length)) => delivered += length,
+                // Full: it is waited for.
+                Err(_) => {}
+                Ok(Err(_)) => return Err(detached(delivered)),
             }
         }
         Ok(())
@@ -211,23 +222,26 @@ fn size(log: &OwnedFd) -> rustix::io::Result<u64> {
     Ok(fstat(log)?.st_size as u64)
 }
 
-/// Throws away what the socket prints (the log has it) and notices its end.
-async fn drain(stream: Arc<UnixStream>, hub: Weak<Hub>) {
-    let mut bytes = [0; 4096];
-    loop {
-        if stream.readable().await.is_err() {
-            break;
-        }
-        match stream.try_read(&mut bytes) {
-            Ok(length) if length > 0 => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-            _ => break,
-        }
-    }
+/// Notices that nobody reads the pipe any more.
+async fn watch_reader(pipe: Arc<AsyncFd<OwnedFd>>, hub: Weak<Hub>) {
+    // Its writing end reports an error when the last reader is gone, and nothing else.
+    let _ = pipe.ready(Interest::ERROR).await;
     let Some(hub) = hub.upgrade() else { return };
     let mut input = hub.input();
-    if input.as_ref().is_some_and(|input| Arc::ptr_eq(&input.stream, &stream)) {
+    if input.as_ref().is_some_and(|input| Arc::ptr_eq(&input.pipe, &pipe)) {
         *input = None;
         hub.attached.send_replace(false);
     }
+}
+
+/// Makes the pipe at `path` and opens it for QEMU: both ends, so that it does not come to its end with the process that types.
+pub(crate) fn make_pipe(path: &Path) -> Result<OwnedFd> {
+    let mode = Mode::RUSR | Mode::WUSR;
+    // One that an earlier process left is not taken over: what was typed for that is not typed for this one.
+    match unlink(path) {
+        Err(rustix::io::Errno::NOENT) | Ok(()) => {}
+        Err(error) => return Err(Error::os(Error::at("remove", path))(error)),
+    }
+    mknodat(CWD, path, FileType::Fifo, mode, 0).map_err(Error::os(Error::at("make", path)))?;
+    open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(Error::at("open", path)))
 }

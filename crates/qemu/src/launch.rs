@@ -19,8 +19,8 @@ use std::time::Duration;
 pub const QMP_SOCKET: &str = "qmp.sock";
 /// A second monitor, left free for people and for emergencies (a monitor serves one client at a time).
 pub const SPARE_QMP_SOCKET: &str = "qmp-spare.sock";
-/// The first serial port, in the run folder.
-pub const SERIAL_SOCKET: &str = "serial.sock";
+/// The pipe into the first serial port, in the run folder. What the port prints goes to [`Launch::console_log`].
+pub const SERIAL_PIPE: &str = "serial.pipe";
 /// The screen (RFB), in the run folder.
 pub const VNC_SOCKET: &str = "vnc.sock";
 /// The process id, in the run folder.
@@ -168,7 +168,7 @@ impl Launch {
         self.check()?;
         let mut line = Line::default();
         self.machine(&mut line);
-        self.monitors(&mut line);
+        Self::monitors(&mut line);
         self.devices(&mut line);
         self.storage(&mut line);
         self.boot_options(&mut line);
@@ -251,13 +251,14 @@ impl Launch {
         }
     }
 
-    fn monitors(&self, line: &mut Line) {
+    fn monitors(line: &mut Line) {
         for (id, path) in [("qmp", QMP_SOCKET), ("qmp-spare", SPARE_QMP_SOCKET)] {
             line.option("-chardev", listening(id, path));
             line.option("-mon", Opts::new().with("chardev", id).with("mode", "control"));
         }
-        let log = Opts::new().with("logfile", &self.console_log).with("logappend", "on");
-        line.option("-chardev", listening("serial0", SERIAL_SOCKET).and(&log));
+        // Its standard input is the pipe, its standard output the console log. A file takes each byte at once and once; a socket that
+        // is full makes QEMU log a byte, and log it again when it is sent.
+        line.option("-chardev", Opts::of("stdio").with("id", "serial0").with("signal", "off"));
         line.option("-device", Opts::of("isa-serial").with("id", "ttyS0").with("chardev", "serial0"));
         line.pair("-display", "none").pair("-vnc", format!("unix:{VNC_SOCKET}"));
     }
@@ -423,12 +424,6 @@ impl Opts {
         self
     }
 
-    fn and(mut self, other: &Self) -> Self {
-        self.separate();
-        self.0.extend_from_slice(&other.0);
-        self
-    }
-
     fn separate(&mut self) {
         if !self.0.is_empty() {
             self.0.push(b',');
@@ -448,4 +443,180 @@ impl Opts {
 /// Where a socket of the run folder is reached whatever the folder's length: `sun_path` has 108 bytes, a descriptor's path has few.
 pub(crate) fn through(dir: &impl std::os::fd::AsRawFd, name: &str) -> PathBuf {
     Path::new("/proc/self/fd").join(dir.as_raw_fd().to_string()).join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch() -> Launch {
+        Launch {
+            binary: "/usr/bin/qemu-system-x86_64".into(),
+            machine_type: "pc-q35-7.2".into(),
+            accel: Accel::Tcg,
+            cpu_model: "Nehalem".into(),
+            memory: 512 << 20,
+            cpus: 2,
+            name: "web, or so".into(),
+            uuid: "8d3cc1c7-3c1d-4c0e-9a0e-2f7e4f3a4b10".into(),
+            generation: None,
+            run_dir: "/run/tenby/1".into(),
+            log: "/logs/qemu.log".into(),
+            console_log: "/logs/a,b/console.log".into(),
+            disks: vec![],
+            cdrom: None,
+            boot: Boot::Disk,
+            kernel: None,
+            nic: None,
+            incoming: false,
+            sandbox: true,
+        }
+    }
+
+    fn disk(id: &str, bus: Bus) -> Disk {
+        let socket = format!("nbd-{id}.sock").into();
+        Disk { id: id.into(), bus, socket, export: id.into(), reconnect_delay: RECONNECT_DELAY }
+    }
+
+    fn words(launch: &Launch) -> Vec<String> {
+        launch.args().expect("a command line").into_iter().map(|arg| arg.into_string().expect("text")).collect()
+    }
+
+    /// The values of an option, in order.
+    fn values(launch: &Launch, option: &str) -> Vec<String> {
+        words(launch).windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].clone()).collect()
+    }
+
+    fn refusal(launch: &Launch) -> String {
+        match launch.args() {
+            Err(Error::Launch(why)) => why,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// What a guest sees: a captured machine loads only into the same. If this test fails, captured machines no longer load.
+    #[test]
+    fn the_whole_line() {
+        let mut launch = launch();
+        launch.disks = vec![disk("disk0", Bus::Virtio), disk("disk1", Bus::Ahci), disk("disk2", Bus::Scsi)];
+        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into() });
+        launch.cdrom = Some("/iso/x.iso".into());
+        launch.generation = Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into());
+        let expected = "-no-user-config -nodefaults -no-shutdown -S -name guest=web,,_or_so \
+            -uuid 8d3cc1c7-3c1d-4c0e-9a0e-2f7e4f3a4b10 -machine pc-q35-7.2,dump-guest-core=off,mem-merge=off \
+            -accel tcg -cpu Nehalem -m 512M -smp 2 -global ICH9-LPC.disable_s3=1 -rtc base=utc -pidfile qemu.pid \
+            -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
+            -chardev socket,id=qmp,path=qmp.sock,server=on,wait=off -mon chardev=qmp,mode=control \
+            -chardev socket,id=qmp-spare,path=qmp-spare.sock,server=on,wait=off -mon chardev=qmp-spare,mode=control \
+            -chardev stdio,id=serial0,signal=off \
+            -device isa-serial,id=ttyS0,chardev=serial0 -display none -vnc unix:vnc.sock \
+            -device VGA,id=vga,bus=pcie.0,addr=0x01 -object rng-builtin,id=rng0 \
+            -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x03,rng=rng0 \
+            -device vmgenid,id=generation,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 -netdev user,id=net0 \
+            -device virtio-net-pci,id=nic0,bus=pcie.0,addr=0x02,netdev=net0,mac=52:54:00:00:00:01,romfile= \
+            -device virtio-scsi-pci,id=scsi0,bus=pcie.0,addr=0x04 \
+            -blockdev driver=nbd,node-name=disk0,server.type=unix,server.path=nbd-disk0.sock,export=disk0,\
+            reconnect-delay=20,discard=unmap,detect-zeroes=unmap \
+            -device virtio-blk-pci,id=dev-disk0,bus=pcie.0,addr=0x08,drive=disk0,serial=disk0,werror=stop,rerror=stop,\
+            bootindex=1 \
+            -blockdev driver=nbd,node-name=disk1,server.type=unix,server.path=nbd-disk1.sock,export=disk1,\
+            reconnect-delay=20,discard=unmap,detect-zeroes=unmap \
+            -device ide-hd,id=dev-disk1,bus=ide.0,drive=disk1,serial=disk1,werror=stop,rerror=stop \
+            -blockdev driver=nbd,node-name=disk2,server.type=unix,server.path=nbd-disk2.sock,export=disk2,\
+            reconnect-delay=20,discard=unmap,detect-zeroes=unmap \
+            -device scsi-hd,id=dev-disk2,bus=scsi0.0,scsi-id=0,drive=disk2,serial=disk2,werror=stop,rerror=stop \
+            -blockdev driver=raw,node-name=cdrom,read-only=on,file.driver=file,file.filename=/iso/x.iso \
+            -device ide-cd,id=dev-cdrom,bus=ide.5,drive=cdrom,bootindex=3 -boot strict=on";
+        let line: Vec<_> = words(&launch).iter().map(|word| word.replace(' ', "_")).collect();
+        let expected: Vec<_> = expected.split_whitespace().collect();
+        assert_eq!(line, expected);
+    }
+
+    #[test]
+    fn commas_are_doubled_wherever_they_stand() {
+        let mut launch = launch();
+        launch.cdrom = Some("/a,,b/,.iso".into());
+        launch.disks = vec![Disk { socket: "/s,s".into(), export: "e,".into(), ..disk("disk0", Bus::Virtio) }];
+        let nodes = values(&launch, "-blockdev");
+        assert!(nodes[0].contains("server.path=/s,,s,export=e,,,reconnect-delay="), "{}", nodes[0]);
+        assert!(nodes[1].ends_with("file.filename=/a,,,,b/,,.iso"), "{}", nodes[1]);
+    }
+
+    #[test]
+    fn a_path_that_is_no_text() {
+        let mut launch = launch();
+        launch.cdrom = Some(OsString::from_vec(b"/\xff,".to_vec()).into());
+        let args = launch.args().expect("a command line");
+        assert!(args.iter().any(|arg| arg.as_bytes().ends_with(b"file.filename=/\xff,,")));
+    }
+
+    #[test]
+    fn a_kernel_takes_the_first_place() {
+        let mut launch = launch();
+        let append = "console=ttyS0 a,b".to_owned();
+        launch.kernel = Some(Kernel { image: "/boot/k,".into(), initrd: Some("/boot/i".into()), append });
+        launch.disks = vec![disk("disk0", Bus::Virtio)];
+        // These options are no lists: their values stand as they are.
+        assert_eq!(values(&launch, "-kernel"), ["/boot/k,"]);
+        assert_eq!(values(&launch, "-initrd"), ["/boot/i"]);
+        assert_eq!(values(&launch, "-append"), ["console=ttyS0 a,b"]);
+        assert!(!words(&launch).iter().any(|word| word.contains("bootindex=0")));
+    }
+
+    #[test]
+    fn what_is_tried_first() {
+        let mut launch = launch();
+        launch.disks = vec![disk("disk0", Bus::Virtio), disk("disk1", Bus::Virtio)];
+        launch.cdrom = Some("/x.iso".into());
+        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into() });
+        let order = |boot| {
+            let launch = Launch { boot, ..launch.clone() };
+            let devices = values(&launch, "-device");
+            let index = |id: &str| {
+                let device = devices.iter().find(|device| device.contains(&format!("id={id}"))).expect("the device");
+                device.split("bootindex=").nth(1).map(|rest| rest.parse::<u32>().expect("a number"))
+            };
+            [index("dev-disk0"), index("dev-disk1"), index("dev-cdrom"), index("nic0")]
+        };
+        assert_eq!(order(Boot::Disk), [Some(1), None, Some(3), None]);
+        assert_eq!(order(Boot::Cdrom), [Some(2), None, Some(1), None]);
+        assert_eq!(order(Boot::Net), [Some(2), None, Some(3), Some(1)]);
+    }
+
+    #[test]
+    fn places_are_fixed_by_the_order_of_disks() {
+        let mut launch = launch();
+        launch.disks = (0..16).map(|n| disk(&format!("disk{n}"), Bus::Virtio)).collect();
+        launch.disks.extend((16..21).map(|n| disk(&format!("disk{n}"), Bus::Ahci)));
+        let devices = values(&launch, "-device").join(" ");
+        for (place, id) in [("addr=0x08", 0), ("addr=0x17", 15), ("bus=ide.0", 16), ("bus=ide.4", 20)] {
+            let device = devices.split(' ').find(|device| device.contains(place)).expect("the place is taken");
+            assert!(device.contains(&format!("drive=disk{id},")), "{device}");
+        }
+        launch.disks.push(disk("disk21", Bus::Ahci));
+        assert!(refusal(&launch).contains('6'));
+    }
+
+    #[test]
+    fn what_cannot_be_launched() {
+        let good = launch();
+        let bad = |change: fn(&mut Launch)| {
+            let mut launch = good.clone();
+            change(&mut launch);
+            refusal(&launch)
+        };
+        assert!(bad(|l| l.memory = 0).contains("memory"));
+        assert!(bad(|l| l.memory = (1 << 20) + 1).contains("memory"));
+        assert!(bad(|l| l.cpus = 0).contains("processors"));
+        assert!(bad(|l| l.cpus = 256).contains("processors"));
+        assert!(bad(|l| l.run_dir = "run".into()).contains("absolute"));
+        assert!(bad(|l| l.cdrom = Some("x.iso".into())).contains("x.iso"));
+        assert!(bad(|l| l.boot = Boot::Cdrom).contains("CD"));
+        assert!(bad(|l| l.boot = Boot::Net).contains("network"));
+        assert!(bad(|l| l.disks = vec![disk("d", Bus::Scsi), disk("d", Bus::Ahci)]).contains("two disks"));
+        for id in ["", "0disk", "Disk", "disk_0", "a,b", "cdrom", "disk-with-a-long-name"] {
+            let launch = Launch { disks: vec![disk(id, Bus::Virtio)], ..good.clone() };
+            assert!(refusal(&launch).contains("no id"), "{id}");
+        }
+    }
 }

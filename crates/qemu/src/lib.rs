@@ -6,7 +6,7 @@
 //!                            ├─ RunState  what the guest does, as a watch
 //!                            ├─ Capture   memory out ─▶ a stream to read
 //!                            └─ Restore   memory in  ◀─ a stream to write
-//!   Console ◀──── console log (written by QEMU, always) · serial.sock (what is typed)
+//!   Console ◀──── console log (written by QEMU, always) · serial.pipe (what is typed)
 //! ```
 //!
 //! Life cycle: [`Qemu::start`] brings the process up with the guest standing still; [`Qemu::resume`] lets it run; [`Qemu::quit`] or
@@ -27,10 +27,10 @@ pub mod qmp;
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
 pub use launch::{
-    Accel, Boot, Bus, Disk, Kernel, Launch, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_SOCKET,
+    Accel, Boot, Bus, Disk, Kernel, Launch, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
     SPARE_QMP_SOCKET, VNC_SOCKET,
 };
-pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode};
+pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode, Stream};
 pub use probe::{BINARY_VARIABLE, Installed, best_accel, cpu_model, find_binary, kvm, userfaultfd};
 pub use process::{Ending, Identity, Process, alive};
 pub use qemu::{Qemu, RunState};

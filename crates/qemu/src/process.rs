@@ -61,15 +61,20 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary` in `dir`, in a session of its own, its words appended to `log`.
+    /// Starts `binary` in `dir`, in a session of its own, its complaints appended to `log`, with this input and output.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be started.
-    pub fn spawn(binary: &Path, args: &[OsString], dir: &Path, log: &Path) -> Result<Self> {
-        let words = append_to(log)?;
+    pub fn spawn(
+        binary: &Path,
+        args: &[OsString],
+        dir: &Path,
+        log: &Path,
+        input: impl Into<Stdio>,
+        output: impl Into<Stdio>,
+    ) -> Result<Self> {
         let mut command = detached(binary);
-        command.args(args).current_dir(dir).stdin(Stdio::null());
-        command.stdout(words.try_clone().map_err(Error::io(Error::at("open", log)))?).stderr(words);
+        command.args(args).current_dir(dir).stdin(input).stdout(output).stderr(append_to(log)?);
         let child = command.spawn().map_err(Error::io(Error::at("run", binary)))?;
         // Our unreaped child: its id cannot have been given to another process yet.
         let pid = Pid::from_child(&child);
@@ -185,7 +190,8 @@ fn detached(binary: &Path) -> Command {
     command
 }
 
-fn append_to(log: &Path) -> Result<OwnedFd> {
+/// Opens `log`, made if it is not there, so that each write lands at its end, whoever else writes.
+pub(crate) fn append_to(log: &Path) -> Result<OwnedFd> {
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::CLOEXEC;
     rustix::fs::open(log, flags, Mode::RUSR | Mode::WUSR).map_err(Error::os(Error::at("open", log)))
 }
@@ -232,7 +238,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; read x; exec sleep 1000".into()];
-        let process = Process::spawn(Path::new("/bin/sh"), &args, dir.path(), &log).expect("sh runs");
+        let process = Process::spawn(
+            Path::new("/bin/sh"),
+            &args,
+            dir.path(),
+            &log,
+            Stdio::null(),
+            append_to(&log).expect("a log"),
+        )
+        .expect("sh runs");
         // `read` finds no input and sleep takes over: the process id is the one of setsid, sh and sleep.
         assert!(process.alive());
         let again = Process::adopt(process.identity()).expect("adopt").expect("it is there");
@@ -252,7 +266,15 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; exit 3".into()];
-        let process = Process::spawn(Path::new("/bin/sh"), &args, dir.path(), &log).expect("sh runs");
+        let process = Process::spawn(
+            Path::new("/bin/sh"),
+            &args,
+            dir.path(),
+            &log,
+            Stdio::null(),
+            append_to(&log).expect("a log"),
+        )
+        .expect("sh runs");
         assert_eq!(process.wait().await, Ending::Exited(3));
         assert_eq!(std::fs::read_to_string(log).expect("the log"), "words\nmore\n");
     }
@@ -261,8 +283,15 @@ mod tests {
     async fn it_has_a_session_of_its_own() {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let args = ["1000".into()];
-        let process =
-            Process::spawn(Path::new("/bin/sleep"), &args, dir.path(), &dir.path().join("log")).expect("sleep runs");
+        let process = Process::spawn(
+            Path::new("/bin/sleep"),
+            &args,
+            dir.path(),
+            &dir.path().join("log"),
+            Stdio::null(),
+            Stdio::null(),
+        )
+        .expect("sleep runs");
         let pid = Pid::from_raw(process.identity().pid).expect("a pid");
         let ours = rustix::process::getsid(None).expect("our session");
         // setsid calls it just after the start: wait until sleep has taken over.

@@ -1,9 +1,9 @@
 //! A QEMU process with its monitor.
 
-use crate::console::Console;
+use crate::console::{Console, make_pipe};
 use crate::error::{Error, Result};
-use crate::launch::{Launch, NETDEV, Publish, QMP_SOCKET, SERIAL_SOCKET, VNC_SOCKET, through};
-use crate::process::{Ending, Identity, Process};
+use crate::launch::{Launch, NETDEV, Publish, QMP_SOCKET, SERIAL_PIPE, VNC_SOCKET, through};
+use crate::process::{Ending, Identity, Process, append_to};
 use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Qmp};
 use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::OwnedFd;
@@ -63,7 +63,8 @@ impl Qemu {
     pub async fn start(launch: &Launch) -> Result<Self> {
         let args = launch.args()?;
         let words = Words::from_here(&launch.log);
-        let process = Kill(Some(Process::spawn(&launch.binary, &args, &launch.run_dir, &launch.log)?));
+        let (typed, printed) = (make_pipe(&launch.run_dir.join(SERIAL_PIPE))?, append_to(&launch.console_log)?);
+        let process = Kill(Some(Process::spawn(&launch.binary, &args, &launch.run_dir, &launch.log, typed, printed)?));
         let connected = tokio::select! {
             connected = connect_when_up(&launch.run_dir) => connected,
             how = process.get().wait() => Err(words.ended(how)),
@@ -88,6 +89,8 @@ impl Qemu {
     /// [`Error::Gone`] if it does not run any more; those of the monitor.
     pub async fn adopt(identity: Identity, run_dir: &Path, log: &Path) -> Result<Self> {
         let gone = Error::Gone { pid: identity.pid };
+        // A capture that has lost its reader holds up the guest, and with it the monitor.
+        crate::migrate::drain(run_dir);
         let Some(process) = Process::adopt(identity)? else { return Err(gone) };
         let words = Words::from_here(log);
         let tracker = Tracker::new();
@@ -117,6 +120,10 @@ impl Qemu {
     /// Who the process is, to adopt it later.
     pub fn identity(&self) -> Identity {
         self.inner.process.identity()
+    }
+
+    pub(crate) fn run_dir(&self) -> &Path {
+        &self.inner.run_dir
     }
 
     /// The monitor.
@@ -208,10 +215,9 @@ impl Qemu {
     /// Sends what is typed on `console` to this guest from now on.
     ///
     /// # Errors
-    /// [`Error::Io`] if the serial port's socket is not there.
-    pub async fn attach_console(&self, console: &Console) -> Result<()> {
-        console.attach(connect(&self.inner.run_dir, SERIAL_SOCKET).await?);
-        Ok(())
+    /// [`Error::Io`] if nobody is at the other end of the serial port's pipe.
+    pub fn attach_console(&self, console: &Console) -> Result<()> {
+        console.attach(&self.inner.run_dir.join(SERIAL_PIPE))
     }
 
     /// A connection to the screen (RFB).
@@ -308,8 +314,11 @@ async fn connect_when_up(run_dir: &Path) -> Result<UnixStream> {
 async fn greet(stream: UnixStream, tracker: &Arc<Tracker>) -> Result<Qmp> {
     let observer = tracker.clone();
     let qmp = Qmp::connect(stream, move |event| observer.take(event)).await?;
-    qmp.set_capabilities(&[(Capability::Events, true)]).await?;
-    Ok(qmp)
+    match qmp.set_capabilities(&[(Capability::Events, true)]).await {
+        // Refused while a capture is under way: then this was set when it began.
+        Ok(()) | Err(Error::Refused { .. }) => Ok(qmp),
+        Err(error) => Err(error),
+    }
 }
 
 async fn watch_process(process: Arc<Process>, tracker: Arc<Tracker>) {
@@ -425,5 +434,59 @@ impl Words {
         let from = length - bytes.len() as u64;
         let count = rustix::io::pread(&file, &mut bytes, from)?;
         Ok(String::from_utf8_lossy(&bytes[..count]).trim().to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn after(mut state: RunState, events: &[(&str, serde_json::Value)]) -> RunState {
+        let mut progress = Progress::default();
+        for (name, data) in events {
+            state = progress.next(state, &Event::new((*name).into(), data.clone(), Some(0)).kind);
+        }
+        state
+    }
+
+    #[test]
+    fn what_a_guest_does_by_its_events() {
+        let (stop, resume, reset) = (("STOP", json!({})), ("RESUME", json!({})), ("RESET", json!({ "guest": true })));
+        let off = ("SHUTDOWN", json!({ "guest": true, "reason": "guest-shutdown" }));
+        let panic = ("GUEST_PANICKED", json!({ "action": "pause" }));
+        let outage = ("BLOCK_IO_ERROR", json!({ "action": "stop" }));
+        let reported = ("BLOCK_IO_ERROR", json!({ "action": "report" }));
+        let loaded = ("MIGRATION", json!({ "status": "completed" }));
+        let run = RunState::Running;
+        assert_eq!(after(run, &[stop.clone()]), RunState::Paused);
+        assert_eq!(after(run, &[stop.clone(), resume.clone()]), RunState::Running);
+        assert_eq!(after(run, &[off.clone(), stop.clone()]), RunState::Shutdown);
+        assert_eq!(after(run, &[panic.clone(), stop.clone()]), RunState::Panicked);
+        assert_eq!(after(run, &[outage.clone(), stop.clone()]), RunState::IoError);
+        assert_eq!(after(run, &[reported, stop.clone()]), RunState::Paused);
+        // A cause is spent once: what stops the guest later is another one.
+        assert_eq!(after(run, &[outage, stop.clone(), resume, stop.clone()]), RunState::Paused);
+        assert_eq!(after(run, &[reset.clone()]), RunState::Running);
+        assert_eq!(after(run, &[off, stop.clone(), reset]), RunState::Paused);
+        assert_eq!(after(RunState::Incoming, &[loaded.clone()]), RunState::Paused);
+        assert_eq!(after(run, &[loaded]), RunState::Running);
+    }
+
+    #[test]
+    fn the_last_words() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let log = dir.path().join("log");
+        let from_nothing = Words::from_here(&log);
+        assert_eq!(from_nothing.last().unwrap_or_default(), "");
+        std::fs::write(&log, "old\n").expect("the log");
+        let words = Words::from_here(&log);
+        assert_eq!(words.last().expect("the log"), "");
+        std::fs::write(&log, format!("old\n{}the end\n", "x".repeat(10_000))).expect("the log");
+        let last = words.last().expect("the log");
+        assert!(last.len() < 2048 && last.ends_with("xthe end"), "{last}");
+        // Cut off by somebody else meanwhile.
+        std::fs::write(&log, "").expect("the log");
+        assert_eq!(words.last().expect("the log"), "");
     }
 }

@@ -64,7 +64,7 @@ impl Owner {
             moment.qemu = Some(pid);
             moment.alert = None;
         });
-        if let Err(error) = live.qemu.attach_console(&self.console).await {
+        if let Err(error) = live.qemu.attach_console(&self.console) {
             tracing::warn!("the console cannot be typed on: {error}");
         }
         self.live = Some(live);
