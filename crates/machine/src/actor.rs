@@ -15,7 +15,7 @@ use crate::admit::{Admission, admit};
 use crate::collect::Folding;
 use crate::files::{Files, file_problem};
 use crate::job::{Jobs, REMEMBERED, Task, end};
-use crate::ledger::{Journal, Ledger, State as Rows};
+use crate::ledger::{self, Journal, Ledger, State as Rows};
 use crate::live::Live;
 use crate::log;
 use crate::request::{DeletePlan, Job, Problem, Request, TreeView, View};
@@ -96,9 +96,18 @@ pub(crate) struct Book {
 
 impl Book {
     /// Changes the rows in one durable transaction.
+    ///
+    /// If nobody can tell whether the transaction is on the disk, nothing more may be done that depends on it: the worker ends on the
+    /// spot, leaving QEMU alone, and the next one goes by what it reads.
     pub(crate) fn commit(&self, change: impl FnOnce(&mut Rows)) -> Result<(), Problem> {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        ledger.commit(change).map_err(|e| e.problem(self.shared.files.path()))?;
+        if let Err(error) = ledger.commit(change) {
+            if error.kind == ledger::ErrorKind::Unsure {
+                tracing::error!("{error}; this worker ends");
+                std::process::abort();
+            }
+            return Err(error.problem(self.shared.files.path()));
+        }
         let rows = ledger.shared();
         *self.shared.rows.write().unwrap_or_else(PoisonError::into_inner) = rows;
         Ok(())

@@ -162,8 +162,10 @@ impl Root {
     pub fn peek(&self, id: MachineId) -> Result<Option<Peek>, Problem> {
         let Some(rows) = self.peek_rows(id)? else { return Ok(None) };
         let files = self.files(id)?;
+        let alone = matches!(rows.machine.now.state, State::Running | State::Paused);
+        let alert = alone.then(|| "nobody serves its disks; the next command for it takes over".to_owned());
         Ok(Some(Peek {
-            view: views::view(&rows.machine, &files, &views::Live::default()),
+            view: views::view(&rows.machine, &files, &views::Live { alert, ..views::Live::default() }),
             tree: views::tree(&rows.machine, &files, rows.machine.now.state),
             jobs: rows.jobs(),
             ledger: serde_json::to_value(&rows).unwrap_or_default(),

@@ -32,6 +32,7 @@ fn main() -> ExitCode {
     }
     .write_global();
     let worker = matches!(cli.command, Some(Command::Worker { .. }));
+    open_many_files();
     log(if worker { "info" } else { "warn" });
     let out = Out::new(cli.global.json, cli.global.quiet);
     match drive(cli, worker) {
@@ -43,6 +44,14 @@ fn main() -> ExitCode {
             ExitCode::from(problem.kind.code())
         }
     }
+}
+
+/// A chain may be thousands of files deep; all that the system grants is asked for.
+fn open_many_files() {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let wish = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    // What is not granted is missed only where it is needed, and said there.
+    let _ = rustix::process::setrlimit(rustix::process::Resource::Nofile, wish);
 }
 
 fn drive(cli: Cli, worker: bool) -> Result<(), Problem> {

@@ -58,7 +58,8 @@ impl Owner {
         let result = json!({ "snapshot": to, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
         let was_running = plan.was_running;
         let applied = self.carry_out_apply(task, plan, &result).await;
-        if applied.is_err() && self.machine().machine.now.parent != Some(to) {
+        // Still journalled: not committed, so the old QEMU is the machine's, and goes on.
+        if applied.is_err() && self.machine().journal(task.id()).is_some() {
             self.go_on(was_running).await;
         }
         applied?;
