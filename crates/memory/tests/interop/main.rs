@@ -1,7 +1,8 @@
 //! Against the real thing: QEMU's own streams captured, ours loaded by QEMU; and streams of both versions kept as they were.
 
-#[path = "support/qemu.rs"]
 mod qemu;
+mod recorded;
+#[path = "../support/mod.rs"]
 mod support;
 
 use image::{Access, Chain};
@@ -72,7 +73,6 @@ fn a_running_machine_comes_back() {
         assert!(captured.on_parent);
         assert_eq!((captured.counts.stored, captured.counts.zeroed), (1, 0), "{machine}");
         let (all, changes) = (disks.allocated(first), disks.allocated(second));
-        eprintln!("{machine}: {all} and {changes} bytes on disk");
         assert!(all < 8 << 20 && changes < 8 << 20, "{all} and {changes} bytes");
         drop(qemu);
 
