@@ -104,7 +104,7 @@ impl Stage {
         let reader = self.session.reader(&self.found()?).await?;
         let folder = self.session.root.machine_folder(self.found()?.id);
         let table = self.names.table(&reader.ledger().await?, &folder)?;
-        self.say(&format!("\n{table}"));
+        self.say(&format!("\n{}", table.trim_end()));
         Ok(())
     }
 }

@@ -16,6 +16,7 @@ struct Day {
 const MONDAY: Day = Day { name: "Monday", seed: 1 };
 const TUESDAY: Day = Day { name: "Tuesday", seed: 2 };
 const WEDNESDAY: Day = Day { name: "Wednesday", seed: 3 };
+const AFTERNOON: Day = Day { name: "afternoon", seed: 6 };
 const THURSDAY: Day = Day { name: "Thursday", seed: 4 };
 const FRIDAY: Day = Day { name: "Friday", seed: 5 };
 
@@ -44,8 +45,9 @@ pub(crate) async fn tell(root: Option<&Path>) -> Result<(), Problem> {
 }
 
 async fn begin(stage: &mut Stage) -> Result<(), Problem> {
-    stage.say("A week in the life of a virtual machine. Everything here is real: the guest, its disks, its memory.");
-    stage.say("The guest's init is a witness: it remembers things in RAM and on two disks, and can be asked whether they agree.");
+    stage.say("A week in the life of a virtual machine. All of it is real: guest, disks, memory.");
+    stage.say("The only program in the guest is a witness: it remembers things in RAM and on two");
+    stage.say("disks, and can be asked whether they agree. (Below: the files of the first disk.)");
     stage.say(&format!("\n$ export TENBY_ROOT={}", stage.session.root.path().display()));
     let (kernel, initrd) = (stage.guest.kernel.display().to_string(), stage.guest.initrd.display().to_string());
     let append = stage.guest.append.clone();
@@ -62,15 +64,16 @@ async fn monday(stage: &mut Stage) -> Result<(), Problem> {
     stage.say("The machine runs on its VHD and has never been snapped.");
     live(stage, MONDAY).await?;
     stage.show().await?;
-    stage.say("\nIn the evening it is snapped, as it runs. From now on the VHD is not written any more;");
-    stage.say("a new differencing disk, AVHD-1, takes what changes. The memory is kept beside it.");
+    stage.say("\nIn the evening it is snapped, as it runs. From now on the VHD is not written any");
+    stage.say("more; a new differencing disk, AVHD-1, takes what changes. The memory is kept, too.");
     stage.tenby(&["snapshot", "create", NAME, "Monday"]).await?;
     stage.show().await
 }
 
 async fn tuesday(stage: &mut Stage) -> Result<(), Problem> {
     stage.day("Tuesday");
-    stage.say("The guest goes on; what it changes goes to AVHD-1. In the evening it is snapped again.");
+    stage.say("The guest goes on; what it changes goes to AVHD-1. In the evening it is snapped");
+    stage.say("again: AVHD-1 is not written any more either, and AVHD-2 takes what changes.");
     live(stage, TUESDAY).await?;
     stage.tenby(&["snapshot", "create", NAME, "Tuesday"]).await?;
     stage.show().await
@@ -78,17 +81,21 @@ async fn tuesday(stage: &mut Stage) -> Result<(), Problem> {
 
 async fn wednesday(stage: &mut Stage, proofs: &mut Vec<String>) -> Result<(), Problem> {
     stage.day("Wednesday");
-    stage.say("Something happens: an update goes wrong. What now? Back to Monday, and there are two ways.");
+    stage.say("Something happens: an update goes wrong. Back to Monday! There are two ways.");
     live(stage, WEDNESDAY).await?;
     stage.say("\nThe first: keep Wednesday's state as a snapshot of its own, and apply Monday.");
     stage.tenby(&["snapshot", "apply", NAME, "Monday", "--keep-as", "Wednesday"]).await?;
     prove(stage, MONDAY, None).await?;
-    stage.say("A new differencing disk stands on the VHD; Tuesday and Wednesday are a branch of their own.");
+    stage.say("It is Monday evening again. A new differencing disk stands on the VHD beside AVHD-1;");
+    stage.say("Tuesday and Wednesday are a branch of their own.");
     stage.show().await?;
-    stage.say("\nNothing was lost. Wednesday is applied again, and the guest works on in the afternoon:");
+    stage.say("\nNothing was lost: Wednesday can be applied again, and work goes on from there.");
     stage.tenby(&["snapshot", "apply", NAME, "Wednesday", "--discard"]).await?;
     prove(stage, WEDNESDAY, None).await?;
-    stage.say("\nThe second way: discard it. The file that only the afternoon used is deleted at once.");
+    live(stage, AFTERNOON).await?;
+    stage.show().await?;
+    stage.say("\nThe second way: discard it, and apply Monday. The file that only this afternoon used");
+    stage.say("is deleted at once.");
     stage.tenby(&["snapshot", "apply", NAME, "Monday", "--discard"]).await?;
     prove(stage, MONDAY, Some(proofs)).await?;
     stage.show().await
@@ -111,9 +118,8 @@ async fn friday(stage: &mut Stage) -> Result<(), Problem> {
 
 async fn every_one(stage: &mut Stage, proofs: &mut Vec<String>) -> Result<(), Problem> {
     stage.day("Every day again");
-    stage.say(
-        "Each snapshot is applied in turn, and the witness is asked whether its RAM and its disks are that day's.",
-    );
+    stage.say("Each snapshot is applied in turn, and the witness is asked whether its RAM and its");
+    stage.say("disks are that day's. (Friday, which nobody has snapped yet, is kept first.)");
     stage.tenby(&["snapshot", "apply", NAME, "Tuesday", "--keep-as", "Friday"]).await?;
     prove(stage, TUESDAY, Some(proofs)).await?;
     stage.say("(Tuesday goes on for a while, and is kept as well)");
@@ -128,17 +134,19 @@ async fn every_one(stage: &mut Stage, proofs: &mut Vec<String>) -> Result<(), Pr
 
 async fn clean_up(stage: &mut Stage) -> Result<(), Problem> {
     stage.day("Clean-up");
-    stage.say("A differencing disk whose snapshot is deleted has one of three fates. The machine runs all the while.");
+    stage.say("A differencing disk whose snapshot is deleted has one of three fates. The machine");
+    stage.say("runs all the while.");
     stage.say("\n1. Nothing stands on Wednesday's: it is removed at once.");
     stage.tenby(&["snapshot", "delete", NAME, "Wednesday", "--wait"]).await?;
     stage.show().await?;
     stage.say("\n2. One file stands on Thursday's: the two are merged into one.");
     stage.tenby(&["snapshot", "delete", NAME, "Thursday", "--wait"]).await?;
     stage.show().await?;
-    stage.say("\n3. Two files stand on Monday's, the VHD: it waits, though no snapshot names it any more.");
+    stage.say("\n3. Two files stand on Monday's, the VHD: it has to wait, though its snapshot is gone.");
     stage.tenby(&["snapshot", "delete", NAME, "Monday", "--wait"]).await?;
     stage.show().await?;
-    stage.say("\nAt last a subtree: Tuesday and what hangs under it. Then only one file stands on the VHD, and the wait is over.");
+    stage.say("\nAt last a subtree: Tuesday and what hangs under it. Then only one file stands on the");
+    stage.say("VHD, and the wait is over: the two are merged.");
     stage.tenby(&["snapshot", "delete", NAME, "Tuesday", "--subtree", "--wait"]).await?;
     stage.show().await?;
     prove(stage, FRIDAY, None).await
@@ -176,10 +184,8 @@ async fn live(stage: &Stage, day: Day) -> Result<(), Problem> {
     ] {
         guest.ask(&request).await?;
     }
-    stage.say(&format!(
-        "  (in the guest: \"{name}\" and 16M of a pattern in RAM; \"{name}\" on both disks, {}M of it on the first)",
-        4 + 2 * seed
-    ));
+    let disk = 4 + 2 * seed;
+    stage.say(&format!("  (in the guest: \"{name}\" and 16M more in RAM; \"{name}\" and {disk}M more on its disks)"));
     Ok(())
 }
 
@@ -204,13 +210,10 @@ async fn prove(stage: &Stage, day: Day, proofs: Option<&mut Vec<String>>) -> Res
     if !wrong.is_empty() {
         return Err(Problem::failed(format!("{name} is not proven: {}", wrong.join("; "))));
     }
-    let proof = format!(
-        "{name:10} RAM and disks proven ({} records of the journal, one after the other on two disks)",
-        check["flushed"]
-    );
-    stage.say(&format!("  (the witness: {})", proof.replace("  ", " ").replace("  ", " ")));
+    let proof = format!("RAM and disks proven; {} records of its journal agree", check["flushed"]);
+    stage.say(&format!("  (the witness: this is {name}. {proof})"));
     if let Some(proofs) = proofs {
-        proofs.push(proof);
+        proofs.push(format!("{name:11}{proof}"));
     }
     Ok(())
 }
