@@ -33,6 +33,9 @@ const STALL: Duration = Duration::from_secs(30);
 const PIECE: usize = 256 << 10;
 /// Requests up to this length may be done by the reader. Bytes.
 const SMALL: u32 = 64 << 10;
+/// Replies gathered by the reader are sent when they are this long, though more requests wait: the client works on them meanwhile.
+/// Bytes.
+const EAGER: usize = 32 << 10;
 /// Capacity of the buffers, bytes: a piece and some headers.
 const BUFFER: usize = PIECE + 4096;
 /// Requests of one connection that may wait for a thread.
@@ -539,7 +542,7 @@ impl Reader<'_, '_> {
         self.connection.execute(request, payload, self.received, &mut self.out)?;
         self.pace.note(began.elapsed());
         self.input.consume(len);
-        Ok(())
+        if self.out.bytes().len() >= EAGER { self.connection.send(&mut self.out) } else { Ok(()) }
     }
 
     fn hand_over(&mut self, request: &Request) -> io::Result<()> {
@@ -575,23 +578,26 @@ fn is_small(request: &Request) -> bool {
     matches!(request.command, Command::Read | Command::Write) && request.len <= SMALL && request.flags == 0
 }
 
-/// What a small request costs when the reader does it itself, measured all the time: a moving mean.
+/// Whether small requests are better done by the reader itself than handed over: a score of how many of the last ones were slow
+/// when it did them. One slow request in a while says nothing: the reader may only have lost its processor for a moment.
 #[derive(Debug, Default)]
 struct Pace {
-    nanos: u64,
+    score: u32,
     passed_on: u32,
 }
 
-/// What handing over to another thread and its own send cost, roughly, nanoseconds.
-const HANDING_OVER: u64 = 40_000;
-/// No single request counts for more, nanoseconds: the reader may only have lost its processor for a moment.
-const MOST: u64 = 200_000;
-/// While requests are handed over, each so many-th is done by the reader to see whether they have become cheap.
+/// What handing over to another thread and its own send cost, roughly. A request that takes longer waits for a disk.
+const HANDING_OVER: Duration = Duration::from_micros(40);
+/// A slow request counts for so many fast ones: from a third of slow ones on it is worth handing over.
+const SLOW: u32 = 2;
+/// From this score on requests are handed over.
+const DEAR: u32 = 8;
+/// While they are, each so many-th is done by the reader to see whether they have become cheap.
 const PROBE: u32 = 32;
 
 impl Pace {
     fn is_cheap(&mut self) -> bool {
-        if self.nanos < HANDING_OVER {
+        if self.score < DEAR {
             return true;
         }
         self.passed_on = (self.passed_on + 1) % PROBE;
@@ -599,8 +605,7 @@ impl Pace {
     }
 
     fn note(&mut self, took: Duration) {
-        let took = (took.as_nanos() as u64).min(MOST);
-        self.nanos = (self.nanos * 7 + took) / 8;
+        self.score = if took > HANDING_OVER { (self.score + SLOW).min(2 * DEAR) } else { self.score.saturating_sub(1) };
     }
 }
 
@@ -629,13 +634,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_slow_request_changes_nothing_but_many_do() {
+    fn a_slow_request_now_and_then_changes_nothing_but_many_do() {
+        let (slow, fast) = (Duration::from_millis(1), Duration::from_micros(3));
         let mut pace = Pace::default();
-        pace.note(Duration::from_secs(1));
-        assert!(pace.is_cheap());
-        (0..8).for_each(|_| pace.note(Duration::from_micros(100)));
+        for _ in 0..100 {
+            pace.note(Duration::from_secs(1));
+            (0..3).for_each(|_| pace.note(fast));
+            assert!(pace.is_cheap());
+        }
+        for _ in 0..100 {
+            pace.note(slow);
+            pace.note(fast);
+        }
         assert_eq!((0..PROBE * 4).filter(|_| pace.is_cheap()).count(), 4, "only probes");
-        (0..20).for_each(|_| pace.note(Duration::from_micros(3)));
+        (0..2 * DEAR).for_each(|_| pace.note(fast));
         assert!(pace.is_cheap());
     }
 
