@@ -245,3 +245,174 @@ pub(crate) fn make_pipe(path: &Path) -> Result<OwnedFd> {
     mknodat(CWD, path, FileType::Fifo, mode, 0).map_err(Error::os(Error::at("make", path)))?;
     open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(Error::at("open", path)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, OpenOptions};
+    use std::io::{ErrorKind, Read, Write};
+    use std::os::unix::fs::MetadataExt;
+
+    /// Stands for QEMU: it appends.
+    fn printer(log: &Path) -> File {
+        OpenOptions::new().append(true).open(log).expect("the log")
+    }
+
+    async fn read(reader: &mut ConsoleReader, wanted: usize) -> Vec<u8> {
+        let mut all = vec![];
+        while all.len() < wanted {
+            all.extend(reader.next().await.expect("it reads").expect("the console lives"));
+        }
+        all
+    }
+
+    #[tokio::test]
+    async fn each_reads_at_its_own_pace() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let log = dir.path().join("log");
+        std::fs::write(&log, "before ").expect("the log");
+        let console = Console::open(&log).expect("the console");
+        let (mut quick, mut slow) = (console.reader(), console.reader());
+        assert_eq!(read(&mut quick, 7).await, b"before ");
+        let mut port = printer(&log);
+        for piece in ["one ", "two ", "three"] {
+            port.write_all(piece.as_bytes()).expect("it prints");
+            assert_eq!(read(&mut quick, piece.len()).await, piece.as_bytes());
+        }
+        assert_eq!(read(&mut slow, 20).await, b"before one two three");
+        assert_eq!(read(&mut console.reader(), 20).await, b"before one two three");
+        drop(console);
+        assert_eq!(quick.next().await.expect("it ends"), None);
+    }
+
+    #[tokio::test]
+    async fn the_log_takes_a_bounded_space() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let log = dir.path().join("log");
+        let console = Console::open(&log).expect("the console");
+        let (mut quick, mut slow) = (console.reader(), console.reader());
+        let mut port = printer(&log);
+        let page: Vec<u8> = (0..1024u32).flat_map(u32::to_le_bytes).collect();
+        for _ in 0..2048 {
+            port.write_all(&page).expect("it prints");
+            assert_eq!(read(&mut quick, page.len()).await, page);
+        }
+        let meta = std::fs::metadata(&log).expect("the log");
+        assert_eq!(meta.len(), 8 << 20);
+        assert!(meta.blocks() * 512 <= 3 * PUNCH_STEP, "{} blocks", meta.blocks());
+        // Who fell behind goes on with the last part, never with holes.
+        let late = read(&mut slow, KEPT as usize).await;
+        assert_eq!(late, page.repeat(16));
+        assert_eq!(read(&mut console.reader(), KEPT as usize).await, page.repeat(16));
+    }
+
+    #[tokio::test]
+    async fn a_log_that_was_cut_off() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let log = dir.path().join("log");
+        std::fs::write(&log, "a long beginning").expect("the log");
+        let console = Console::open(&log).expect("the console");
+        let mut reader = console.reader();
+        assert_eq!(read(&mut reader, 16).await, b"a long beginning");
+        let mut port = printer(&log);
+        port.set_len(0).expect("cut off");
+        // The reader learns of it at its own pace; what is printed after it has is read.
+        console.hub.length.clone().wait_for(|length| *length == 0).await.expect("the console lives");
+        tokio::select! {
+            biased;
+            _ = reader.next() => panic!("there is nothing to read"),
+            () = std::future::ready(()) => {}
+        }
+        port.write_all(b"anew").expect("it prints");
+        assert_eq!(read(&mut reader, 4).await, b"anew");
+    }
+
+    /// Stands for QEMU: the other end of a serial port.
+    struct Port {
+        path: std::path::PathBuf,
+        end: File,
+    }
+
+    fn port(dir: &Path, name: &str) -> Port {
+        let path = dir.join(name);
+        let end = make_pipe(&path).expect("a pipe");
+        rustix::fs::fcntl_setfl(&end, OFlags::NONBLOCK).expect("it does not wait");
+        Port { path, end: File::from(end) }
+    }
+
+    impl Port {
+        async fn read(&mut self, wanted: usize) -> Vec<u8> {
+            let mut all = vec![];
+            while all.len() < wanted {
+                let mut bytes = [0; 4096];
+                match self.end.read(&mut bytes) {
+                    Ok(count) => all.extend_from_slice(&bytes[..count]),
+                    Err(error) => {
+                        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                        // Lets the runtime look at its descriptors.
+                        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                    }
+                }
+            }
+            all
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_typed_arrives_whole_or_is_reported() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let console = Console::open(&dir.path().join("log")).expect("the console");
+        let mut attached = console.attached();
+        assert!(!*attached.borrow());
+        let error = console.write(b"lost?").await.expect_err("nobody is there");
+        assert!(matches!(error, Error::ConsoleDetached { delivered: 0, length: 5 }), "{error}");
+        assert!(console.attach(&dir.path().join("no pipe")).is_err());
+
+        let mut first = port(dir.path(), "first");
+        console.attach(&first.path).expect("somebody reads");
+        assert!(*attached.borrow_and_update());
+        let mut tasks = tokio::task::JoinSet::new();
+        for letter in *b"abc" {
+            let console = console.clone();
+            tasks.spawn(async move { console.write(&vec![letter; 100_000]).await });
+        }
+        let arrived = first.read(300_000).await;
+        while let Some(written) = tasks.join_next().await {
+            written.expect("the task").expect("delivered");
+        }
+        // Writes do not mix.
+        assert_eq!(arrived.chunk_by(|a, b| a == b).count(), 3);
+
+        // It ends, with somebody typing: what was taken is told.
+        let writer = console.clone();
+        let typing = tokio::spawn(async move { writer.write(&vec![b'x'; 1 << 20]).await });
+        first.read(1).await;
+        drop(first);
+        attached.wait_for(|attached| !*attached).await.expect("the console lives");
+        let error = typing.await.expect("the task").expect_err("it ended");
+        assert!(matches!(error, Error::ConsoleDetached { delivered: 1.., length: 0x10_0000 }), "{error}");
+        assert!(console.write(b"lost?").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_later_process_takes_over() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let console = Console::open(&dir.path().join("log")).expect("the console");
+        let (first, mut second) = (port(dir.path(), "first"), port(dir.path(), "second"));
+        console.attach(&first.path).expect("somebody reads");
+        console.attach(&second.path).expect("somebody reads");
+        drop(first);
+        console.write(b"x").await.expect("delivered");
+        assert_eq!(second.read(1).await, b"x");
+        assert!(*console.attached().borrow());
+        // A pipe whose process is gone is not taken for one.
+        let path = port(dir.path(), "third").path;
+        assert!(console.attach(&path).is_err());
+        // Nor is what was typed for an earlier process given to a later one of the same place.
+        console.write(b"for the second").await.expect("delivered");
+        let mut fourth = port(dir.path(), "second");
+        console.attach(&fourth.path).expect("somebody reads");
+        console.write(b"y").await.expect("delivered");
+        assert_eq!(fourth.read(1).await, b"y");
+    }
+}

@@ -441,6 +441,7 @@ impl Words {
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::slice::from_ref;
 
     fn after(mut state: RunState, events: &[(&str, serde_json::Value)]) -> RunState {
         let mut progress = Progress::default();
@@ -459,7 +460,7 @@ mod tests {
         let reported = ("BLOCK_IO_ERROR", json!({ "action": "report" }));
         let loaded = ("MIGRATION", json!({ "status": "completed" }));
         let run = RunState::Running;
-        assert_eq!(after(run, &[stop.clone()]), RunState::Paused);
+        assert_eq!(after(run, from_ref(&stop)), RunState::Paused);
         assert_eq!(after(run, &[stop.clone(), resume.clone()]), RunState::Running);
         assert_eq!(after(run, &[off.clone(), stop.clone()]), RunState::Shutdown);
         assert_eq!(after(run, &[panic.clone(), stop.clone()]), RunState::Panicked);
@@ -467,9 +468,9 @@ mod tests {
         assert_eq!(after(run, &[reported, stop.clone()]), RunState::Paused);
         // A cause is spent once: what stops the guest later is another one.
         assert_eq!(after(run, &[outage, stop.clone(), resume, stop.clone()]), RunState::Paused);
-        assert_eq!(after(run, &[reset.clone()]), RunState::Running);
+        assert_eq!(after(run, from_ref(&reset)), RunState::Running);
         assert_eq!(after(run, &[off, stop.clone(), reset]), RunState::Paused);
-        assert_eq!(after(RunState::Incoming, &[loaded.clone()]), RunState::Paused);
+        assert_eq!(after(RunState::Incoming, from_ref(&loaded)), RunState::Paused);
         assert_eq!(after(run, &[loaded]), RunState::Running);
     }
 

@@ -3,8 +3,8 @@
 //! Every test runs with each QEMU that is there: `TENBY_QEMU_72`, `TENBY_QEMU_10`, else the one that Tenby would use.
 
 use qemu::{
-    Accel, Boot, Bus, Capture, CaptureMode, Console, ConsoleReader, Disk, Ending, Error, EventKind, Installed, Launch,
-    MigrationStatus, Nic, Publish, Qemu, RestoreMode, RunState,
+    Accel, Boot, Bus, Capture, CaptureMode, Console, ConsoleReader, Disk, Ending, Error, EventKind, Identity,
+    Installed, Launch, MigrationStatus, Nic, Publish, Qemu, RestoreMode, RunState,
 };
 use std::future::Future;
 use std::io::{Read, Write};
@@ -155,6 +155,18 @@ impl std::ops::Deref for Guard {
     }
 }
 
+/// Ends a process that a test has let go of, if it fails before it has it back.
+struct Leash(Identity);
+
+impl Drop for Leash {
+    fn drop(&mut self) {
+        if qemu::alive(self.0) {
+            let pid = rustix::process::Pid::from_raw(self.0.pid).expect("a process id");
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
 /// The process's handle without its guard.
 fn abandon(mut guard: Guard) -> Option<Qemu> {
     guard.0.take()
@@ -179,17 +191,27 @@ async fn reach(qemu: &Qemu, state: RunState) {
     qemu.watch().wait_for(|now| *now == state).await.expect("the watch lives");
 }
 
-/// Whether this QEMU captures guests that run; if not, that it says so.
+/// Whether this host lets QEMU capture a guest that runs; if not, that it says so.
 async fn in_background(qemu: &Qemu) -> bool {
     let can = qemu.captures_in_background();
-    if let Err(error) = &can {
-        eprintln!("SKIPPED for this QEMU: {error}");
-        let capture = qemu.capture(CaptureMode::Background).await;
-        assert!(matches!(capture, Err(Error::Unsupported(_))));
-        assert_eq!(qemu.qmp().migration().await.expect("an answer").status, MigrationStatus::None);
-    }
-    assert_eq!(can.is_ok(), qemu.qmp().version().major >= 9 && qemu::userfaultfd().is_ok());
-    can.is_ok()
+    assert_eq!(can.is_ok(), qemu::userfaultfd().is_ok());
+    possible(qemu, can).await
+}
+
+/// Whether this QEMU captures a guest that stands still and leaves it so; if not, that it says so.
+async fn standing(qemu: &Qemu) -> bool {
+    let can = qemu.captures_standing();
+    assert_eq!(can.is_ok(), qemu::userfaultfd().is_ok() && qemu.qmp().version().major >= 9);
+    possible(qemu, can).await
+}
+
+async fn possible(qemu: &Qemu, can: Result<(), Error>) -> bool {
+    let Err(error) = can else { return true };
+    eprintln!("SKIPPED for this QEMU: {error}");
+    let capture = qemu.capture(CaptureMode::Background).await;
+    assert!(matches!(capture, Err(Error::Unsupported(_))));
+    assert_eq!(qemu.qmp().migration().await.expect("an answer").status, MigrationStatus::None);
+    false
 }
 
 /// Reads a capture's stream to its end in a thread.
@@ -207,7 +229,7 @@ async fn start_guest(place: &Place, run: &str) -> (Guard, Console, ConsoleReader
     let console = place.console();
     let mut reader = console.reader();
     let qemu = start(&place.launch_guest(run)).await;
-    qemu.attach_console(&console).await.expect("the serial port");
+    qemu.attach_console(&console).expect("the serial port");
     qemu.resume().await.expect("resume");
     expect(&mut reader, "READY\n").await;
     (qemu, console, reader)
@@ -265,7 +287,7 @@ fn a_foreign_iso_boots_and_its_console_is_served() {
         let console = place.console();
         let error = console.write(b"z").await.expect_err("nobody is there");
         assert!(matches!(error, Error::ConsoleDetached { delivered: 0, length: 1 }), "{error}");
-        qemu.attach_console(&console).await.expect("the serial port");
+        qemu.attach_console(&console).expect("the serial port");
         console.write(b"z").await.expect("typed");
         let mut reader = console.reader();
         let all = expect(&mut reader, "zC").await;
@@ -277,6 +299,31 @@ fn a_foreign_iso_boots_and_its_console_is_served() {
         qemu.quit(PATIENCE).await.expect("quit");
         attached.wait_for(|attached| !attached).await.expect("the console lives");
     });
+}
+
+/// A CD-ROM that nobody here made, from Debian's package grub-rescue-pc.
+const GRUB: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
+
+#[test]
+fn a_foreign_cd_boots() {
+    if !Path::new(GRUB).exists() {
+        eprintln!("SKIPPED: there is no {GRUB}");
+        return;
+    }
+    with_each(|place| async move {
+        let qemu = start(&Launch { cdrom: Some(GRUB.into()), boot: Boot::Cdrom, ..place.launch("run") }).await;
+        qemu.resume().await.expect("resume");
+        while !text_screen(&qemu).await.contains("GNU GRUB") {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
+
+/// What stands on a screen in text mode: every other byte of the video memory.
+async fn text_screen(qemu: &Qemu) -> String {
+    let dump = qemu.qmp().human("xp /4000bx 0xb8000").await.expect("the memory");
+    let bytes = dump.split_whitespace().filter_map(|word| u8::from_str_radix(word.strip_prefix("0x")?, 16).ok());
+    bytes.step_by(2).map(char::from).collect()
 }
 
 #[test]
@@ -313,7 +360,7 @@ fn memory_is_captured_while_the_guest_runs_and_restored() {
         // Taken back: the second letter is B again, on the same console.
         let old = qemu;
         let qemu = restore(place.launch_guest("second"), stream).await;
-        qemu.attach_console(&console).await.expect("the serial port");
+        qemu.attach_console(&console).expect("the serial port");
         old.kill().await.expect("kill");
         qemu.resume().await.expect("resume");
         console.write(b"z").await.expect("typed");
@@ -339,7 +386,7 @@ fn memory_of_a_guest_that_stands_still() {
         qemu.pause().await.expect("pause");
 
         for (number, mode) in [CaptureMode::Background, CaptureMode::Stopped].into_iter().enumerate() {
-            if mode == CaptureMode::Background && !in_background(&qemu).await {
+            if mode == CaptureMode::Background && !standing(&qemu).await {
                 continue;
             }
             let mut capture = qemu.capture(mode).await.expect("it begins");
@@ -350,7 +397,7 @@ fn memory_of_a_guest_that_stands_still() {
             assert_eq!(qemu.state(), RunState::Paused);
             let stream = stream.join().expect("the stream");
             let copy = restore(place.launch_guest(&format!("copy{number}")), stream).await;
-            copy.attach_console(&console).await.expect("the serial port");
+            copy.attach_console(&console).expect("the serial port");
             copy.resume().await.expect("resume");
             console.write(b"y").await.expect("typed");
             expect(&mut reader, "yB").await;
@@ -364,7 +411,7 @@ fn memory_of_a_guest_that_stands_still() {
         capture.finished().await.expect("it completes");
         stream.join().expect("the stream");
 
-        qemu.attach_console(&console).await.expect("the serial port");
+        qemu.attach_console(&console).expect("the serial port");
         qemu.resume().await.expect("resume after all");
         console.write(b"z").await.expect("typed");
         expect(&mut reader, "zB").await;
@@ -376,7 +423,7 @@ fn a_guest_that_stood_still_may_run_before_the_end() {
     with_each(|place| async move {
         let (qemu, console, mut reader) = start_guest(&place, "run").await;
         qemu.pause().await.expect("pause");
-        if !in_background(&qemu).await {
+        if !standing(&qemu).await {
             return;
         }
         let mut capture = qemu.capture(CaptureMode::Background).await.expect("it begins");
@@ -399,7 +446,7 @@ fn a_guest_that_stood_still_may_run_before_the_end() {
 
         let stream = thread.join().expect("the stream");
         let copy = restore(place.launch_guest("copy"), stream).await;
-        copy.attach_console(&console).await.expect("the serial port");
+        copy.attach_console(&console).expect("the serial port");
         copy.resume().await.expect("resume");
         console.write(b"y").await.expect("typed");
         expect(&mut reader, "yA").await;
@@ -407,27 +454,28 @@ fn a_guest_that_stood_still_may_run_before_the_end() {
 }
 
 #[test]
-fn a_capture_that_ends_early_leaves_the_guest_running() {
+fn a_capture_that_is_given_up_leaves_the_guest_running() {
     with_each(|place| async move {
+        let launch = place.launch_guest("run");
         let (qemu, console, mut reader) = start_guest(&place, "run").await;
         if !in_background(&qemu).await {
             return;
         }
 
-        // The reader is closed.
+        // Nobody ever took the stream.
         let mut capture = qemu.capture(CaptureMode::Background).await.expect("it begins");
-        drop(capture.reader());
-        let error = capture.finished().await.expect_err("nobody reads");
-        assert!(matches!(error, Error::Migration { how: "failed", .. }), "{error}");
+        capture.cancel().await.expect("it is given up");
+        capture.cancel().await.expect("twice");
+        drop(capture);
         assert_eq!(qemu.state(), RunState::Running);
 
-        // It is cancelled, with the reader stalled.
+        // Somebody reads on.
         let mut capture = qemu.capture(CaptureMode::Background).await.expect("it begins");
-        let stalled = capture.reader();
+        let stream = collect(&mut capture);
         capture.point().await.expect("a point");
-        drop(stalled);
-        capture.cancel().await.expect("it is cancelled");
-        capture.cancel().await.expect("twice");
+        capture.cancel().await.expect("it is given up");
+        stream.join().expect("the stream");
+        drop(capture);
         assert_eq!(qemu.state(), RunState::Running);
 
         // Somebody stops the guest, against the rules: whatever comes of it, nothing hangs and no wrong point is told.
@@ -443,15 +491,66 @@ fn a_capture_that_ends_early_leaves_the_guest_running() {
         }
         stream.join().expect("the stream");
         while events.next().await.expect("an event").kind != EventKind::Migration(MigrationStatus::Active) {}
-
+        drop(capture);
         qemu.resume().await.expect("resume");
         console.write(b"x").await.expect("typed");
         expect(&mut reader, "xA").await;
+
+        // The worker dies in the middle, before the point and after it.
+        let mut qemu = qemu;
+        let _leash = Leash(qemu.identity());
+        for letters in ["yB", "zC"] {
+            let mut capture = qemu.capture(CaptureMode::Background).await.expect("it begins");
+            drop(capture.reader());
+            if letters == "zC" {
+                capture.point().await.expect("a point");
+            }
+            let identity = qemu.identity();
+            drop((capture, abandon(qemu)));
+            qemu = Guard(Some(Qemu::adopt(identity, &launch.run_dir, &launch.log).await.expect("it is adopted")));
+            qemu.attach_console(&console).expect("the serial port");
+            console.write(&letters.as_bytes()[..1]).await.expect("typed");
+            expect(&mut reader, letters).await;
+            while !qemu.qmp().migration().await.expect("an answer").status.is_end() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            assert_eq!(qemu.state(), RunState::Running);
+        }
+
         let mut capture = qemu.capture(CaptureMode::Background).await.expect("the next one begins");
         let stream = collect(&mut capture);
         capture.point().await.expect("a point");
         capture.finished().await.expect("it completes");
         assert!(!stream.join().expect("the stream").is_empty());
+    });
+}
+
+#[test]
+fn a_capture_of_a_standing_guest_that_is_given_up() {
+    with_each(|place| async move {
+        let (qemu, console, mut reader) = start_guest(&place, "run").await;
+        qemu.pause().await.expect("pause");
+        let mut capture = qemu.capture(CaptureMode::Stopped).await.expect("it begins");
+        drop(capture.reader());
+        let error = capture.finished().await.expect_err("nobody reads");
+        assert!(matches!(error, Error::Migration { how: "failed", .. }), "{error}");
+        assert_eq!(qemu.state(), RunState::Paused);
+        qemu.pause_anew().await.expect("an ordinary pause");
+
+        let mut capture = qemu.capture(CaptureMode::Stopped).await.expect("it begins");
+        let stalled = capture.reader();
+        capture.cancel().await.expect("it is cancelled");
+        drop(stalled);
+        assert_eq!(qemu.state(), RunState::Paused);
+        qemu.pause_anew().await.expect("an ordinary pause");
+
+        let mut capture = qemu.capture(CaptureMode::Stopped).await.expect("it begins");
+        let stream = collect(&mut capture);
+        capture.finished().await.expect("it completes");
+        stream.join().expect("the stream");
+        qemu.resume().await.expect("resume");
+        console.write(b"x").await.expect("typed");
+        expect(&mut reader, "xA").await;
     });
 }
 
@@ -474,6 +573,7 @@ fn a_running_process_is_adopted() {
         let launch = place.launch_guest("run");
         let (qemu, console, reader) = start_guest(&place, "run").await;
         let identity = qemu.identity();
+        let _leash = Leash(identity);
         // As a worker's death would: every handle is gone, the process is not.
         drop((console, reader, abandon(qemu)));
 
@@ -482,7 +582,7 @@ fn a_running_process_is_adopted() {
         assert_eq!(qemu.state(), RunState::Running);
         let console = place.console();
         let mut reader = console.reader();
-        qemu.attach_console(&console).await.expect("the serial port");
+        qemu.attach_console(&console).expect("the serial port");
         console.write(b"x").await.expect("typed");
         expect(&mut reader, "xA").await;
         qemu.pause().await.expect("pause");
@@ -634,7 +734,7 @@ fn disks_of_every_kind() {
         names.sort_unstable();
         assert_eq!(names, [("disk0", 1 << 20), ("disk1", 1 << 20), ("disk2", 1 << 20), ("disk7", 1 << 20)]);
         // The first disk is what it boots from.
-        qemu.attach_console(&console).await.expect("the serial port");
+        qemu.attach_console(&console).expect("the serial port");
         qemu.resume().await.expect("resume");
         expect(&mut reader, "READY\n").await;
 
@@ -649,7 +749,7 @@ fn disks_of_every_kind() {
         expect(&mut reader, "READY\n").await;
         qemu.quit(PATIENCE).await.expect("quit");
         let copy = restore(launch, stream.join().expect("the stream")).await;
-        copy.attach_console(&console).await.expect("the serial port");
+        copy.attach_console(&console).expect("the serial port");
         copy.resume().await.expect("resume");
         console.write(b"x").await.expect("typed");
         expect(&mut reader, "xA").await;
