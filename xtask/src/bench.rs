@@ -1,8 +1,79 @@
 //! The numbers of SPECIFICATION.md, measured.
+//!
+//! A figure alone says more about the machine and its other load than about Tenby. So whatever is compared is run in turn, several
+//! times, and what counts are medians and their ratios. Results are printed, and kept in `target/bench/NAME.json`.
 
-use anyhow::{Result, bail};
+mod contest;
+mod nbd;
+mod snapshots;
 
-/// Measures what `rest` names, or everything.
-pub(crate) fn run(_rest: &[String]) -> Result<()> {
-    bail!("nothing is measured yet")
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use contest::Report;
+
+use crate::{call, cargo, setup, step, target};
+
+/// Something that can be measured.
+struct Bench {
+    name: &'static str,
+    what: &'static str,
+    run: fn() -> Result<Vec<Report>>,
+}
+
+const BENCHES: &[Bench] = &[
+    Bench { name: "nbd-depth", what: "reads through a chain of 50 layers beside one of 1", run: nbd::depth },
+    Bench { name: "nbd-peers", what: "our NBD server beside others", run: nbd::peers },
+    Bench { name: "nbd-first-write", what: "first writes to a new leaf beside the same again", run: nbd::first_write },
+    Bench { name: "snapshot-off", what: "snapshots of a machine that is off, 1,000 present", run: snapshots::off },
+    Bench { name: "snapshot-pause", what: "what a running guest notices, and what is stored", run: snapshots::running },
+];
+
+/// Measures what `names` says, or everything.
+pub(crate) fn run(names: &[String]) -> Result<()> {
+    if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|bench| bench.name != **name)) {
+        let known: Vec<String> = BENCHES.iter().map(|bench| format!("  {:16} {}", bench.name, bench.what)).collect();
+        bail!("there is no bench `{unknown}`; there are\n{}", known.join("\n"));
+    }
+    setup::run()?;
+    step("building Tenby");
+    call(cargo().args(["build", "--release", "--package", "tenby"]))?;
+    call(cargo().args(["build", "--release", "--package", "export", "--example", "serve"]))?;
+    let chosen = BENCHES.iter().filter(|bench| names.is_empty() || names.iter().any(|name| name == bench.name));
+    let mut missed = 0;
+    for bench in chosen {
+        step(&format!("{}: {}", bench.name, bench.what));
+        for report in (bench.run)().with_context(|| format!("bench {}", bench.name))? {
+            println!("{report}");
+            fs::write(folder()?.join(format!("{}.json", report.name)), report.json())?;
+            missed += usize::from(!report.is_kept());
+        }
+    }
+    if missed > 0 {
+        // Not a failure: a busy machine misses them too.
+        println!("{missed} of the promised numbers were missed");
+    }
+    Ok(())
+}
+
+/// Where results are kept and benches work.
+fn folder() -> Result<PathBuf> {
+    let folder = target().join("bench");
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+/// A folder of this name for a bench to work in, empty.
+fn scratch(name: &str) -> Result<PathBuf> {
+    let folder = folder()?.join("work").join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    Ok(folder)
+}
+
+fn tenby() -> PathBuf {
+    target().join("release/tenby")
 }

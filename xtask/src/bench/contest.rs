@@ -1,0 +1,205 @@
+//! Runs contestants in turn, and says how they did.
+
+use std::fmt;
+use std::fs;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+/// One contestant: its name and what measures it once.
+pub(super) type Contestant<'a> = (String, Box<dyn FnMut() -> Result<f64> + 'a>);
+
+/// Measures each in turn, `rounds` times. Who begins changes from round to round: what one leaves behind (a warm cache, a worn
+/// disk) meets them all.
+pub(super) fn in_turn(rounds: usize, mut contestants: Vec<Contestant<'_>>) -> Result<Vec<Row>> {
+    let mut rows: Vec<Row> =
+        contestants.iter().map(|(name, _)| Row { name: name.clone(), samples: Vec::new() }).collect();
+    for round in 0..rounds {
+        for turn in 0..contestants.len() {
+            let index = (round + turn) % contestants.len();
+            let (name, measure) = &mut contestants[index];
+            rows[index].samples.push(measure().with_context(|| format!("measuring {name}"))?);
+        }
+    }
+    Ok(rows)
+}
+
+/// What was measured of one contestant.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    pub(super) name: String,
+    pub(super) samples: Vec<f64>,
+}
+
+impl Row {
+    pub(super) fn median(&self) -> f64 {
+        let mut sorted = self.samples.clone();
+        sorted.sort_by(f64::total_cmp);
+        let middle = sorted.len() / 2;
+        match sorted.len() {
+            0 => f64::NAN,
+            even if even % 2 == 0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
+            _ => sorted[middle],
+        }
+    }
+
+    fn range(&self) -> (f64, f64) {
+        let least = self.samples.iter().copied().fold(f64::INFINITY, f64::min);
+        let most = self.samples.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        (least, most)
+    }
+}
+
+/// A number that SPECIFICATION.md promises.
+#[derive(Debug, Clone)]
+pub(super) enum Promise {
+    /// The named row's median is at least so many times the first row's.
+    Ratio(&'static str, f64),
+    /// The named row's median is at most this.
+    AtMost(&'static str, f64),
+}
+
+/// One table.
+#[derive(Debug)]
+pub(super) struct Report {
+    /// Also the name of its JSON file.
+    pub(super) name: String,
+    /// What is measured.
+    pub(super) what: String,
+    pub(super) unit: &'static str,
+    /// The first is what the others are compared with.
+    pub(super) rows: Vec<Row>,
+    pub(super) promises: Vec<Promise>,
+}
+
+impl Report {
+    fn row(&self, name: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.name == name)
+    }
+
+    fn ratio(&self, row: &Row) -> f64 {
+        row.median() / self.rows[0].median()
+    }
+
+    /// A promise in words, what came of it, and whether it is kept.
+    fn verdict(&self, promise: &Promise) -> (String, f64, bool) {
+        let value = |name, of: fn(&Self, &Row) -> f64| self.row(name).map_or(f64::NAN, |row| of(self, row));
+        match *promise {
+            Promise::Ratio(name, least) => {
+                let ratio = value(name, Self::ratio);
+                (format!("{name}: at least {least} x {}", self.rows[0].name), ratio, ratio >= least)
+            }
+            Promise::AtMost(name, most) => {
+                let median = value(name, |_, row| row.median());
+                (format!("{name}: at most {most} {}", self.unit), median, median <= most)
+            }
+        }
+    }
+
+    /// Whether every promise is.
+    pub(super) fn is_kept(&self) -> bool {
+        self.promises.iter().all(|promise| self.verdict(promise).2)
+    }
+
+    /// The same for machines, with what the host was like.
+    pub(super) fn json(&self) -> String {
+        let row = |row: &Row| {
+            json!({
+                "name": row.name, "median": row.median(), "samples": row.samples,
+                "ratio": self.ratio(row),
+            })
+        };
+        let promise = |promise| {
+            let (promised, measured, kept) = self.verdict(promise);
+            json!({ "promised": promised, "measured": measured, "kept": kept })
+        };
+        let document = json!({
+            "bench": self.name, "what": self.what, "unit": self.unit,
+            "rows": self.rows.iter().map(row).collect::<Vec<_>>(),
+            "promises": self.promises.iter().map(promise).collect::<Vec<_>>(),
+            "host": host(),
+        });
+        format!("{document:#}\n")
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let runs = self.rows.first().map_or(0, |row| row.samples.len());
+        writeln!(f, "{}: {}; {}, median of {runs}", self.name, self.what, self.unit)?;
+        let width = self.rows.iter().map(|row| row.name.len()).max().unwrap_or_default();
+        for row in &self.rows {
+            let (least, most) = row.range();
+            let (median, least, most) = (figure(row.median()), figure(least), figure(most));
+            writeln!(f, "  {:width$}  {median:>9}  ({least} to {most})  {:.2} x", row.name, self.ratio(row))?;
+        }
+        for promise in &self.promises {
+            let (promised, measured, kept) = self.verdict(promise);
+            writeln!(f, "  promised: {promised}; {} ({measured:.2})", if kept { "kept" } else { "MISSED" })?;
+        }
+        Ok(())
+    }
+}
+
+/// Three digits or so: the others are noise.
+fn figure(value: f64) -> String {
+    match value {
+        value if value >= 100.0 => format!("{value:.0}"),
+        value if value >= 10.0 => format!("{value:.1}"),
+        value => format!("{value:.2}"),
+    }
+}
+
+fn host() -> Value {
+    let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    json!({
+        "processors": std::thread::available_parallelism().map_or(0, usize::from),
+        "kernel": read("/proc/sys/kernel/osrelease"),
+        "load": read("/proc/loadavg"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(promises: Vec<Promise>) -> Report {
+        let row = |name: &str, samples: &[f64]| Row { name: name.into(), samples: samples.into() };
+        let rows = vec![row("one", &[100.0, 300.0, 200.0]), row("other", &[150.0, 170.0])];
+        Report { name: "test".into(), what: "nothing".into(), unit: "pieces", rows, promises }
+    }
+
+    #[test]
+    fn medians_and_ratios() {
+        let report = report(vec![Promise::Ratio("other", 0.8), Promise::AtMost("one", 199.0)]);
+        let medians: Vec<String> = report.rows.iter().map(|row| figure(row.median())).collect();
+        assert_eq!(medians, ["200", "160"]);
+        assert!(report.verdict(&report.promises[0]).2);
+        assert!(!report.verdict(&report.promises[1]).2 && !report.is_kept());
+    }
+
+    #[test]
+    fn what_was_not_measured_keeps_no_promise() {
+        assert!(!report(vec![Promise::Ratio("third", 0.1)]).is_kept());
+        assert!(!report(vec![Promise::AtMost("third", 1e9)]).is_kept());
+    }
+
+    #[test]
+    fn everybody_is_measured_in_every_round_and_begins_in_turn() {
+        let order = std::cell::RefCell::new(Vec::new());
+        let contestant = |name: &str| -> Contestant<'_> {
+            let own = name.to_owned();
+            let order = &order;
+            (
+                name.to_owned(),
+                Box::new(move || {
+                    order.borrow_mut().push(own.clone());
+                    Ok(1.0)
+                }),
+            )
+        };
+        let rows = in_turn(2, vec![contestant("a"), contestant("b")]).expect("both can be measured");
+        assert!(rows.iter().all(|row| row.samples.len() == 2));
+        assert_eq!(order.into_inner(), ["a", "b", "b", "a"]);
+    }
+}
