@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::qemu::Qemu;
 use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp, Version};
 use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_setfl, mknodat, open, unlink};
+use rustix::pipe::fcntl_setpipe_size;
 use rustix::time::{ClockId, clock_gettime};
 use std::fs::File;
 use std::io::Read;
@@ -32,6 +33,9 @@ const CLOCK_TOLERANCE: u64 = 500;
 /// The stream of a background capture, in the run folder: a named pipe. QEMU itself holds a reading end of it, so that it does not
 /// break when the worker dies; whoever comes next reads it to its end ([`drain`]).
 const PIPE: &str = "capture.pipe";
+
+/// What fits into it, bytes; what an unprivileged user may ask for.
+const PIPE_SIZE: usize = 1 << 20;
 
 /// The name under which QEMU keeps that reading end.
 const KEEPER: &str = "tenby-stream-keeper";
@@ -366,6 +370,8 @@ fn pipe(run_dir: &Path) -> Result<Pipe> {
     let reader = open_reader(&path)?;
     let keeper = open_reader(&path)?;
     let writer = open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(fail()))?;
+    // QEMU writes page by page: the more it can write ahead, the shorter the guest waits. A limit of the host leaves it as it is.
+    let _ = fcntl_setpipe_size(&reader, PIPE_SIZE);
     Ok(Pipe { reader, keeper, writer })
 }
 

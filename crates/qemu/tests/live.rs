@@ -616,19 +616,23 @@ fn a_process_that_does_not_come_up() {
 #[test]
 fn a_start_that_is_given_up_leaves_no_process() {
     with_each(|place| async move {
-        let launch = place.launch("run");
-        let pid_file = launch.run_dir.join(qemu::PID_FILE);
-        let started = tokio::spawn({
-            let launch = launch.clone();
-            async move { Qemu::start(&launch).await.map(drop) }
-        });
-        while std::fs::read_to_string(&pid_file).unwrap_or_default().is_empty() {
-            tokio::task::yield_now().await;
-            assert!(!started.is_finished(), "it was not that fast before");
-        }
-        let pid: i32 = std::fs::read_to_string(&pid_file).expect("the file").trim().parse().expect("a process id");
-        started.abort();
-        assert!(started.await.expect_err("it is given up").is_cancelled());
+        // A process that never comes up: it opens no monitor.
+        let binary = place.path("slow");
+        std::fs::write(&binary, "#!/bin/sh\necho $$ > pid\nexec sleep 1000\n").expect("a script");
+        rustix::fs::chmod(&binary, rustix::fs::Mode::RWXU).expect("a script");
+        let launch = Launch { binary, ..place.launch("run") };
+        let pid_file = launch.run_dir.join("pid");
+        let starting = tokio::spawn(async move { Qemu::start(&launch).await.map(drop) });
+        let pid: i32 = loop {
+            match std::fs::read_to_string(&pid_file).unwrap_or_default().strip_suffix('\n') {
+                Some(pid) => break pid.parse().expect("a process id"),
+                None => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        };
+        assert!(Path::new(&format!("/proc/{pid}")).exists());
+        starting.abort();
+        assert!(starting.await.expect_err("it is given up").is_cancelled());
+        // Dead, and reaped.
         while Path::new(&format!("/proc/{pid}")).exists() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
