@@ -1,0 +1,141 @@
+//! How fast streams are captured and restored: `cargo run --release -p memory --example speed -- [MiB] [folder]`.
+//!
+//! A thread writes the stream of a guest into a socket, as QEMU would; what is measured is bytes of guest RAM a second, from the
+//! first byte of the stream to the flushed disk. *The guest's part* ends when the last page is read: until then a guest that
+//! writes to a page may wait for it. `parse` only reads and parses.
+
+use image::vhdx::{self, Options};
+use image::{Access, Chain, Kind, Layer};
+use memory::NewLayer;
+use memory::stream::{Block, DeviceState, Emitter, PAGE, Parser};
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use store::host::HostFolder;
+use store::{Folder, Mode};
+
+/// What a guest's page holds: 0 for zeros.
+type Fill = fn(u64) -> u64;
+
+fn main() {
+    let mut arguments = std::env::args().skip(1);
+    let mib: u64 = arguments.next().map_or(512, |mib| mib.parse().expect("MiB of RAM"));
+    let folder = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from).join("tenby-memory-speed");
+    let _ = std::fs::remove_dir_all(&folder);
+    let bench = Bench { folder: HostFolder::create(&folder).expect("a folder"), len: mib << 20 };
+
+    let filled: Fill = |page| page + 1;
+    let zero: Fill = |_| 0;
+    let changed: Fill = |page| if page % 20 == 0 { page + 7 } else { page + 1 };
+    bench.parse("parse, all data", filled);
+    bench.parse("parse, all zeros", zero);
+    bench.capture("zeros over nothing", zero, "zeros", None);
+    bench.capture("data over nothing", filled, "first", None);
+    bench.capture("the same data", filled, "same", Some("first"));
+    bench.capture("5 % other data", changed, "second", Some("first"));
+    bench.capture("zeros over data", zero, "gone", Some("first"));
+    bench.restore("restore, all data", &["first"]);
+    bench.restore("restore, 5 % other data", &["first", "second"]);
+    bench.restore("restore, all zeros", &["zeros"]);
+    let _ = std::fs::remove_dir_all(&folder);
+}
+
+struct Bench {
+    folder: HostFolder,
+    len: u64,
+}
+
+impl Bench {
+    fn report(&self, what: &str, start: Instant) {
+        let seconds = start.elapsed().as_secs_f64();
+        println!("{what:<26} {seconds:7.3} s {:8.0} MB/s", self.len as f64 / seconds / 1e6);
+    }
+
+    /// The stream of a guest, out of a socket.
+    fn stream(&self, fill: Fill) -> UnixStream {
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket");
+        let len = self.len;
+        std::thread::spawn(move || {
+            let blocks = [Block { name: "pc.ram".into(), len }];
+            let (mut out, mut emitter) = (Vec::new(), Emitter::new(1, &blocks));
+            Emitter::prelude(&mut out, "pc-q35-10.0", &[]);
+            emitter.start(&mut out);
+            emitter.open_part(&mut out);
+            let mut page = [0x5a; PAGE];
+            for number in 0..len / PAGE as u64 {
+                match fill(number) {
+                    0 => emitter.zero_page(&mut out, 0, number * PAGE as u64),
+                    value => {
+                        page[PAGE - 8..].copy_from_slice(&value.to_le_bytes());
+                        emitter.page(&mut out, 0, number * PAGE as u64, &page);
+                    }
+                }
+                if out.len() > 256 << 10 {
+                    theirs.write_all(&out).expect("the reader reads");
+                    out.clear();
+                }
+            }
+            emitter.close(&mut out);
+            Emitter::finish(&mut out, &DeviceState { state: vec![4; 100_000], description: b"{}".to_vec() });
+            theirs.write_all(&out).expect("the reader reads");
+        });
+        ours
+    }
+
+    fn parse(&self, what: &str, fill: Fill) {
+        let start = Instant::now();
+        let (mut stream, mut parser, mut buffer) = (self.stream(fill), Parser::new(), vec![0; 1 << 20]);
+        loop {
+            let len = stream.read(&mut buffer).expect("the stream is read");
+            let mut piece = &buffer[..len];
+            while parser.next(&mut piece).expect("the stream is sound").is_some() {}
+            if len == 0 {
+                break;
+            }
+        }
+        parser.finish().expect("the stream is whole");
+        self.report(what, start);
+    }
+
+    fn layer(&self, name: &str) -> Arc<dyn Layer> {
+        vhdx::open(self.folder.open(name, Mode::Read).expect("a file"), Mode::Read).expect("an image")
+    }
+
+    fn chain(&self, names: &[&str]) -> Chain {
+        Chain::new(names.iter().map(|name| self.layer(name)).collect(), Access::Read).expect("a chain")
+    }
+
+    fn capture(&self, what: &str, fill: Fill, name: &str, parent: Option<&str>) {
+        let below = parent.map(|parent| self.chain(&[parent]));
+        let new_layer = |new: NewLayer| {
+            let mut layers: Vec<_> = parent.map(|parent| self.layer(parent)).into_iter().collect();
+            let options = match layers.last() {
+                Some(below) => Options::differencing(below.as_ref(), parent.unwrap_or_default())?,
+                None => Options { sector_size: PAGE as u32, kind: Kind::Dynamic, ..Options::dynamic(new.size) },
+            };
+            layers.push(vhdx::create(self.folder.create(name)?, &options)?);
+            Ok(Arc::new(Chain::new(layers, Access::Write)?))
+        };
+        let start = Instant::now();
+        let mut read = start.elapsed();
+        let captured = memory::capture(self.stream(fill), below.as_ref(), new_layer, |_| read = start.elapsed());
+        self.report(what, start);
+        println!("  the guest's part          {:7.3} s", read.as_secs_f64());
+        let captured = captured.expect("a capture");
+        captured.chain.close().expect("closed");
+    }
+
+    fn restore(&self, what: &str, names: &[&str]) {
+        let start = Instant::now();
+        let (mut ours, theirs) = UnixStream::pair().expect("a socket");
+        let reader = std::thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 20];
+            while ours.read(&mut buffer).expect("the stream is read") > 0 {}
+        });
+        memory::restore(&self.chain(names), theirs, |_, _| {}).expect("a restore");
+        reader.join().expect("the reader ends");
+        self.report(what, start);
+    }
+}
