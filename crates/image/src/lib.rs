@@ -1,6 +1,24 @@
 //! Virtual disk files and chains of them.
 //!
-//! Read [`layer`] first: the contract between a format and everything else.
+//! ```text
+//!   open, gate ──► Layer (vhdx, raw) ──┐             map: where bytes lie
+//!                  Layer ──────────────┼─► Chain     prepare ► data ► commit: where they go
+//!                  Layer ──────────────┘             flush: data, then the metadata that exposes it
+//!                                          ▲
+//!                            merge, convert, the servers
+//! ```
+//!
+//! Read [`layer`] first: the contract between a format and everything else. A format never moves guest data; [`chain`] does.
+//!
+//! Life of a disk: [`open_path`] (or [`gate::open_chain`], or the layers that a ledger names, opened with [`open()`] and checked with
+//! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
+//! snapshot, [`merge`] for its deletion → [`Chain::close`]. New files come from [`vhdx::create`] and [`raw::create`].
+//!
+//! Rules:
+//! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
+//! - No path from an image is opened: it names a file beside the image, and the ids decide (see [`gate`]).
+//! - An image's format is what its signature says. A raw file has none, and is opened only by somebody who says that it is raw.
+//! - After a failed write or sync of metadata a layer takes no more changes ([`ErrorKind::Poisoned`]).
 
 pub mod chain;
 pub mod convert;
