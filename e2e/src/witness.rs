@@ -112,7 +112,8 @@ impl Witness {
 
     /// The nonce of this boot.
     pub fn nonce(&mut self) -> String {
-        self.ask("status")["nonce"].as_str().expect("a status holds the nonce").to_owned()
+        let status = self.ask("status");
+        status["nonce"].as_str().unwrap_or_else(|| panic!("no nonce in {status}")).to_owned()
     }
 
     /// What follows `start` in the next line that has it.

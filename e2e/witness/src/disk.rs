@@ -47,6 +47,8 @@ pub(crate) struct Disk {
     file: File,
     /// What the guest calls it: `vda`.
     pub(crate) name: String,
+    /// What the machine calls it, whatever its place: `disk0`. Empty if it does not say.
+    pub(crate) serial: String,
     /// Its length in bytes, when it was opened.
     pub(crate) bytes: u64,
 }
@@ -66,7 +68,8 @@ impl Disk {
         let mut file = OpenOptions::new().read(true).write(true).custom_flags(direct).open(path)?;
         let bytes = std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        Ok(Self { file, name, bytes })
+        let serial = std::fs::read_to_string(format!("/sys/block/{name}/serial")).unwrap_or_default();
+        Ok(Self { file, name, serial, bytes })
     }
 
     /// The disks that this guest sees, in order: those of virtio first named.

@@ -9,7 +9,7 @@
 //!
 //! ```text
 //!   disk, from AT:   | slot 0 | slot 1 | … | slot 255 |      a ring: record n lies in slot (n / disks) mod 256
-//!   a record:        magic, journal, disks, seq, prev, nonce[2], filler …, hash      4 KiB; prev is the hash of record seq-1
+//!   a record:        magic, journal, layout, disks, seq, prev, nonce[2], filler …, hash   4 KiB; prev is the hash of record seq-1
 //! ```
 
 use std::collections::BTreeMap;
@@ -23,7 +23,7 @@ const AT: u64 = 1 << 20;
 /// Records in the ring of one disk.
 const SLOTS: u64 = 256;
 const MAGIC: u64 = u64::from_le_bytes(*b"TENBYJNL");
-const HEADER: usize = 7 * 8;
+const HEADER: usize = 8 * 8;
 const HASH_AT: usize = UNIT as usize - 8;
 
 /// The random number that this boot's RAM alone holds.
@@ -33,6 +33,8 @@ pub(crate) type Nonce = [u64; 2];
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Record {
     journal: u64,
+    /// Over which disks the journal lies: see [`layout`].
+    layout: u64,
     disks: u64,
     seq: u64,
     prev: u64,
@@ -41,7 +43,8 @@ struct Record {
 
 impl Record {
     fn encode(&self, to: &mut [u8]) {
-        let fields = [MAGIC, self.journal, self.disks, self.seq, self.prev, self.nonce[0], self.nonce[1]];
+        let [nonce, more] = self.nonce;
+        let fields = [MAGIC, self.journal, self.layout, self.disks, self.seq, self.prev, nonce, more];
         for (field, place) in fields.iter().zip(to.chunks_exact_mut(8)) {
             place.copy_from_slice(&field.to_le_bytes());
         }
@@ -58,14 +61,26 @@ impl Record {
         if word(0) != MAGIC || hash != Hash::of(&from[..HASH_AT]) {
             return None;
         }
-        let record =
-            Self { journal: word(8), disks: word(16), seq: word(24), prev: word(32), nonce: [word(40), word(48)] };
+        let record = Self {
+            journal: word(8),
+            layout: word(16),
+            disks: word(24),
+            seq: word(32),
+            prev: word(40),
+            nonce: [word(48), word(56)],
+        };
         (record.disks > 0).then_some((record, hash))
     }
 
     fn slot(&self) -> u64 {
         self.seq / self.disks % SLOTS
     }
+}
+
+/// A number for this very set of disks: one that is added, removed or replaced changes it.
+fn layout(disks: &[Disk]) -> u64 {
+    let names: Vec<u8> = disks.iter().flat_map(|disk| disk.serial.bytes().chain([0])).collect();
+    Hash::of(&names) ^ disks.len() as u64
 }
 
 /// What the ring of one disk holds.
@@ -158,14 +173,14 @@ impl Journal {
         self.found.problems.extend(problems);
     }
 
-    /// The newest record of a journal that lies over just these disks. One over another number of disks is no longer kept (a disk
-    /// was added or removed); several over the same number are a contradiction.
+    /// The newest record of a journal that lies over just these disks. One over other disks is no longer kept (one was added, removed
+    /// or replaced); two over the same disks, or one that is on one disk only, are a contradiction.
     fn newest_of_all<'a>(&mut self, rings: &'a [Ring]) -> Option<&'a (Record, u64)> {
-        let disks = rings.len() as u64;
-        let lasts: Vec<_> = rings.iter().filter_map(Ring::last).filter(|(record, _)| record.disks == disks).collect();
+        let layout = layout(&self.disks);
+        let lasts: Vec<_> = rings.iter().filter_map(Ring::last).filter(|(record, _)| record.layout == layout).collect();
         let newest = *lasts.iter().max_by_key(|(record, _)| record.seq)?;
         // After a single record the second disk is still blank.
-        let everywhere = lasts.len() as u64 >= disks.min(newest.0.seq);
+        let everywhere = lasts.len() as u64 >= newest.0.disks.min(newest.0.seq);
         if everywhere && lasts.iter().all(|(record, _)| record.journal == newest.0.journal) {
             return Some(newest);
         }
@@ -190,7 +205,14 @@ impl Journal {
             return Ok(());
         }
         let disks = self.disks.len() as u64;
-        let record = Record { journal: self.id, disks, seq: self.flushed + 1, prev: self.last_hash, nonce: self.nonce };
+        let record = Record {
+            journal: self.id,
+            layout: layout(&self.disks),
+            disks,
+            seq: self.flushed + 1,
+            prev: self.last_hash,
+            nonce: self.nonce,
+        };
         let mut block = Aligned::new(UNIT);
         record.encode(&mut block);
         let disk = &self.disks[(record.seq % disks) as usize];
@@ -402,7 +424,7 @@ mod tests {
         let desk = Desk::new("torn");
         let mut journal = Journal::open(desk.both(), [1, 2], 99);
         steps(&mut journal, 20);
-        let next = Record { journal: 99, disks: 2, seq: 21, prev: 0, nonce: [0; 2] };
+        let next = Record { journal: 99, layout: 0, disks: 2, seq: 21, prev: 0, nonce: [0; 2] };
         let torn_at = AT + next.slot() * UNIT;
         open(&desk.0.join("vdb")).write_all_at(&[7; 512], torn_at).unwrap();
         assert!(Journal::open(desk.both(), [3, 4], 1).found.problems.is_empty(), "the write under way at a power cut");
