@@ -688,6 +688,57 @@ fn a_run_folder_of_any_length() {
     });
 }
 
+#[test]
+fn an_outage_of_a_disk_stops_the_guest_and_is_survived() {
+    with_each(|place| async move {
+        let mut launch = place.launch("run");
+        let (image, socket) = (place.path("disk0"), launch.run_dir.join("nbd.sock"));
+        let mut content = vec![0; 1 << 20];
+        content[..GUEST.len()].copy_from_slice(GUEST);
+        content[510..512].copy_from_slice(b"\x55\xaa");
+        std::fs::write(&image, content).expect("an image");
+        let Some(server) = serve(&image, &socket, "disk0").await else { return };
+        // The shortest there is: held for a second, then the request fails.
+        let (export, reconnect_delay) = ("disk0".into(), Duration::from_secs(1));
+        launch.disks =
+            vec![Disk { id: "disk0".into(), bus: Bus::Virtio, socket: "nbd.sock".into(), export, reconnect_delay }];
+        let console = place.console();
+        let mut reader = console.reader();
+        let qemu = start(&launch).await;
+        let mut events = qemu.events();
+        qemu.resume().await.expect("resume");
+        expect(&mut reader, "READY\n").await;
+
+        drop(server);
+        std::fs::remove_file(&socket).expect("the socket");
+        qemu.reset().await.expect("reset");
+        reach(&qemu, RunState::IoError).await;
+        let node = loop {
+            if let EventKind::BlockIoError { node, stops: true, .. } = events.next().await.expect("an event").kind {
+                break node;
+            }
+        };
+        assert_eq!(node, "disk0");
+
+        let server = serve(&image, &socket, "disk0").await;
+        assert!(server.is_some());
+        // The client of an NBD server that came back takes its time to notice: the guest may be stopped again until then.
+        let mut states = qemu.watch();
+        qemu.resume().await.expect("resume");
+        tokio::select! {
+            _ = expect(&mut reader, "READY\n") => {}
+            () = async {
+                loop {
+                    states.wait_for(|state| *state == RunState::IoError).await.expect("the watch lives");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    qemu.resume().await.expect("resume");
+                }
+            } => {}
+        }
+        assert_eq!(qemu.state(), RunState::Running);
+    });
+}
+
 /// An NBD server of QEMU's own tools. Ends with the test.
 struct Server(std::process::Child);
 
