@@ -23,6 +23,9 @@ const LONGEST_ANSWER: usize = 256 << 20;
 /// How long a worker may take for an answer that waits for nothing.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long it may take to say who it is.
+const GREETING: Duration = Duration::from_secs(10);
+
 /// Why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -59,7 +62,7 @@ impl Client {
 
     /// Who answers.
     pub async fn hello(&self) -> Result<Hello, Error> {
-        self.get("/v1/hello").await
+        decode(&self.send(Method::GET, "/v1/hello", None::<&()>, GREETING).await?)
     }
 
     /// Asks an older worker to end in good order.

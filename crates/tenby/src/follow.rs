@@ -50,6 +50,8 @@ struct Asking<'a> {
     /// What to send again to the next worker; `None` if the job is somebody else's.
     request: Option<Request>,
     interrupts: Signal,
+    /// Whether its user has asked for it to be cancelled.
+    cancelling: bool,
     progress: Progress,
     deaths: u32,
     /// The last that was heard of the job.
@@ -67,12 +69,24 @@ impl<'a> Asking<'a> {
     fn new(session: &'a Session, found: &'a Found, id: JobId, request: Option<Request>) -> Result<Self, Problem> {
         let interrupts = signal(SignalKind::interrupt())
             .map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
-        Ok(Self { session, found, id, request, interrupts, progress: session.out.progress(), deaths: 0, last: None })
+        Ok(Self {
+            session,
+            found,
+            id,
+            request,
+            interrupts,
+            cancelling: false,
+            progress: session.out.progress(),
+            deaths: 0,
+            last: None,
+        })
     }
 
     async fn see_through(&mut self) -> Result<Job, Problem> {
         let Some(mut client) = self.join().await? else { return self.vanished() };
-        let mut cancelling = false;
+        if self.cancelling && !self.ended() {
+            self.cancel(&client).await?;
+        }
         let mut asked_at = Instant::now();
         loop {
             if let Some(job) = self.last.as_ref().filter(|job| job.state.ended()) {
@@ -98,13 +112,13 @@ impl<'a> Asking<'a> {
                         Some(next) => client = next,
                         None => return self.vanished(),
                     }
+                    if self.cancelling && !self.ended() {
+                        self.cancel(&client).await?;
+                    }
                 }
                 Event::News(Err(error)) => return Err(problem(error)),
-                Event::Interrupt if cancelling => return Err(self.left_running()),
-                Event::Interrupt => {
-                    cancelling = true;
-                    self.cancel(&client).await;
-                }
+                Event::Interrupt if self.cancelling => return Err(self.left_running()),
+                Event::Interrupt => self.cancel(&client).await?,
             }
         }
     }
@@ -125,8 +139,15 @@ impl<'a> Asking<'a> {
                 client => client?,
             };
             let answer = match &self.request {
-                Some(request) => client.submit(self.found.id, self.id, request.clone()).await,
-                None => client.job(self.id, None, Duration::ZERO).await,
+                // What its user has given up is not asked for again: if nobody knows the job, nothing has changed.
+                Some(request) if !self.cancelling => tokio::select! {
+                    answer = client.submit(self.found.id, self.id, request.clone()) => answer,
+                    _ = self.interrupts.recv() => {
+                        self.cancelling = true;
+                        continue;
+                    }
+                },
+                _ => client.job(self.id, None, Duration::ZERO).await,
             };
             match answer {
                 Ok(job) => {
@@ -139,9 +160,16 @@ impl<'a> Asking<'a> {
                         return Err(self.given_up(&error));
                     }
                 }
+                Err(Error::Problem(unknown)) if self.cancelling && unknown.kind == ProblemKind::NotFound => {
+                    return Err(cancelled("cancelled before it began; nothing has changed"));
+                }
                 Err(error) => return Err(problem(error)),
             }
         }
+    }
+
+    fn ended(&self) -> bool {
+        self.last.as_ref().is_some_and(|job| job.state.ended())
     }
 
     fn heard(&mut self, job: Job) {
@@ -149,11 +177,20 @@ impl<'a> Asking<'a> {
         self.last = Some(job);
     }
 
-    async fn cancel(&self, client: &Client) {
-        self.session.out.note("cancelling; once more leaves it running");
-        // Whatever the answer, the job itself tells how it ends.
-        if let Err(error) = client.cancel(self.id).await {
-            self.session.out.note(&format!("it cannot be cancelled: {error}"));
+    /// Asks the job to cancel. Whatever the answer, the job itself tells how it ends.
+    async fn cancel(&mut self, client: &Client) -> Result<(), Problem> {
+        if !self.cancelling {
+            self.cancelling = true;
+            self.session.out.note("cancelling; once more leaves it running");
+        }
+        tokio::select! {
+            answer = client.cancel(self.id) => {
+                if let Err(Error::Problem(problem)) = answer {
+                    self.session.out.note(&format!("it cannot be cancelled: {problem}"));
+                }
+                Ok(())
+            }
+            _ = self.interrupts.recv() => Err(self.left_running()),
         }
     }
 

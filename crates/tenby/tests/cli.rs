@@ -238,6 +238,20 @@ fn a_worker_that_was_killed_is_followed_by_the_next() {
 }
 
 #[test]
+fn a_worker_that_dies_in_the_middle_is_rejoined_and_the_real_outcome_told() {
+    // Before the commit: undone. After it: done. Either way the command says what is true.
+    for (step, code, taken) in [("snapshot:files", 1, 0), ("snapshot:committed", 0, 1)] {
+        let place = Place::with_machine("web");
+        let mut command = place.command(&["snapshot", "create", "web", "two"]);
+        let ended: Ended = command.env("TENBY_DIE_AT", step).output().unwrap().into();
+        assert_eq!(ended.code, code, "{step}: {ended:?}");
+        assert_eq!(place.names("web").len(), taken, "{step}");
+        let jobs = place.tenby(&["job", "list", "--json"]).well().json();
+        assert_eq!(jobs["jobs"][0]["state"], if code == 0 { "completed" } else { "failed" }, "{step}");
+    }
+}
+
+#[test]
 fn a_worker_ends_in_good_order_when_told_to() {
     let place = Place::with_machine("web");
     let (pid, runtime) = worker(&place, "web");

@@ -133,6 +133,37 @@ fn the_console_works_with_pipes_and_over_a_workers_death() {
 }
 
 #[test]
+fn ctrl_c_asks_the_job_to_cancel_and_a_second_one_leaves_it() {
+    let place = echoing();
+    let _off = Off(&place);
+    // The guest knows nothing of a power button: this waits.
+    let stopping = || {
+        let mut command = place.command(&["vm", "stop", "echo", "--timeout", "10m"]);
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let err = Heard::from(child.stderr.take().unwrap());
+        eventually("stopping", || place.machine("echo")["state"] == "stopping");
+        (child, err)
+    };
+    let interrupt = |child: &Child| kill_process(Pid::from_child(child), Signal::INT).unwrap();
+    let (mut child, err) = stopping();
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    err.hears("error: ");
+    assert_eq!(place.machine("echo")["state"], "running", "cancelled: nothing has changed");
+
+    // A worker that is stopped does not answer: only the second Ctrl-C helps.
+    let (mut child, err) = stopping();
+    let worker = Pid::from_raw(i32::try_from(place.machine("echo")["worker"].as_i64().unwrap()).unwrap()).unwrap();
+    kill_process(worker, Signal::STOP).unwrap();
+    interrupt(&child);
+    err.hears("cancelling");
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    err.hears("hint: tenby job watch ");
+    kill_process(worker, Signal::CONT).unwrap();
+}
+
+#[test]
 fn a_console_ends_when_its_machine_is_turned_off() {
     let place = echoing();
     let _off = Off(&place);

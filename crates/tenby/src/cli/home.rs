@@ -1,5 +1,6 @@
 //! `tenby` alone: the machines with state, Now and pending work; where there is none, what to type first.
 
+use crate::demo::YOUR_OWN;
 use crate::doctor;
 use crate::draw;
 use crate::json;
@@ -19,19 +20,10 @@ pub(crate) async fn run(session: &Session) -> Result<(), Problem> {
     }
     if machines.is_empty() {
         let verdict = doctor::verdict(&doctor::examine(session.root.path()).await);
-        session.out.text(&format!("{FIRST}\n{verdict}\n"));
+        let first = YOUR_OWN.join("\n  ");
+        session.out.text(&format!("There is no machine yet. The first commands:\n\n  {first}\n\n{verdict}\n"));
         return Ok(());
     }
     session.out.text(&draw::home(&machines, session.out.look()));
     Ok(())
 }
-
-const FIRST: &str = "There is no machine yet. The first commands:
-
-  tenby vm create web --disk new:20G --cdrom debian.iso --boot cdrom
-  tenby vm start web
-  tenby vm console web                        (Ctrl-] leaves)
-  tenby snapshot create web \"fresh\"
-
-  tenby demo week                             (the story, on a real guest)
-";

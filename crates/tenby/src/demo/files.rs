@@ -33,7 +33,8 @@ impl Nicknames {
             let parent = parent.map(|parent| self.name(parent)).unwrap_or_default();
             table.row([self.name(row), size(bytes(folder, row)), parent, part(&machine, &disk, row.id)]);
         }
-        let drawn: String = table.draw().lines().map(|line| format!("  {line}\n")).collect();
+        let drawn = table.draw().replace('\n', "\n  ");
+        let drawn = format!("  {}\n", drawn.trim_end());
         Ok(format!("{drawn}{}{}", self.changes(&files), memory(&machine, folder)))
     }
 

@@ -5,7 +5,7 @@ mod guest;
 mod week;
 
 use crate::cli::{self, Cli};
-use crate::draw::Look;
+use crate::draw::{COLUMNS, Look};
 use crate::out::Out;
 use crate::session::Session;
 use clap::Parser;
@@ -15,7 +15,7 @@ use machine::request::Problem;
 use machine::root::Found;
 use std::path::{Path, PathBuf};
 
-pub(crate) use week::tell as week;
+pub(crate) use week::{YOUR_OWN, tell as week};
 
 /// The machine's name in every story.
 const NAME: &str = "Tenby";
@@ -63,8 +63,7 @@ impl Stage {
 
     /// Prints a command as one would type it, and carries it out.
     async fn tenby(&self, words: &[&str]) -> Result<(), Problem> {
-        let typed: Vec<String> = words.iter().map(|word| shown(word)).collect();
-        self.say(&format!("\n$ tenby {}", typed.join(" ")));
+        self.say(&format!("\n{}", typed(words)));
         self.quietly(words).await
     }
 
@@ -127,6 +126,23 @@ impl Boot {
         }
         Ok(boot)
     }
+}
+
+/// A command as one would type it, with its lines broken before the page's edge.
+fn typed(words: &[&str]) -> String {
+    let mut lines = vec!["$ tenby".to_owned()];
+    for word in words {
+        let word = shown(word);
+        let line = lines.last_mut().expect("there is a first line");
+        if line.len() + 1 + word.len() > COLUMNS - 2 {
+            line.push_str(" \\");
+            lines.push(format!("      {word}"));
+        } else {
+            line.push(' ');
+            line.push_str(&word);
+        }
+    }
+    lines.join("\n")
 }
 
 /// A word as one would type it, on a page of 80 columns: long paths are told by their end.

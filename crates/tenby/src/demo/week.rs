@@ -22,7 +22,7 @@ const FRIDAY: Day = Day { name: "Friday", seed: 5 };
 
 /// The four commands that bring up a machine of one's own. The README has the same.
 pub(crate) const YOUR_OWN: [&str; 4] = [
-    "tenby vm create web --memory 2G --disk new:20G --cdrom debian.iso --boot cdrom",
+    "tenby vm create web --memory 2G --cpus 2 --disk new:20G --cdrom debian.iso --boot cdrom",
     "tenby vm start web",
     "tenby vm console web",
     "tenby snapshot create web fresh",
@@ -226,4 +226,20 @@ async fn ask(guest: &mut Guest, request: &str, field: &str) -> Result<serde_json
 async fn text(guest: &mut Guest, disk: &str, at: &str) -> Result<serde_json::Value, Problem> {
     let read = ask(guest, &format!("read {disk} {at} 64"), "text").await?;
     Ok(read.as_str().unwrap_or_default().trim_end_matches('\0').trim_end().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+    use clap::Parser;
+
+    #[test]
+    fn the_readme_has_the_same_four_commands_and_they_parse() {
+        let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../README.md")).unwrap();
+        assert!(readme.contains(&YOUR_OWN.join("\n")), "the README has other commands");
+        for command in YOUR_OWN {
+            Cli::try_parse_from(command.split(' ')).unwrap();
+        }
+    }
 }
