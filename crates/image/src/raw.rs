@@ -1,6 +1,6 @@
 //! Raw files: the disk's bytes as they are.
 
-use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket};
+use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket, push_run};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,25 +15,29 @@ const SECTOR: u64 = 512;
 pub struct RawLayer {
     store: Arc<dyn Store>,
     writable: bool,
-    /// Bytes that the file has.
-    length: u64,
+    /// Bytes of the disk.
+    size: u64,
     wrote: AtomicBool,
     poisoned: AtomicBool,
 }
 
 /// Opens a file as a raw disk. For [`Mode::Write`] its length is made a multiple of the sector size.
 pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<RawLayer>> {
-    let mut length = store.len()?;
-    let whole = length.checked_next_multiple_of(SECTOR).filter(|length| *length != 0);
-    let whole = whole.ok_or_else(|| Error::new(ErrorKind::Invalid, store.name(), "an empty file is no disk"))?;
-    if mode == Mode::Write && whole != length {
-        store.set_len(whole)?;
-        length = whole;
-    }
+    let length = store.len()?;
+    let size = length.checked_next_multiple_of(SECTOR).filter(|size| *size != 0);
+    let size = size.ok_or_else(|| Error::new(ErrorKind::Invalid, store.name(), "an empty file is no disk"))?;
+    let store = match mode {
+        _ if size == length => store,
+        Mode::Write => {
+            store.set_len(size)?;
+            store
+        }
+        Mode::Read => Arc::new(Padded { inner: store, length, size }),
+    };
     Ok(Arc::new(RawLayer {
         store,
         writable: mode == Mode::Write,
-        length,
+        size,
         wrote: AtomicBool::new(false),
         poisoned: AtomicBool::new(false),
     }))
@@ -54,17 +58,88 @@ pub fn create(store: Arc<dyn Store>, size: u64) -> Result<Arc<RawLayer>> {
     open(store, Mode::Write)
 }
 
+/// A file for reading, with zeros behind its end up to the disk's.
+#[derive(Debug)]
+struct Padded {
+    inner: Arc<dyn Store>,
+    length: u64,
+    size: u64,
+}
+
+impl Padded {
+    fn denied(&self, operation: &'static str) -> store::Error {
+        let detail = "the file is open for reading only".to_owned();
+        store::Error { kind: store::ErrorKind::Denied, operation, name: self.name(), detail }
+    }
+}
+
+impl Store for Padded {
+    fn name(&self) -> String {
+        self.inner.name()
+    }
+
+    fn len(&self) -> store::Result<u64> {
+        Ok(self.size)
+    }
+
+    fn set_len(&self, _len: u64) -> store::Result<()> {
+        Err(self.denied("resize"))
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> store::Result<()> {
+        let end = offset.saturating_add(buf.len() as u64);
+        if end <= self.length || end > self.size {
+            // What lies past the disk is past the file as well: the file says so.
+            return self.inner.read_at(buf, offset);
+        }
+        let (here, past) = buf.split_at_mut(self.length.saturating_sub(offset) as usize);
+        past.fill(0);
+        if here.is_empty() { Ok(()) } else { self.inner.read_at(here, offset) }
+    }
+
+    fn write_at(&self, _buf: &[u8], _offset: u64) -> store::Result<()> {
+        Err(self.denied("write"))
+    }
+
+    fn punch(&self, _offset: u64, _len: u64) -> store::Result<()> {
+        Err(self.denied("zero"))
+    }
+
+    fn sync(&self) -> store::Result<()> {
+        Ok(())
+    }
+
+    fn lock(&self, lock: Lock) -> store::Result<()> {
+        self.inner.lock(lock)
+    }
+
+    fn data(&self, offset: u64) -> store::Result<Option<(u64, u64)>> {
+        self.inner.data(offset)
+    }
+
+    fn allocated(&self) -> store::Result<u64> {
+        self.inner.allocated()
+    }
+}
+
 impl RawLayer {
-    fn size(&self) -> u64 {
-        self.length.next_multiple_of(SECTOR)
+    /// The next stretch of whole sectors at `at` or after it that is not a hole; at the disk's end, an empty one. Of a file that is
+    /// written holes are not asked for: they come and go.
+    fn data(&self, at: u64) -> Result<(u64, u64)> {
+        if self.writable {
+            return Ok((at, self.size));
+        }
+        let data = self.store.data(at)?.filter(|(start, _)| *start < self.size);
+        let sectors = |(start, end): (u64, u64)| (start / SECTOR * SECTOR, end.next_multiple_of(SECTOR).min(self.size));
+        Ok(data.map_or((self.size, self.size), sectors))
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
         if inside && offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR) {
             return Ok(());
         }
-        let message = format!("{len} bytes at {offset} are no sectors of a disk of {} bytes", self.size());
+        let message = format!("{len} bytes at {offset} are no sectors of a disk of {} bytes", self.size);
         Err(Error::new(ErrorKind::Invalid, self.store.name(), message))
     }
 
@@ -88,7 +163,7 @@ impl Layer for RawLayer {
         LayerInfo {
             format: Format::Raw,
             kind: Kind::Fixed,
-            size: self.size(),
+            size: self.size,
             sector_size: SECTOR as u32,
             block_size: SECTOR as u32,
             data_id: Uuid::nil(),
@@ -103,13 +178,20 @@ impl Layer for RawLayer {
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
         self.check_range(offset, len)?;
-        let (end, there) = (offset + len, self.length.clamp(offset, offset + len));
-        let runs = [(offset, there, Source::Data(offset)), (there, end, Source::Zero)];
-        out.extend(runs.into_iter().filter(|(start, end, _)| start < end).map(|(start, end, source)| Run {
-            offset: start,
-            len: end - start,
-            source,
-        }));
+        let end = offset + len;
+        let first = out.len();
+        let mut push = |start: u64, end: u64, source| {
+            if start < end {
+                push_run(out, first, Run { offset: start, len: end - start, source });
+            }
+        };
+        let mut at = offset;
+        while at < end {
+            let (start, stop) = self.data(at)?;
+            push(at, start.min(end), Source::Zero);
+            push(start, stop.min(end), Source::Data(start));
+            at = stop;
+        }
         Ok(())
     }
 

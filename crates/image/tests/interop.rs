@@ -274,6 +274,36 @@ fn raw_and_vhdx_become_each_other() {
 }
 
 #[test]
+fn holes_of_a_raw_file_are_not_read() {
+    let disks = Disks::new();
+    let store = disks.folder.create("sparse.raw").expect("new");
+    store.set_len(40 * MIB + 700).expect("length");
+    store.write_at(&[5; 5000], 20 * MIB + 3).expect("write");
+    store.write_at(&[6; 100], 40 * MIB + 600).expect("write");
+    drop(store);
+    let layers = image::open_path(&disks.path("sparse.raw"), Some(image::Format::Raw), Mode::Read).expect("raw");
+    let (layer, size) = (Arc::clone(&layers[0]), 40 * MIB + 1024);
+    assert_eq!(layer.info().size, size);
+    let mut runs = Vec::new();
+    layer.map(0, size, &mut runs).expect("map");
+    let mut at = 0;
+    for run in &runs {
+        assert_eq!(run.offset, at, "no gaps");
+        at += run.len;
+    }
+    assert_eq!(at, size);
+    if layer.store().allocated().expect("allocated") < MIB {
+        let data: u64 = runs.iter().filter(|run| matches!(run.source, image::Source::Data(_))).map(|run| run.len).sum();
+        assert!(data < MIB, "{data} bytes of data");
+    }
+    let mut expected = fs::read(disks.path("sparse.raw")).expect("read");
+    expected.resize(size as usize, 0);
+    let chain = Chain::new(layers, Access::Read).expect("a chain");
+    let found = convert::hash(&chain, &mut |_, _| true).expect("hashed").expect("to the end");
+    assert_eq!(hex(&found), sha256(&expected));
+}
+
+#[test]
 fn a_parent_is_found_checked_and_never_sought_elsewhere() {
     let disks = Disks::new();
     drop(disks.create("Base.VHDX", &Options::dynamic(4 * MIB)));

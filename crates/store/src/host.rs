@@ -13,7 +13,7 @@
 
 use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags};
+use rustix::fs::{self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags, SeekFrom};
 use rustix::io::{Errno, pread, pwrite, retry_on_intr};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -324,6 +324,24 @@ impl Store for HostFile {
         })?;
         *held = lock;
         Ok(())
+    }
+
+    fn data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        // Seeking moves the descriptor's offset, which nothing here uses.
+        let seek = |to| retry_on_intr(|| fs::seek(&self.fd, to));
+        match seek(SeekFrom::Data(offset)) {
+            Ok(start) => {
+                let end = seek(SeekFrom::Hole(start)).map_err(|errno| self.failed("look for holes in", errno))?;
+                // Cut short in between, the file has nothing here any more.
+                Ok((start < end).then_some((start, end)))
+            }
+            Err(Errno::NXIO) => Ok(None),
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => {
+                let len = self.len()?;
+                Ok((offset < len).then_some((offset, len)))
+            }
+            Err(errno) => Err(self.failed("look for holes in", errno)),
+        }
     }
 
     fn allocated(&self) -> Result<u64> {

@@ -71,6 +71,12 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// Changes the lock held through this handle; fails at once with [`ErrorKind::Locked`] if another handle is in the way, the
     /// lock held so far being kept. (The host may lose it to another process that asks at that very moment.)
     fn lock(&self, lock: Lock) -> Result<()>;
+    /// The next stretch, from and to, that may hold other bytes than zeros, at `offset` or after it; `None` if there is none up to the
+    /// end. What is left out reads as zeros: holes, where the file system tells.
+    fn data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let len = self.len()?;
+        Ok((offset < len).then_some((offset, len)))
+    }
     /// Bytes that the file occupies on its file system (allocated blocks, not its length).
     fn allocated(&self) -> Result<u64>;
 }
