@@ -103,8 +103,7 @@ impl Book {
         let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
         if let Err(error) = ledger.commit(change) {
             if error.kind == ledger::ErrorKind::Unsure {
-                tracing::error!("{error}; this worker ends");
-                std::process::abort();
+                give_up(&error.problem(self.shared.files.path()));
             }
             return Err(error.problem(self.shared.files.path()));
         }
@@ -449,6 +448,13 @@ impl Owner {
     pub(crate) fn machine(&self) -> Arc<Rows> {
         self.shared.rows()
     }
+}
+
+/// What this worker does and what the ledger says have come apart: it ends on the spot, leaving QEMU alone, and the next one goes by
+/// what it reads.
+pub(crate) fn give_up(why: &Problem) -> ! {
+    tracing::error!("{why}; this worker ends");
+    std::process::abort()
 }
 
 /// Keeps a job in the rows, and the newest of those that have ended.

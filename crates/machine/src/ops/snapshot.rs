@@ -4,7 +4,7 @@
 //! stops and resumes itself for a few milliseconds; what it writes to its disks around that moment is logged and sorted out by
 //! QEMU's own stamps; its memory streams into the new layer while it runs on.
 
-use crate::actor::Owner;
+use crate::actor::{Owner, give_up};
 use crate::files::{Parent, image_problem};
 use crate::job::Task;
 use crate::live::{blocking, qemu_problem};
@@ -133,7 +133,7 @@ impl Owner {
             live.flush().await?;
             for (disk, row) in leaves {
                 let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
-                chain.push(Arc::clone(layer)).map_err(|e| image_problem(&e))?;
+                chain.push(Arc::clone(layer)).unwrap_or_else(|e| give_up(&image_problem(&e)));
                 live.pushed(disk, row.id, Arc::clone(layer));
             }
             // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
@@ -174,7 +174,9 @@ impl Owner {
         let mut windows = Vec::new();
         for (disk, row) in leaves {
             let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
-            windows.push(chain.push_ambiguous(Arc::clone(layer), limit).map_err(|e| image_problem(&e))?);
+            // The ledger has this leaf as Now's already: a chain that does not take it must not serve another write (invariant 3).
+            windows
+                .push(chain.push_ambiguous(Arc::clone(layer), limit).unwrap_or_else(|e| give_up(&image_problem(&e))));
             live.pushed(disk, row.id, Arc::clone(layer));
         }
         let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
