@@ -60,7 +60,7 @@ impl Bench {
         std::thread::spawn(move || {
             let blocks = [Block { name: "pc.ram".into(), len }];
             let (mut out, mut emitter) = (Vec::new(), Emitter::new(1, &blocks));
-            Emitter::prelude(&mut out, "pc-q35-10.0", &[]);
+            Emitter::prelude(&mut out, "pc-q35-10.0");
             emitter.start(&mut out);
             emitter.open_part(&mut out);
             let mut page = [0x5a; PAGE];

@@ -90,13 +90,14 @@ pub struct Captured {
 
 /// Captures a migration stream into a new memory disk.
 ///
-/// `stream` blocks; closing it (shutting the socket down) cancels the capture, which then fails with
-/// [`ErrorKind::Truncated`], as it does when QEMU gives up. `parent` is the memory that the guest was restored from or last
+/// `stream` blocks. It ends early when QEMU gives up or its socket is shut down: [`ErrorKind::Truncated`]. `parent` is the memory that the guest was restored from or last
 /// captured into; `new_layer` is called once, when the blocks of RAM are known, and answers with a chain whose leaf is a new,
 /// empty layer, over the parent's layers if [`NewLayer::on_parent`] says so. `signal` is called from this thread and must not
 /// wait for anything.
 ///
-/// When this fails the new layer holds rubbish without a table and is to be removed. When it succeeds, the stream was complete:
+/// When this fails, the stream is not read any further, and the new layer holds rubbish without a table and is to be removed. A
+/// background snapshot's stream must be read to its end nevertheless, by the caller: the guest waits for its pages, and QEMU before
+/// 8.1 leaves them protected for ever when the stream breaks. When it succeeds, the stream was complete:
 /// every page of every block was seen.
 pub fn capture(
     stream: impl Read,
@@ -166,7 +167,7 @@ fn copy_pages(
 /// Writes what is not RAM, the table last.
 fn write_rest(chain: &Chain, layout: &Layout, prelude: &Prelude, devices: DeviceState, counts: Counts) -> Result<()> {
     let mut head = Vec::new();
-    Emitter::prelude(&mut head, &prelude.machine, &prelude.early);
+    Emitter::prelude(&mut head, &prelude.machine);
     let table = Table {
         section: prelude.section,
         blocks: prelude.blocks.clone(),
@@ -194,7 +195,6 @@ fn write_region(chain: &Chain, at: u64, room: u64, mut bytes: Vec<u8>) -> Result
 /// The stream up to RAM.
 struct Prelude {
     machine: String,
-    early: Vec<u8>,
     section: u32,
     blocks: Vec<Block>,
 }
@@ -244,11 +244,10 @@ impl<R: Read> Source<R> {
 
     /// Reads up to the pages.
     fn prelude(&mut self) -> Result<Prelude> {
-        let mut prelude = Prelude { machine: String::new(), early: Vec::new(), section: 0, blocks: Vec::new() };
+        let mut prelude = Prelude { machine: String::new(), section: 0, blocks: Vec::new() };
         self.each(|event| {
             match event {
                 Event::Configuration(machine) => machine.clone_into(&mut prelude.machine),
-                Event::EarlyState(early) => early.clone_into(&mut prelude.early),
                 Event::Blocks { section, blocks } => {
                     prelude.section = section;
                     blocks.clone_into(&mut prelude.blocks);
@@ -311,7 +310,7 @@ impl<'a, S: FnMut(Signal)> Collector<'a, S> {
                 self.tail.extend_from_slice(bytes);
                 Ok(())
             }
-            Event::Header | Event::Configuration(_) | Event::EarlyState(_) | Event::Blocks { .. } => Ok(()),
+            Event::Header | Event::Configuration(_) | Event::Blocks { .. } => Ok(()),
         }
     }
 

@@ -1,8 +1,8 @@
 //! The QEMU migration stream, as a pure codec: no files, no sockets, no threads.
 //!
 //! ```text
-//!   header  configuration  [early state]  ram START(block list)  ram PART(pages)…  [ram END]  device state  EOF  description
-//!   └─────────── prelude ──────────────┘  └───────────── Parser / Emitter ──────────────────┘ └───── DeviceState::split ────┘
+//!   header  configuration  ram START(block list)  ram PART(pages)…  [ram END]  device state  EOF  description
+//!   └───── prelude ─────┘  └────────── Parser / Emitter ────────────────────┘  └──── DeviceState::split ────┘
 //! ```
 //!
 //! [`Parser`] takes the bytes in pieces of any size and yields [`Event`]s; [`Emitter`] makes the bytes again. Only RAM is
@@ -21,7 +21,7 @@ mod tests;
 
 pub use device::DeviceState;
 pub use emitter::Emitter;
-pub use format::{MAX_BLOCKS, MAX_EARLY, PAGE};
+pub use format::{MAX_BLOCKS, PAGE};
 pub use parser::{Event, Parser};
 
 /// One RAM block: a contiguous piece of guest memory that QEMU knows by name (`pc.ram`, `pc.bios`, `0000:00:02.0/vga.vram`).

@@ -35,7 +35,7 @@ impl Guest {
         let mut out = Vec::new();
         let blocks = self.blocks();
         let mut emitter = Emitter::new(7, &blocks);
-        Emitter::prelude(&mut out, "pc-test-1.0", &[]);
+        Emitter::prelude(&mut out, "pc-test-1.0");
         emitter.start(&mut out);
         emitter.open_part(&mut out);
         for (block, at, seed) in first {
@@ -69,7 +69,7 @@ impl Guest {
                 }
                 Event::ZeroPage { block, offset } => guest.blocks[block].1[offset as usize / PAGE] = 0,
                 Event::DeviceState(bytes) => tail.extend_from_slice(bytes),
-                Event::Header | Event::Configuration(_) | Event::EarlyState(_) | Event::Pages => {}
+                Event::Header | Event::Configuration(_) | Event::Pages => {}
             }
         }
         parser.finish().unwrap();
@@ -279,7 +279,7 @@ fn a_missing_page_is_an_error() {
     let mut out = Vec::new();
     let blocks = small(vec![1; 3]).blocks();
     let mut emitter = Emitter::new(7, &blocks);
-    Emitter::prelude(&mut out, "m", &[]);
+    Emitter::prelude(&mut out, "m");
     emitter.start(&mut out);
     emitter.open_end(&mut out);
     emitter.page(&mut out, 0, 0, &page(1));

@@ -25,14 +25,13 @@ impl<'a> Emitter<'a> {
         Self { section, blocks, current: None }
     }
 
-    /// What comes before RAM: the header, the machine's type (at most 255 bytes), and device state to be loaded before RAM.
-    pub fn prelude(out: &mut Vec<u8>, machine: &str, early: &[u8]) {
+    /// What comes before RAM: the header and the machine's type (at most 255 bytes).
+    pub fn prelude(out: &mut Vec<u8>, machine: &str) {
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_be_bytes());
         out.push(CONFIGURATION);
         out.extend_from_slice(&(machine.len() as u32).to_be_bytes());
         out.extend_from_slice(machine.as_bytes());
-        out.extend_from_slice(early);
     }
 
     /// The RAM section's START with the block list.

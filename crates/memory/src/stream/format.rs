@@ -4,8 +4,6 @@
 pub const PAGE: usize = 4096;
 /// The most RAM blocks that are accepted; a real machine has a dozen.
 pub const MAX_BLOCKS: usize = 1024;
-/// The most bytes of device state accepted before RAM; a few hundred are real (virtio-mem).
-pub const MAX_EARLY: usize = 1 << 20;
 /// The most RAM accepted, bytes: what fits a VHDX (64 TiB) with room to spare.
 pub(super) const MAX_RAM: u64 = 1 << 45;
 

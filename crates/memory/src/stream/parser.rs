@@ -5,8 +5,8 @@
 
 use super::Block;
 use super::format::{
-    COMMAND, CONFIGURATION, EOF, FOOTER, MAGIC, MAX_BLOCKS, MAX_EARLY, MAX_RAM, PAGE, RAM, RAM_INSTANCE, RAM_VERSION,
-    SECTION_END, SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION, SWITCHOVER_START, VERSION, flag,
+    COMMAND, CONFIGURATION, EOF, FOOTER, MAGIC, MAX_BLOCKS, MAX_RAM, PAGE, RAM, RAM_INSTANCE, RAM_VERSION, SECTION_END,
+    SECTION_FULL, SECTION_PART, SECTION_START, SUBSECTION, SWITCHOVER_START, VERSION, flag,
 };
 use crate::{Error, ErrorKind, Result};
 
@@ -17,8 +17,6 @@ pub enum Event<'a> {
     Header,
     /// The machine's type (`pc-q35-10.0`).
     Configuration(&'a str),
-    /// The state of devices that must be loaded before RAM, opaque and whole.
-    EarlyState(&'a [u8]),
     /// The RAM section has begun: its section id and the blocks of RAM, which the numbers in later events index.
     Blocks {
         /// The id that the following RAM sections carry.
@@ -51,8 +49,7 @@ pub enum Event<'a> {
 
 /// The incremental parser.
 ///
-/// It never panics, whatever the bytes, and holds twice [`MAX_EARLY`](super::MAX_EARLY) bytes at most. After an error it is not to be used
-/// again.
+/// It never panics, whatever the bytes, and holds a few pages at most. After an error it is not to be used again.
 ///
 /// ```
 /// use memory::stream::{Event, Parser};
@@ -160,7 +157,6 @@ enum Step {
 enum Found {
     Header,
     Configuration(std::ops::Range<usize>),
-    EarlyState,
     Blocks(u32),
     Pages,
     Page { block: usize, offset: u64 },
@@ -176,7 +172,6 @@ impl Found {
             Self::Configuration(name) => {
                 Event::Configuration(std::str::from_utf8(&bytes[name]).expect("the grammar checked the name"))
             }
-            Self::EarlyState => Event::EarlyState(bytes),
             Self::Blocks(section) => Event::Blocks { section, blocks },
             Self::Pages => Event::Pages,
             Self::Page { block, offset } => {
@@ -197,10 +192,6 @@ enum State {
     Configuration,
     /// Before the RAM section.
     Prelude,
-    /// In device state before RAM; so many bytes were searched for its end.
-    Early {
-        searched: usize,
-    },
     /// At the first record of the RAM section, which opens the block list.
     MemSize,
     /// In the block list; so many bytes of RAM have not been named yet.
@@ -226,6 +217,8 @@ struct Grammar {
     blocks: Vec<Block>,
     /// The block of the last record, which `CONTINUE` refers to.
     current: Option<usize>,
+    /// Whether a section with pages has begun.
+    pages: bool,
 }
 
 impl Grammar {
@@ -235,7 +228,6 @@ impl Grammar {
             State::Header => self.header(bytes),
             State::Configuration => self.configuration(bytes),
             State::Prelude => self.prelude(bytes),
-            State::Early { searched } => self.early(bytes, searched),
             State::MemSize => self.mem_size(bytes),
             State::Blocks { left } => self.block(bytes, left),
             State::Records => self.record(bytes),
@@ -286,7 +278,7 @@ impl Grammar {
     fn prelude(&mut self, bytes: &[u8]) -> Result<Step> {
         match bytes[0] {
             SECTION_START => self.start(bytes),
-            SECTION_FULL => Ok(self.skip(0, State::Early { searched: 0 })),
+            SECTION_FULL => Err(early_state()),
             SUBSECTION => match name_at(bytes, 1)? {
                 Name::Need(total) => Ok(Step::Need(total)),
                 Name::Is(name, _) => Err(unsupported(format!("the subsection {name:?}"))),
@@ -313,22 +305,6 @@ impl Grammar {
         }
         self.section = section;
         Ok(self.skip(end + 8, State::MemSize))
-    }
-
-    /// Device state before RAM has no length: it ends where a footer is followed by the START of RAM.
-    fn early(&mut self, bytes: &[u8], searched: usize) -> Result<Step> {
-        const FOOTER_LEN: usize = 5;
-        let places = bytes.len().saturating_sub(EARLY_END - 1);
-        for at in searched..places {
-            if ends_early(&bytes[at..at + EARLY_END]) {
-                return Ok(self.found(at + FOOTER_LEN, Found::EarlyState, State::Prelude));
-            }
-        }
-        if places > MAX_EARLY {
-            return Err(unsupported(format!("more than {MAX_EARLY} bytes of device state before RAM")));
-        }
-        self.state = State::Early { searched: places };
-        Ok(Step::Need((bytes.len() + PAGE).max(EARLY_END)))
     }
 
     fn mem_size(&mut self, bytes: &[u8]) -> Result<Step> {
@@ -429,8 +405,10 @@ impl Grammar {
                 if section != self.section {
                     return Err(unsupported(format!("the iterable section {section}, which is not RAM")));
                 }
+                self.pages = true;
                 Ok(self.found(5, Found::Pages, State::Records))
             }
+            SECTION_FULL if !self.pages => Err(early_state()),
             SECTION_FULL => Ok(self.skip(0, State::Devices)),
             SECTION_START => self.start(bytes),
             COMMAND => match bytes.get(1..5) {
@@ -442,19 +420,6 @@ impl Grammar {
             other => unexpected(other, "after RAM"),
         }
     }
-}
-
-/// The bytes that [`ends_early`] looks at: a footer, the START of RAM and its first record.
-const EARLY_END: usize = 5 + 17 + 8;
-
-/// Whether these bytes are a footer followed by the START of RAM. A device's state that forged all of this would have the stream
-/// misread, and then refused, since the block list would not add up.
-fn ends_early(bytes: &[u8]) -> bool {
-    let [footer, _, _, _, _, start, _, _, _, _, name @ .., _, _, _, _, _, _, _, _] = bytes else { return false };
-    *footer == FOOTER
-        && *start == SECTION_START
-        && *name == *b"\x03ram\0\0\0\0\0\0\0\x04"
-        && be64(bytes, EARLY_END - 8).is_some_and(|record| record & flag::MASK == flag::MEM_SIZE)
 }
 
 /// A name with its length before it, and where it ends; or how many bytes it takes to know.
@@ -496,6 +461,11 @@ fn damaged(message: impl Into<String>) -> Error {
 
 fn unsupported(what: impl std::fmt::Display) -> Error {
     Error::new(ErrorKind::Unsupported, format!("not supported in a migration stream: {what}"))
+}
+
+/// State that devices have loaded before RAM has no length, and those devices (virtio-mem) leave pages of RAM out.
+fn early_state() -> Error {
+    unsupported("device state before the pages of RAM (virtio-mem)")
 }
 
 fn unexpected(byte: u8, place: &str) -> Result<Step> {

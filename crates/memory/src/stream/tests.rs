@@ -1,7 +1,7 @@
 //! The codec both ways: any stream, in pieces of any size; and bytes that are no stream.
 
 use super::format::flag;
-use super::{Block, DeviceState, Emitter, Event, MAX_BLOCKS, MAX_EARLY, PAGE, Parser};
+use super::{Block, DeviceState, Emitter, Event, MAX_BLOCKS, PAGE, Parser};
 use crate::{ErrorKind, Result};
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -14,7 +14,6 @@ type Record = (Index, Index, Option<u8>);
 #[derive(Debug, Clone)]
 struct Script {
     machine: String,
-    early: bool,
     section: u32,
     blocks: Vec<Block>,
     parts: Vec<Vec<Record>>,
@@ -27,16 +26,12 @@ struct Script {
 enum Heard {
     Header,
     Configuration(String),
-    Early(Vec<u8>),
     Blocks(u32, Vec<Block>),
     Pages,
     Page(usize, u64, Vec<u8>),
     Zero(usize, u64),
     Devices(Vec<u8>),
 }
-
-/// A section of device state, as it comes before RAM: its payload looks like the beginning of RAM, and is not.
-const EARLY: &[u8] = b"\x04\0\0\0\x01\x05early\0\0\0\0\0\0\0\x01\x7e\0\0\0\x01\x01\0\0\0\x02\x03ram\x7e\0\0\0\x01";
 
 impl Script {
     fn record(&self, (block, page, fill): &Record) -> (usize, u64, Option<u8>) {
@@ -53,7 +48,7 @@ impl Script {
     fn bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
         let mut emitter = Emitter::new(self.section, &self.blocks);
-        Emitter::prelude(&mut out, &self.machine, if self.early { EARLY } else { &[] });
+        Emitter::prelude(&mut out, &self.machine);
         emitter.start(&mut out);
         for (records, end) in self.sections() {
             if end {
@@ -75,7 +70,6 @@ impl Script {
 
     fn expected(&self) -> Vec<Heard> {
         let mut heard = vec![Heard::Header, Heard::Configuration(self.machine.clone())];
-        heard.extend(self.early.then(|| Heard::Early(EARLY.to_vec())));
         heard.push(Heard::Blocks(self.section, self.blocks.clone()));
         for (records, _) in self.sections() {
             heard.push(Heard::Pages);
@@ -102,7 +96,7 @@ fn parse(bytes: &[u8], cuts: &[usize]) -> Result<Vec<Heard>> {
             hear(&mut heard, event);
         }
         assert!(piece.is_empty(), "a piece is used up");
-        assert!(parser.held() <= 2 * MAX_EARLY, "{} bytes held", parser.held());
+        assert!(parser.held() <= 4 * PAGE, "{} bytes held", parser.held());
         at = end;
     }
     parser.finish()?;
@@ -113,7 +107,6 @@ fn hear(heard: &mut Vec<Heard>, event: Event<'_>) {
     let event = match event {
         Event::Header => Heard::Header,
         Event::Configuration(machine) => Heard::Configuration(machine.into()),
-        Event::EarlyState(bytes) => Heard::Early(bytes.into()),
         Event::Blocks { section, blocks } => Heard::Blocks(section, blocks.into()),
         Event::Pages => Heard::Pages,
         Event::Page { block, offset, data } => Heard::Page(block, offset, data.to_vec()),
@@ -136,8 +129,8 @@ fn script() -> impl Strategy<Value = Script> {
         state.insert(0, 0x04);
         DeviceState { state, description: [b"{".to_vec(), text].concat() }
     });
-    let ram = (pages, any::<u32>(), vec(records(), 0..4), proptest::option::of(records()));
-    ("[a-z0-9.-]{0,40}", any::<bool>(), ram, devices).prop_map(|(machine, early, ram, devices)| {
+    let ram = (pages, any::<u32>(), vec(records(), 1..4), proptest::option::of(records()));
+    ("[a-z0-9.-]{0,40}", ram, devices).prop_map(|(machine, ram, devices)| {
         let (mut pages, section, parts, end) = ram;
         // A list that ends in empty blocks would leave them unread: QEMU's reader has the same limit.
         while pages.last() == Some(&0) {
@@ -145,7 +138,7 @@ fn script() -> impl Strategy<Value = Script> {
         }
         let block = |(index, pages): (usize, u64)| Block { name: format!("block-{index}"), len: pages * PAGE as u64 };
         let blocks = pages.into_iter().enumerate().map(block).collect();
-        Script { machine, early, section, blocks, parts, end, devices }
+        Script { machine, section, blocks, parts, end, devices }
     })
 }
 
@@ -209,7 +202,7 @@ proptest! {
         let mut out = Vec::new();
         let blocks = [Block { name: "a".into(), len: 8192 }];
         let mut emitter = Emitter::new(1, &blocks);
-        if at > 0 { Emitter::prelude(&mut out, "m", &[]); }
+        if at > 0 { Emitter::prelude(&mut out, "m"); }
         if at > 1 { emitter.start(&mut out); }
         if at > 2 { emitter.open_part(&mut out); }
         out.extend(noise);
@@ -222,7 +215,7 @@ fn opened() -> Vec<u8> {
     let mut out = Vec::new();
     let blocks = [Block { name: "a".into(), len: 2 * PAGE as u64 }];
     let mut emitter = Emitter::new(1, &blocks);
-    Emitter::prelude(&mut out, "m", &[]);
+    Emitter::prelude(&mut out, "m");
     emitter.start(&mut out);
     emitter.open_part(&mut out);
     out
@@ -242,7 +235,8 @@ fn refused(bytes: &[u8], kind: ErrorKind, word: &str) {
 fn what_is_not_known_is_refused_by_name() {
     let prelude = |rest: &[u8]| {
         let mut out = Vec::new();
-        Emitter::prelude(&mut out, "m", rest);
+        Emitter::prelude(&mut out, "m");
+        out.extend(rest);
         out
     };
     refused(b"not a stream", ErrorKind::Damaged, "not a QEMU migration stream");
@@ -250,9 +244,14 @@ fn what_is_not_known_is_refused_by_name() {
     refused(b"QEVM\0\0\0\x03\x01", ErrorKind::Unsupported, "machine type");
     refused(b"QEVM\0\0\0\x03\x07\0\0\x01\x00", ErrorKind::Damaged, "256 letters");
     refused(&prelude(b"\x05\x02uu\0\0\0\0"), ErrorKind::Unsupported, "\"uu\"");
+    refused(&prelude(b"\x04\0\0\0\x01\x05early"), ErrorKind::Unsupported, "virtio-mem");
     refused(&prelude(b"\x08\0\x01\0\0"), ErrorKind::Unsupported, "command before RAM");
     refused(&prelude(b"\x01\0\0\0\x01\x05dirty\0\0\0\0\0\0\0\x01"), ErrorKind::Unsupported, "\"dirty\"");
     refused(&prelude(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x05"), ErrorKind::Unsupported, "version 5");
+
+    let started = with_blocks(4096, &[("a", 4096)]);
+    let footer = [&started[..], &record(0, flag::EOS), b"\x7e\0\0\0\x01\x04\0\0\0\x02\x05early"].concat();
+    refused(&footer, ErrorKind::Unsupported, "virtio-mem");
 
     let open = opened();
     let close = [&record(0, flag::EOS)[..], b"\x7e\0\0\0\x01"].concat();
@@ -281,7 +280,8 @@ fn what_is_not_known_is_refused_by_name() {
 /// A stream with this block list.
 fn with_blocks(total: u64, blocks: &[(&str, u64)]) -> Vec<u8> {
     let mut out = Vec::new();
-    Emitter::prelude(&mut out, "m", b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04");
+    Emitter::prelude(&mut out, "m");
+    out.extend(b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04");
     out.extend(record(total, flag::MEM_SIZE));
     for (name, len) in blocks {
         out.push(name.len() as u8);
@@ -302,13 +302,4 @@ fn a_block_list_must_add_up_and_be_bounded() {
     let names: Vec<_> = (0..=MAX_BLOCKS).map(|index| index.to_string()).collect();
     let many: Vec<_> = names.iter().map(|name| (name.as_str(), 0)).collect();
     refused(&with_blocks(4096, &many), ErrorKind::Unsupported, "more than 1024");
-}
-
-#[test]
-fn early_state_without_an_end_is_bounded() {
-    let mut out = Vec::new();
-    Emitter::prelude(&mut out, "m", &vec![4; 2 * MAX_EARLY]);
-    refused(&out, ErrorKind::Unsupported, "before RAM");
-    let cuts: Vec<_> = (0..out.len()).step_by(1000).collect();
-    assert_eq!(parse(&out, &cuts).unwrap_err().kind, ErrorKind::Unsupported);
 }

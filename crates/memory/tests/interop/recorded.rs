@@ -39,7 +39,7 @@ fn told(stream: &[u8], piece: usize) -> Told {
                 Event::Page { block, offset, data } => told.pages.push((block, offset, data.to_vec())),
                 Event::ZeroPage { .. } => told.zeros += 1,
                 Event::DeviceState(bytes) => told.tail.extend_from_slice(bytes),
-                Event::Header | Event::EarlyState(_) | Event::Pages => {}
+                Event::Header | Event::Pages => {}
             }
         }
     }
