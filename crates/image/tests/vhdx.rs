@@ -236,7 +236,7 @@ fn many_allocations_cost_one_log_write() {
 fn a_flush_of_more_pages_than_an_entry_holds_is_several_entries() {
     let sim = Sim::new();
     let layer = new_layer(&sim, Kind::Differencing, 64 << 30, 1 << 20, 512);
-    // A page of bitmaps is 16 MiB of disk, and an entry holds 126: so this takes several, more than the log holds at once.
+    // A page of bitmaps is 16 MiB of disk, and an entry holds 84: so this takes several, more than the log holds at once.
     for round in 0..2u8 {
         for page in 0..600u64 {
             write(&*layer, page * 16 * MIB + u64::from(round) * 4096, &[round + 1; 512]).expect("write");

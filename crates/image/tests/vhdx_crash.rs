@@ -242,3 +242,59 @@ fn while_it_is_made() {
         }
     }
 }
+
+/// A flush that needs several log entries, cut off all along: what the flush before made durable stays, the rest is old or new.
+#[test]
+fn in_a_flush_of_several_entries() {
+    const STRIDE: u64 = 16 * MIB;
+    const PLACES: u64 = 280;
+    let fill = |sim: &Sim| -> image::Result<Arc<VhdxLayer>> {
+        let root = sim.root();
+        let base = vhdx::create(root.create("base.vhdx")?, &vhdx::Options::dynamic(PLACES * STRIDE))?;
+        let options = vhdx::Options { block_size: BLOCK as u32, ..vhdx::Options::differencing(&*base, "base.vhdx")? };
+        let layer = vhdx::create(root.create("disk.vhdx")?, &options)?;
+        root.sync()?;
+        for place in 0..PLACES {
+            write(&*layer, place * STRIDE + SECTOR, &stamped(100 + place))?;
+        }
+        layer.flush()?;
+        // Another sector of the same block, and a block that is new; the bits of both are on one page.
+        for place in 0..PLACES {
+            write(&*layer, place * STRIDE + 3 * SECTOR, &stamped(1000 + place))?;
+            write(&*layer, place * STRIDE + 5 * BLOCK, &stamped(2000 + place))?;
+        }
+        Ok(layer)
+    };
+    let (before, after) = {
+        let sim = Sim::new();
+        let layer = fill(&sim).expect("nothing fails");
+        let before = sim.counts().operations;
+        layer.flush().expect("nothing fails");
+        (before, sim.counts().operations)
+    };
+    assert!(after - before > 2 * PLACES / 2, "several hundred operations");
+    for cut in (before..after).filter(|cut| cut - before < 4 || cut % 5 == 0) {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let _ = fill(&sim).and_then(|layer| layer.flush());
+        for crash in Crash::several(cut, 3) {
+            let layer = open(&sim.after_crash(crash), Mode::Read)
+                .unwrap_or_else(|error| panic!("{error} (cut at {cut}, {crash:?})"));
+            for place in 0..PLACES {
+                let sector = |offset: u64| read(&*layer, place * STRIDE + offset, SECTOR, PARENT).expect("read");
+                let one_of = |offset: u64, stamp: Stamp| {
+                    let found = sector(offset);
+                    assert!(
+                        found == stamped(PARENTS) || found == stamped(stamp),
+                        "place {place}, cut at {cut}, {crash:?}"
+                    );
+                };
+                assert_eq!(sector(SECTOR), stamped(100 + place), "place {place}, cut at {cut}, {crash:?}");
+                assert_eq!(sector(2 * SECTOR), stamped(PARENTS));
+                one_of(3 * SECTOR, 1000 + place);
+                one_of(5 * BLOCK, 2000 + place);
+                assert_eq!(sector(5 * BLOCK + SECTOR), stamped(PARENTS));
+            }
+        }
+    }
+}

@@ -3,7 +3,7 @@
 //! Invariants:
 //! - A page is written in its place only after the log entry that carries it is durable.
 //! - At any moment the log holds a valid run if the header says that it is in use, and replaying it yields the newest
-//!   metadata: the entry before the newest is never overwritten by it.
+//!   metadata: an entry overwrites neither the one before it, which is the head until it is durable, nor that one's tail.
 //! - At any moment one copy of the header is durable and sound.
 
 use super::header::{Header, slot_offset};
@@ -82,7 +82,7 @@ impl Journal {
         let starting = self.header.log.is_nil();
         let id = if starting { Uuid::new_v4() } else { self.header.log };
         let start = self.next;
-        // The entry before is needed for as long as its pages in their places are not durable.
+        // The entry before is needed for as long as its pages in their places are not durable. They are by the sync below.
         let tail = if self.pages_unsynced && !starting { self.newest } else { start };
         let entry = log::encode(
             &EntryHeader { id, sequence: self.sequence, tail, flushed_length: file_length, last_length: file_length },
