@@ -18,6 +18,9 @@ struct Guest {
     devices: DeviceState,
 }
 
+/// What a new QEMU's small blocks hold.
+const ROM: u8 = 0xee;
+
 /// A page's bytes: all zeros but one, so that comparing a part of it is not enough.
 fn page(seed: u8) -> [u8; PAGE] {
     let mut page = [0; PAGE];
@@ -52,14 +55,15 @@ impl Guest {
         out
     }
 
-    /// The guest that a stream makes of one that is new: every page zero.
+    /// The guest that a stream makes of one that is new: RAM is zero, smaller blocks are filled with what may be a ROM.
     fn of(stream: &[u8]) -> Self {
         let mut guest = Self { blocks: Vec::new(), devices: DeviceState::default() };
         let (mut parser, mut input, mut tail) = (Parser::new(), stream, Vec::new());
         while let Some(event) = parser.next(&mut input).unwrap() {
             match event {
                 Event::Blocks { blocks, .. } => {
-                    let pages = |block: &Block| (block.name.clone(), vec![0; block.len as usize / PAGE]);
+                    let fresh = |block: &Block| if block.len > 64 << 20 { 0 } else { ROM };
+                    let pages = |block: &Block| (block.name.clone(), vec![fresh(block); block.len as usize / PAGE]);
                     guest.blocks = blocks.iter().map(pages).collect();
                 }
                 Event::Page { block, offset, data } => {
