@@ -1,0 +1,288 @@
+//! A worker that is killed at each step of each request, and at no step in particular. The next command recovers; the guest lives on;
+//! a request is either done or has changed nothing.
+
+use e2e::{BASE, DEADLINE, Lab, Output, Witness, wait_for};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+/// A running machine with the snapshots `one` and `two` and later changes; its journal runs flat out.
+struct Scene {
+    lab: Lab,
+    witness: Option<Witness>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let (lab, mut witness) = Lab::running();
+        witness.ask("fill-ram 8 3");
+        witness.ask("journal pace 1");
+        let mut scene = Self { lab, witness: Some(witness) };
+        for day in ["one", "two"] {
+            scene.mark(day);
+            scene.lab.snapshot(day);
+        }
+        scene.mark("now");
+        scene
+    }
+
+    /// The conversation, begun anew where it was ended.
+    fn witness(&mut self) -> &mut Witness {
+        self.witness.get_or_insert_with(|| self.lab.witness(BASE))
+    }
+
+    /// Leaves a mark in RAM and on both disks, and a few MiB by which a merge has something to do.
+    fn mark(&mut self, day: &str) {
+        self.witness().ask(&format!("set day {day}"));
+        self.witness().ask(&format!("write vda 4M {day}"));
+        self.witness().ask(&format!("write vdb 8M {day}"));
+        self.witness().ask(&format!("fill-disk vda 16M 8 {}", day.len()));
+    }
+
+    /// What the machine remembers, in RAM and on both disks alike; the witness vouches for the rest.
+    #[track_caller]
+    fn day(&mut self) -> String {
+        self.witness().resync();
+        self.witness().prove();
+        assert_eq!(self.witness().ask("sum-ram")["ok"], true);
+        let day = self.witness().ask("get day")["value"].as_str().expect("a day").to_owned();
+        for place in ["vda 4M", "vdb 8M"] {
+            assert_eq!(self.witness().ask(&format!("read {place}"))["text"], day.as_str(), "{place}");
+        }
+        assert_eq!(self.witness().ask(&format!("sum-disk vda 16M 8 {}", day.len()))["ok"], true);
+        day
+    }
+
+    /// Another worker takes the machine over, and will die at `step`.
+    fn arm(&mut self, step: &str) {
+        // A console would wake a worker of its own as soon as this one is dead.
+        self.witness = None;
+        self.lab.kill_worker();
+        let mut resume = self.lab.command(&["vm", "resume", BASE]);
+        let status = resume.env("TENBY_DIE_AT", step).stdout(Stdio::null()).stderr(Stdio::null()).status();
+        assert!(status.expect("the program runs").success(), "the next worker takes the machine over");
+    }
+
+    /// Carries out `request`, at whose `step` the worker dies.
+    #[track_caller]
+    fn dies_at(&mut self, step: &str, request: &[&str]) -> Output {
+        self.arm(step);
+        let doomed = self.lab.worker().expect("a worker");
+        let output = self.lab.tenby(request);
+        assert!([0, 1].contains(&output.code), "{}: {} {}", output.command, output.code, output.stderr);
+        assert_ne!(self.lab.worker(), Some(doomed), "the worker never came to {step}");
+        output
+    }
+
+    fn has(&self, name: &str) -> bool {
+        let tree = self.lab.tree();
+        tree["snapshots"].as_array().expect("a list").iter().any(|snapshot| snapshot["name"] == name)
+    }
+
+    /// Nothing is left over, and every snapshot is what it was.
+    fn assert_whole(&mut self) {
+        self.lab.settle();
+        self.lab.assert_tidy();
+        for name in ["one", "two", "three"] {
+            if self.has(name) {
+                self.lab.ok(&["snapshot", "apply", BASE, name, "--discard", "--start"]);
+                let expected = if name == "three" { "now" } else { name };
+                assert_eq!(self.day(), expected, "what {name} holds");
+            }
+        }
+        self.lab.settle();
+        self.lab.assert_tidy();
+    }
+}
+
+fn snapshot_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    let output = scene.dies_at(step, &["snapshot", "create", BASE, "three"]);
+    assert_eq!(scene.day(), "now");
+    assert_eq!(scene.has("three"), output.code == 0, "{step}: {output:?}");
+    scene.assert_whole();
+}
+
+fn apply_dies_at(step: &str, keep: bool) {
+    let mut scene = Scene::new();
+    let present: &[&str] = if keep { &["--keep-as", "three"] } else { &["--discard"] };
+    let output = scene.dies_at(step, &[&["snapshot", "apply", BASE, "one"], present].concat());
+    let applied = output.code == 0;
+    assert_eq!(scene.lab.state(BASE), "running", "{step}: {output:?}");
+    assert_eq!(scene.day(), if applied { "one" } else { "now" }, "{step}: {output:?}");
+    assert_eq!(scene.has("three"), applied && keep, "{step}: {output:?}");
+    scene.assert_whole();
+}
+
+fn delete_dies_at(step: &str, name: &str) {
+    let mut scene = Scene::new();
+    scene.dies_at(step, &["snapshot", "delete", BASE, name, "--wait"]);
+    assert!(!scene.has(name), "what was committed is not taken back");
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+}
+
+fn save_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    let output = scene.dies_at(step, &["vm", "save", BASE]);
+    let saved = scene.lab.state(BASE) == "saved";
+    assert_eq!(saved, output.code == 0, "{step}: {output:?}");
+    scene.lab.ok(&["vm", "start", BASE]);
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+}
+
+/// The worker that starts a machine is killed; so is each that follows it. A last one finds the machine as it was, or running.
+fn start_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    scene.lab.ok(&["vm", "save", BASE]);
+    wait_for("the worker to leave", || scene.lab.worker().is_none().then_some(()));
+    let mut start = scene.lab.command(&["vm", "start", BASE]);
+    start.env("TENBY_DIE_AT", step).stdout(Stdio::null()).stderr(Stdio::null());
+    start.status().expect("the program runs");
+    scene.lab.ok(&["vm", "start", BASE]);
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+}
+
+/// One test a step, named after it.
+macro_rules! steps {
+    ($($name:ident: $test:ident($($argument:expr),+);)+) => {
+        $(#[test] fn $name() { $test($($argument),+); })+
+    };
+}
+
+steps! {
+    snapshot_files: snapshot_dies_at("snapshot:files");
+    snapshot_leaves: snapshot_dies_at("snapshot:leaves");
+    snapshot_window: snapshot_dies_at("snapshot:window");
+    snapshot_point: snapshot_dies_at("snapshot:point");
+    snapshot_captured: snapshot_dies_at("snapshot:captured");
+    snapshot_committed: snapshot_dies_at("snapshot:committed");
+    apply_files: apply_dies_at("apply:files", false);
+    apply_kept: apply_dies_at("apply:kept", true);
+    apply_loaded: apply_dies_at("apply:loaded", false);
+    apply_loaded_kept: apply_dies_at("apply:loaded", true);
+    apply_committed: apply_dies_at("apply:committed", false);
+    apply_committed_kept: apply_dies_at("apply:committed", true);
+    apply_old_ended: apply_dies_at("apply:old-ended", false);
+    delete_committed: delete_dies_at("delete:committed", "one");
+    remove_committed: delete_dies_at("remove:committed", "two");
+    merge_copying_sealed: delete_dies_at("merge:copying", "one");
+    merge_copying_live: delete_dies_at("merge:copying", "two");
+    merge_copied: delete_dies_at("merge:copied", "two");
+    merge_committed: delete_dies_at("merge:committed", "two");
+    merge_committed_sealed: delete_dies_at("merge:committed", "one");
+    save_paused: save_dies_at("save:paused");
+    save_written: save_dies_at("save:written");
+    save_committed: save_dies_at("save:committed");
+    start_up: start_dies_at("start:up");
+    start_committed: start_dies_at("start:committed");
+}
+
+/// Small and reproducible.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % limit
+    }
+}
+
+/// Kills the worker some time into `request`, and gives what came of the command.
+fn killed_into(lab: &Lab, request: &[&str], after: Duration) -> i32 {
+    let mut command = lab.command(request);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program runs");
+    std::thread::sleep(after);
+    if lab.worker().is_some() {
+        lab.kill_worker();
+    }
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().expect("it is our child") {
+            return status.code().unwrap_or(-1);
+        }
+        assert!(start.elapsed() < DEADLINE, "{request:?} does not end");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Wherever the blow falls, the command tells the truth.
+#[test]
+fn killed_at_any_moment() {
+    let mut scene = Scene::new();
+    let mut random = Random(20_261_124);
+    for round in 0..6 {
+        let name = format!("extra {round}");
+        let code =
+            killed_into(&scene.lab, &["snapshot", "create", BASE, &name], Duration::from_millis(random.below(900)));
+        assert_eq!(scene.has(&name), code == 0, "snapshot, round {round}");
+        assert_eq!(scene.day(), "now", "round {round}");
+        if code == 0 {
+            let delay = Duration::from_millis(random.below(600));
+            killed_into(&scene.lab, &["snapshot", "delete", BASE, &name, "--wait"], delay);
+            assert_eq!(scene.day(), "now", "round {round}");
+        }
+        if scene.has(&name) {
+            scene.lab.ok(&["snapshot", "delete", BASE, &name]);
+        }
+    }
+    for round in 0..6 {
+        let before = scene.day();
+        let target = if before == "one" { "two" } else { "one" };
+        let delay = Duration::from_millis(random.below(1200));
+        let code = killed_into(&scene.lab, &["snapshot", "apply", BASE, target, "--discard"], delay);
+        assert_eq!(scene.day(), if code == 0 { target } else { &before }, "apply, round {round}");
+    }
+    scene.assert_whole();
+}
+
+/// A QEMU that dies takes its guest's memory with it, and nothing that was flushed.
+#[test]
+fn qemu_is_killed() {
+    let mut scene = Scene::new();
+    let flushed = scene.witness().prove()["flushed"].as_u64().expect("a number");
+    let nonce = scene.witness().nonce();
+    scene.lab.kill_qemu();
+    wait_for("the machine to be known as off", || (scene.lab.state(BASE) == "off").then_some(()));
+    scene.lab.ok(&["vm", "start", BASE]);
+    let mut witness = scene.lab.witness(BASE);
+    let found = witness.resync()["journal"]["found"].clone();
+    assert_eq!(found["nonce"], nonce.as_str());
+    assert!(found["seq"].as_u64().expect("a number") >= flushed, "{found}: {flushed} was flushed");
+    witness.prove();
+    assert_eq!(witness.ask("read vda 4M")["text"], "now");
+    scene.witness = Some(witness);
+    scene.assert_whole();
+}
+
+/// Both at once: as after a power cut of the host.
+#[test]
+fn everything_is_killed() {
+    let mut scene = Scene::new();
+    scene.lab.snapshot("three");
+    let flushed = scene.witness().prove()["flushed"].as_u64().expect("a number");
+    scene.lab.kill_worker();
+    scene.lab.kill_qemu();
+    assert_eq!(scene.lab.state(BASE), "off");
+    scene.lab.ok(&["vm", "start", BASE]);
+    let mut witness = scene.lab.witness(BASE);
+    assert!(witness.resync()["journal"]["found"]["seq"].as_u64().expect("a number") >= flushed);
+    witness.prove();
+    scene.witness = Some(witness);
+    scene.assert_whole();
+}
+
+/// QEMU holds its disks' requests until the next worker serves them; none is lost or done twice in the wrong order.
+#[test]
+fn killed_over_and_over() {
+    let mut scene = Scene::new();
+    scene.witness().ask("journal pace 0");
+    for round in 0..8 {
+        scene.witness = None;
+        scene.lab.kill_worker();
+        scene.lab.ok(&["vm", "resume", BASE]);
+        assert_eq!(scene.day(), "now", "round {round}");
+    }
+    scene.assert_whole();
+}
