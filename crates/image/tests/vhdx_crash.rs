@@ -283,11 +283,12 @@ fn in_a_flush_of_several_entries() {
         (before, sim.counts().operations)
     };
     assert!(after - before > 2 * PLACES / 2, "several hundred operations");
-    for cut in (before..after).filter(|cut| cut - before < 4 || cut % 3 == 0) {
+    for cut in before..after {
         let sim = Sim::new();
         sim.cut(At::Operation(cut));
         let _ = fill(&sim).and_then(|layer| layer.flush());
-        for crash in Crash::several(cut, 5) {
+        let held = [2, 30, 60].map(|operation| Crash::Hold { operation });
+        for crash in held.into_iter().chain(Crash::several(cut, 2)) {
             let layer = open(&sim.after_crash(crash), Mode::Read)
                 .unwrap_or_else(|error| panic!("{error} (cut at {cut}, {crash:?})"));
             for place in 0..PLACES {
