@@ -160,6 +160,7 @@ pub struct Chain {
     folding: Mutex<()>,
     access: Access,
     sector: u64,
+    survives: bool,
 }
 
 impl Chain {
@@ -185,7 +186,18 @@ impl Chain {
             folding: Mutex::default(),
             access,
             sector,
+            survives: false,
         })
+    }
+
+    /// The same chain, whose acknowledged writes survive the death of this process, flushed or not.
+    ///
+    /// For a disk that is served to somebody who outlives us and will not send again what was acknowledged. What is written in place
+    /// lies in the file at once; but where new data lies is known to this process alone until the next flush. So a request that
+    /// makes the leaf hold something new is acknowledged after a flush, which all requests under way share.
+    #[must_use]
+    pub fn surviving(self) -> Self {
+        Self { survives: true, ..self }
     }
 
     /// The disk's size in bytes: the leaf's.
@@ -225,13 +237,14 @@ impl Chain {
     /// [`Chain::write`] of a request that came in at `received`.
     pub fn write_received(&self, data: &[u8], offset: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, data.len() as u64)?;
+        let before = stack.leaf().exposures();
         let mut rest = data;
         for (offset, len) in blocks(offset, data.len() as u64) {
             let (piece, after) = rest.split_at(len as usize);
             self.write_piece(&stack, piece, offset, received)?;
             rest = after;
         }
-        Ok(())
+        self.settle(stack, before)
     }
 
     /// Makes a range read as zeros, whatever a parent holds (bytes, any alignment).
@@ -242,6 +255,7 @@ impl Chain {
     /// [`Chain::zero`] of a request that came in at `received`.
     pub fn zero_received(&self, offset: u64, len: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, len)?;
+        let before = stack.leaf().exposures();
         let end = offset + len;
         let first = offset.next_multiple_of(self.sector).min(end);
         let last = (end - end % self.sector).max(first);
@@ -250,7 +264,8 @@ impl Chain {
                 self.write_piece(&stack, &vec![0; (end - offset) as usize], offset, received)?;
             }
         }
-        self.zero_sectors(&stack, first, last, received)
+        self.zero_sectors(&stack, first, last, received)?;
+        self.settle(stack, before)
     }
 
     /// The guest does not need this range any more: its whole sectors read as zeros afterwards (bytes, any alignment).
@@ -261,9 +276,20 @@ impl Chain {
     /// [`Chain::discard`] of a request that came in at `received`.
     pub fn discard_received(&self, offset: u64, len: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, len)?;
+        let before = stack.leaf().exposures();
         let end = offset + len;
         let last = end - end % self.sector;
-        self.zero_sectors(&stack, offset.next_multiple_of(self.sector), last, received)
+        self.zero_sectors(&stack, offset.next_multiple_of(self.sector), last, received)?;
+        self.settle(stack, before)
+    }
+
+    /// A change is done and may be acknowledged; see [`Chain::surviving`]. (That others have exposed something meanwhile costs a
+    /// flush too many, nothing else.)
+    fn settle(&self, stack: RwLockReadGuard<'_, Stack>, exposures_before: u64) -> Result<()> {
+        let exposed = self.survives && stack.leaf().exposures() != exposures_before;
+        // A flush takes the stack itself, and a push may be waiting for us in between.
+        drop(stack);
+        if exposed { self.flush() } else { Ok(()) }
     }
 
     /// Makes durable what was acknowledged before this was called, in every layer that holds any of it, lowest first

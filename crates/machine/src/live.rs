@@ -69,7 +69,9 @@ impl Disks {
                 mode: if id == leaf { Mode::Write } else { Mode::Read },
             });
             let handles = handles.collect();
-            let chain = Arc::new(Chain::new(layers, Access::Write).map_err(|e| image_problem(&e))?);
+            // QEMU outlives this worker, and does not send again what was acknowledged.
+            let chain = Chain::new(layers, Access::Write).map_err(|e| image_problem(&e))?.surviving();
+            let chain = Arc::new(chain);
             let listener = export::listen_unix(&run_dir.join(disk_socket(disk)))
                 .map_err(|e| Problem::failed(format!("serving {disk}: {e}")))?;
             let export = Export::serve(Arc::clone(&chain), listener, export::Options::default())

@@ -3,7 +3,7 @@
 use super::touched::Touched;
 use crate::{Change, Error, ErrorKind, Extent, Kind, Layer, LayerInfo, Result, Run, Source};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use store::Store;
 
 /// Zeros are written in pieces of this many bytes.
@@ -24,6 +24,8 @@ pub(crate) struct Slot {
     unsynced: AtomicBool,
     /// A write or sync failed (invariant 10).
     poisoned: AtomicBool,
+    /// How often the layer came to hold something new, which only its handle in this process knows until the next flush.
+    exposures: AtomicU64,
     /// Ranges written while a fold copies this layer.
     touched: Touched,
 }
@@ -41,6 +43,7 @@ impl Slot {
             // Whoever made the layer may have written to it: the first flush asks.
             unsynced: AtomicBool::new(true),
             poisoned: AtomicBool::new(false),
+            exposures: AtomicU64::new(0),
             touched: Touched::new(size),
         }
     }
@@ -95,6 +98,7 @@ impl Slot {
     /// Writes sectors of the guest, wherever the layer wants them; they are read back once this returns. Says where they went.
     pub(crate) fn write(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
         let result = self.copy_in(data, offset);
+        self.exposures.fetch_add(1, Ordering::SeqCst);
         self.wrote(offset, data.len() as u64);
         result
     }
@@ -111,6 +115,7 @@ impl Slot {
     /// Makes sectors read as zeros, whatever a parent holds (invariant 11).
     pub(crate) fn zero(&self, offset: u64, len: u64) -> Result<()> {
         let result = self.copy_zeros(offset, len);
+        self.exposures.fetch_add(1, Ordering::SeqCst);
         self.wrote(offset, len);
         result
     }
@@ -136,6 +141,11 @@ impl Slot {
             self.put_zeros(extent.at, extent.len)?;
         }
         self.layer.commit(ticket)
+    }
+
+    /// Counts what a process that dies now would take with it, since the last flush; never goes back.
+    pub(crate) fn exposures(&self) -> u64 {
+        self.exposures.load(Ordering::SeqCst)
     }
 
     /// Whether acknowledged data of the guest may not be durable yet.
