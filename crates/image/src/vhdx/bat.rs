@@ -177,6 +177,15 @@ impl Bat {
         Entry(page.map_or(0, |page| page.get((index % WORDS as u64) as usize)))
     }
 
+    /// All entries that are not zero, with their indices.
+    pub(crate) fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
+        let loaded = self.pages.iter().enumerate().filter_map(|(number, page)| Some((number, page.get()?)));
+        let all = loaded.flat_map(|(number, page)| {
+            (0..WORDS).map(move |index| ((number * WORDS + index) as u64, Entry(page.get(index))))
+        });
+        all.filter(|(_, entry)| entry.0 != 0)
+    }
+
     /// Replaces the entry at `index` and says which page that changed. Under the metadata lock only.
     pub(crate) fn set(&self, index: u64, entry: Entry) -> u64 {
         let page = index / WORDS as u64;

@@ -93,9 +93,9 @@ impl Bitmaps {
         (set, bit.min(bits.end) - bits.start)
     }
 
-    /// Whether all these sectors' bits are set.
+    /// Whether all these sectors' bits are set; so they are if there are none.
     pub(crate) fn all_set(&self, block: u64, sectors: &Range<u64>) -> bool {
-        self.run(block, sectors) == (true, sectors.end - sectors.start)
+        sectors.is_empty() || self.run(block, sectors) == (true, sectors.end - sectors.start)
     }
 
     /// Sets or clears these sectors' bits and records the pages that changed. The pages must be loaded. Under the metadata lock.

@@ -3,6 +3,7 @@
 use super::VhdxLayer;
 use super::alloc::Space;
 use super::bat::{Bat, Entry, Geometry};
+use super::carry::{Carry, Writer};
 use super::flush::Session;
 use super::format::{BLOCK_SIZES, FILE_SIGNATURE, HEADER_AT, MAX_SIZE, MIB, REGION_TABLE_AT, TABLE_BYTES};
 use super::header::{Header, Region, Regions, encode_regions};
@@ -100,6 +101,19 @@ impl Parent {
 /// # Errors
 /// [`ErrorKind::Invalid`] for options out of range; the store is unchanged then.
 pub fn create(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdxLayer>> {
+    create_with(store, options, None)
+}
+
+/// Makes a new image as [`create`] does, and keeps what is committed and not flushed in `carry`, so that it outlives the process: see
+/// [`super::open_carried`].
+///
+/// # Errors
+/// As [`create`], and those of the carry's file.
+pub fn create_carried(store: Arc<dyn Store>, options: &Options, carry: Carry) -> Result<Arc<VhdxLayer>> {
+    create_with(store, options, Some(carry))
+}
+
+fn create_with(store: Arc<dyn Store>, options: &Options, carry: Option<Carry>) -> Result<Arc<VhdxLayer>> {
     let name = store.name();
     let fault = |(kind, message): Fault| Error::new(kind, name.clone(), message);
     let metadata = check(options).map_err(fault)?;
@@ -140,6 +154,8 @@ pub fn create(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdxLayer>
     let session = Session { journal: Journal::new(current, 1), file_identified: true, data_identified: true };
     let regions = Regions { bat: table, metadata: METADATA, others: Vec::new() };
     let inner = super::Inner::new(store, true, &metadata, &regions, bat, space, session).map_err(fault)?;
+    super::lock(&inner.meta).carry = carry.map(Writer::new);
+    inner.begin_carry(current.file_write)?;
     Ok(Arc::new(VhdxLayer(Arc::new(inner))))
 }
 

@@ -1,5 +1,6 @@
 //! Making what was committed durable, and changing the ids.
 
+use super::carry::{self, Edit};
 use super::format::{PAGE, PAGE_BYTES};
 use super::header::read;
 use super::journal::Journal;
@@ -28,6 +29,8 @@ struct Capture {
     pages: Vec<(u64, PageBytes)>,
     freed: Vec<Freed>,
     file_length: u64,
+    /// Where the journal of changes that are not in it begins.
+    carried: Option<carry::Mark>,
 }
 
 impl Inner {
@@ -37,8 +40,12 @@ impl Inner {
             return Ok(());
         }
         let mut session = lock(&self.session);
+        if self.started.load(Ordering::Acquire) {
+            return Ok(());
+        }
         let data_id = (!session.data_identified).then(Uuid::new_v4);
         self.poison_on_error(self.identify(&mut session, data_id))?;
+        self.begin_carry(session.journal.header().file_write)?;
         self.started.store(true, Ordering::Release);
         Ok(())
     }
@@ -51,6 +58,14 @@ impl Inner {
             let _ = self.start();
         }
         self.wrote.store(true, Ordering::Release);
+    }
+
+    /// Begins the journal of changes that are to outlive the process. From here on the file's `FileWriteGuid` stays what it is.
+    pub(crate) fn begin_carry(&self, session: Uuid) -> Result<()> {
+        if let Some(carry) = &mut lock(&self.meta).carry {
+            carry.begin(session)?;
+        }
+        Ok(())
     }
 
     fn identify(&self, session: &mut Session, data_id: Option<Uuid>) -> Result<()> {
@@ -83,8 +98,30 @@ impl Inner {
         if !wrote && capture.pages.is_empty() {
             return Ok(());
         }
-        self.poison_on_error(self.write_out(&mut session.journal, &capture))?;
-        self.release(capture.freed);
+        self.write_out(&mut session.journal, capture)
+    }
+
+    /// Makes durable what a session that died has left, the changes of `edits` included, which are in the table already. The ids stay
+    /// as they are: it is that session's work.
+    pub(crate) fn recover(&self, edits: &[Edit]) -> Result<()> {
+        self.redo_bits(edits)?;
+        let mut session = lock(&self.session);
+        let capture = self.capture();
+        self.write_out(&mut session.journal, capture)?;
+        if let Some(carry) = &lock(&self.meta).carry {
+            carry.end()?;
+        }
+        Ok(())
+    }
+
+    fn redo_bits(&self, edits: &[Edit]) -> Result<()> {
+        for edit in edits {
+            let Edit::Bits { block, sectors, set } = edit else { continue };
+            if self.bitmap_place(block / self.geometry.ratio()).is_some() {
+                self.load_bitmaps(*block, sectors)?;
+                self.bitmaps.put(*block, sectors, *set, &mut lock(&self.meta).dirty_bitmaps);
+            }
+        }
         Ok(())
     }
 
@@ -106,12 +143,22 @@ impl Inner {
             (self.bat_region.offset + offset, bytes)
         });
         let pages = bitmaps.chain(bat).collect();
-        Capture { pages, freed: std::mem::take(&mut meta.freed), file_length: meta.space.len() }
+        Capture {
+            pages,
+            freed: std::mem::take(&mut meta.freed),
+            file_length: meta.space.len(),
+            carried: meta.carry.as_ref().map(carry::Writer::mark),
+        }
     }
 
-    fn write_out(&self, journal: &mut Journal, capture: &Capture) -> Result<()> {
-        journal.sync(&*self.store)?;
-        journal.write(&*self.store, capture.file_length, &capture.pages)
+    /// Makes a capture durable, and the places free that it gave up.
+    fn write_out(&self, journal: &mut Journal, capture: Capture) -> Result<()> {
+        self.poison_on_error(self.write_metadata(journal, capture.file_length, &capture.pages))?;
+        self.release(capture.freed);
+        if let (Some(carry), Some(mark)) = (&mut lock(&self.meta).carry, capture.carried) {
+            carry.forget(mark);
+        }
+        Ok(())
     }
 
     /// Gives the space of places that no entry in the file names any more back to the file system.
@@ -158,7 +205,7 @@ impl Inner {
     }
 
     fn write_metadata(&self, journal: &mut Journal, file_length: u64, pages: &[(u64, PageBytes)]) -> Result<()> {
-        // The entry says how long the file is known to be: so it must be.
+        // What the pages expose comes first; and the entry says how long the file is known to be.
         journal.sync(&*self.store)?;
         journal.write(&*self.store, file_length, pages)
     }
@@ -191,6 +238,9 @@ impl Inner {
         self.flush()?;
         let mut session = lock(&self.session);
         self.poison_on_error(session.journal.finish(&*self.store))?;
+        if let Some(carry) = &lock(&self.meta).carry {
+            carry.end()?;
+        }
         if session.file_identified {
             // Only now: a log that counts on the file's length must not be left behind a shorter file.
             lock(&self.meta).space.trim(&*self.store)?;

@@ -17,11 +17,13 @@
 //!   it makes real, and data is durable before the metadata that exposes it.
 //! - A place is handed to another block only after the entry that freed it is durable and no ticket that could still write there
 //!   is left; old bytes in it are punched out first.
+//! - What is committed and not flushed dies with the process, unless it is carried over: see [`carry`].
 //! - A failed write or sync of metadata poisons the layer: it can still be read, but takes no change any more.
 
 mod alloc;
 mod bat;
 mod bitmap;
+mod carry;
 mod create;
 mod flush;
 mod format;
@@ -35,8 +37,9 @@ mod page;
 mod replay;
 mod write;
 
-pub use create::{Options, Parent, create};
-pub use open::open;
+pub use carry::Carry;
+pub use create::{Options, Parent, create, create_carried};
+pub use open::{open, open_carried};
 
 use crate::layer::{Change, Format, Kind, Layer, LayerInfo, ParentLink, Run, Ticket};
 use crate::{Error, ErrorKind, Result};
@@ -96,6 +99,8 @@ struct Meta {
     /// Places that the table in the file has given up too.
     draining: Vec<write::Freed>,
     next_ticket: u64,
+    /// Where changes are written down before they are exposed, if they are to outlive the process.
+    carry: Option<carry::Writer>,
 }
 
 /// The ids as they stand in the file.

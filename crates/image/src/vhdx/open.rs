@@ -3,13 +3,14 @@
 use super::alloc::Space;
 use super::bat::{Bat, Entry, Geometry, State};
 use super::bitmap::Bitmaps;
+use super::carry::{Carry, Edit, Writer};
 use super::flush::Session;
 use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE};
 use super::header::{self, Header, Region, Regions, read};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
 use super::replay::{self, Replayed};
-use super::{Ids, Inner, Meta, USERS, VhdxLayer};
+use super::{Ids, Inner, Meta, USERS, VhdxLayer, lock};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
 use std::collections::{BTreeSet, HashMap};
@@ -33,6 +34,22 @@ const TABLE_STEP: u64 = MIB;
 /// [`ErrorKind::Damaged`] for a file that breaks the format's rules (places that overlap or lie outside, reserved states, bad
 /// checksums), [`ErrorKind::Unsupported`] for one that requires what we do not know.
 pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
+    open_with(store, mode, None)
+}
+
+/// Opens a VHDX for writing, and keeps what is committed and not flushed in `carry`, so that it outlives the process.
+///
+/// If the last one to write the file was a session that died with this carry, in this life of the host, then all that it
+/// committed is there again, and durable, before this returns; and so is what it wrote in place. A layer that was being written
+/// when its process died is to be opened so first, even if it is only read from then on.
+///
+/// # Errors
+/// As [`open`], and those of the carry's file. What the carry's file says is never one: what is not understood is not used.
+pub fn open_carried(store: Arc<dyn Store>, carry: Carry) -> Result<Arc<VhdxLayer>> {
+    open_with(store, Mode::Write, Some(carry))
+}
+
+fn open_with(store: Arc<dyn Store>, mode: Mode, carry: Option<Carry>) -> Result<Arc<VhdxLayer>> {
     let name = store.name();
     let fault = |(kind, message): Fault| Error::new(kind, name.clone(), message);
     if read(&*store, 0, FILE_SIGNATURE.len())? != FILE_SIGNATURE {
@@ -40,6 +57,7 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
     }
     let copies = [read(&*store, HEADER_AT[0], PAGE)?, read(&*store, HEADER_AT[1], PAGE)?];
     let (header, slot) = header::current([&copies[0], &copies[1]]).map_err(fault)?;
+    let carried = carry.as_ref().map(|carry| carry.find(header.file_write)).transpose()?.flatten();
     let mut journal = Journal::new(header, slot);
     let mut replayed = false;
     let store = match (replay::pending(&*store, &header)?, mode) {
@@ -47,8 +65,9 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
         (Some(replay), Mode::Read) => Arc::new(Replayed::new(store, replay)?),
         (Some(replay), Mode::Write) => {
             replay::carry_out(&*store, &replay)?;
-            journal.empty_log(&*store)?;
-            replayed = true;
+            // While its journal is needed, the session that died goes on: the file keeps its id.
+            replayed = carried.is_none();
+            journal.empty_log(&*store, replayed)?;
             store
         }
     };
@@ -57,16 +76,40 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdxLayer>> {
         let message = format!("its metadata region has {} bytes, which is too much", regions.metadata.length);
         return Err(fault((ErrorKind::Unsupported, message)));
     }
-    let mut used = Used::new(&name, store.len()?)?;
-    used.mark_fixed(&header, &regions)?;
     let metadata =
         metadata::read(&read(&*store, regions.metadata.offset, regions.metadata.length as usize)?).map_err(fault)?;
     let geometry = geometry(&metadata);
-    let bat = read_table(&*store, regions.bat, &geometry, &mut used)?;
+    let mut edits = match (&carry, carried) {
+        (Some(carry), Some(mark)) => carry.edits(header.file_write, mark, &geometry)?,
+        _ => Vec::new(),
+    };
+    let read_table = |edits: &[Edit]| {
+        let mut used = Used::new(&name, store.len()?)?;
+        used.mark_fixed(&header, &regions)?;
+        let bat = read_table(&*store, regions.bat, &geometry)?;
+        let dirty = redo(&bat, &geometry, edits);
+        check_table(&bat, &geometry, &mut used)?;
+        Ok((bat, dirty, used.into_space(geometry.block)))
+    };
+    let (bat, dirty, space) = match read_table(&edits) {
+        // They are none that this file's session can have made.
+        Err(Error { kind: ErrorKind::Damaged, .. }) if !edits.is_empty() => {
+            edits.clear();
+            read_table(&[])?
+        }
+        result => result?,
+    };
     let session = Session { journal, file_identified: replayed, data_identified: false };
-    let space = used.into_space(geometry.block);
     let writable = mode == Mode::Write;
     let inner = Inner::new(store, writable, &metadata, &regions, bat, space, session).map_err(fault)?;
+    {
+        let mut meta = lock(&inner.meta);
+        meta.dirty_bat = dirty;
+        meta.carry = carry.map(Writer::new);
+    }
+    if carried.is_some() {
+        inner.recover(&edits)?;
+    }
     Ok(Arc::new(VhdxLayer(Arc::new(inner))))
 }
 
@@ -102,6 +145,7 @@ impl Inner {
             freed: Vec::new(),
             draining: Vec::new(),
             next_ticket: 0,
+            carry: None,
         };
         Ok(Self {
             file: store.name(),
@@ -130,11 +174,12 @@ impl Inner {
     }
 }
 
-/// Reads the table and checks every entry.
-fn read_table(store: &dyn Store, region: Region, geometry: &Geometry, used: &mut Used) -> Result<Bat> {
+/// Reads the table.
+fn read_table(store: &dyn Store, region: Region, geometry: &Geometry) -> Result<Bat> {
     let bytes = geometry.entries() * 8;
     if bytes > region.length {
-        return Err(used.damaged(format!("its block table has {} bytes of {bytes}", region.length)));
+        let message = format!("its block table has {} bytes of {bytes}", region.length);
+        return Err(Error::new(ErrorKind::Damaged, store.name(), message));
     }
     let bat = Bat::new(geometry.entries());
     for start in (0..bytes).step_by(TABLE_STEP as usize) {
@@ -142,15 +187,36 @@ fn read_table(store: &dyn Store, region: Region, geometry: &Geometry, used: &mut
         for (page, bytes) in step.chunks(PAGE).enumerate() {
             bat.load(start / PAGE as u64 + page as u64, bytes);
         }
-        for (index, entry) in step.chunks_exact(8).enumerate() {
-            let entry = Entry(u64::from_le_bytes(entry.try_into().expect("chunks of eight")));
-            if entry.0 != 0 {
-                check_entry(geometry, start / 8 + index as u64, entry, used)?;
+    }
+    Ok(bat)
+}
+
+/// Makes the changes to the table among `edits`, and says which pages they changed.
+fn redo(bat: &Bat, geometry: &Geometry, edits: &[Edit]) -> BTreeSet<u64> {
+    let mut dirty = BTreeSet::new();
+    let mut set = |index, entry| {
+        if bat.get(index) != entry {
+            dirty.insert(bat.set(index, entry));
+        }
+    };
+    for edit in edits {
+        match edit {
+            Edit::Place { index, entry } => set(*index, *entry),
+            Edit::Zero { blocks } => {
+                blocks.clone().for_each(|block| set(geometry.payload_index(block), Entry::zero()));
             }
+            Edit::Bits { .. } => (),
         }
     }
-    check_bitmaps(&bat, geometry, used)?;
-    Ok(bat)
+    dirty
+}
+
+/// Checks every entry of the table.
+fn check_table(bat: &Bat, geometry: &Geometry, used: &mut Used) -> Result<()> {
+    for (index, entry) in bat.entries().take_while(|(index, _)| *index < geometry.entries()) {
+        check_entry(geometry, index, entry, used)?;
+    }
+    check_bitmaps(bat, geometry, used)
 }
 
 fn check_entry(geometry: &Geometry, index: u64, entry: Entry, used: &mut Used) -> Result<()> {
@@ -262,9 +328,14 @@ impl Used {
 }
 
 impl Journal {
-    /// Says that the log, which was carried out, is empty; with a new FileWriteGuid, since the file has changed.
-    fn empty_log(&mut self, store: &dyn Store) -> Result<()> {
+    /// Says that the log, which was carried out, is empty; with a new FileWriteGuid if `identify` says so.
+    fn empty_log(&mut self, store: &dyn Store, identify: bool) -> Result<()> {
         self.sync(store)?;
-        self.set_header(store, |header| (header.file_write, header.log) = (Uuid::new_v4(), Uuid::nil()))
+        self.set_header(store, |header| {
+            header.log = Uuid::nil();
+            if identify {
+                header.file_write = Uuid::new_v4();
+            }
+        })
     }
 }

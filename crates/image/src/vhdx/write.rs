@@ -4,6 +4,7 @@
 //! goes to the block's place if it has one, else to a *pending* place, which the table names from the first commit on.
 
 use super::bat::{Entry, State};
+use super::carry::Edit;
 use super::map::Piece;
 use super::{Inner, Meta, lock};
 use crate::layer::{Change, Extent, Kind, Pin, Ticket};
@@ -18,6 +19,8 @@ use std::sync::atomic::Ordering;
 const MIN_HOLE: u64 = 64 << 10;
 /// Freed space in bytes that may wait for a flush before a ticket causes one.
 const MAX_FREED: u64 = 1 << 30;
+/// Bytes that changes may take in the carry-over journal before a ticket causes a flush.
+const MAX_CARRIED: u64 = 64 << 20;
 
 /// A block's place that the table does not name yet, and the tickets that write to it.
 #[derive(Debug)]
@@ -131,7 +134,7 @@ impl VhdxPin {
             return Ok(fresh);
         }
         let inner = Arc::clone(&self.inner);
-        if lock(&inner.meta).freed.len() as u64 * inner.geometry.block > MAX_FREED {
+        if inner.must_flush(&lock(&inner.meta)) {
             inner.flush()?;
         }
         // An error drops the pin after the lock: parts without a place are `exposed: false, place: 0` and hold nothing.
@@ -146,6 +149,12 @@ impl VhdxPin {
 }
 
 impl Inner {
+    /// Whether too much waits for a flush.
+    fn must_flush(&self, meta: &Meta) -> bool {
+        meta.freed.len() as u64 * self.geometry.block > MAX_FREED
+            || meta.carry.as_ref().is_some_and(|carry| carry.bytes() > MAX_CARRIED)
+    }
+
     /// The block's place, if all of the piece is exposed there.
     fn exposed_at(&self, piece: &Piece) -> Result<Option<u64>> {
         let entry = self.entry(piece.block);
@@ -238,49 +247,86 @@ impl Inner {
         }
     }
 
-    /// Exposes what a part's ticket has written.
+    /// Adds what exposes a part's data to `edits`.
     ///
     /// A place that is neither the block's nor pending belongs to a write that a zeroing has overtaken: it counts as the earlier of
     /// the two, and leaves no trace.
-    fn expose(&self, meta: &mut Meta, part: &Part) {
+    fn expose(&self, meta: &Meta, part: &Part, edits: &mut Vec<Edit>) {
         let block = part.piece.block;
         let entry = self.entry(block);
         let sectors = self.sectors(&part.piece.bytes);
         let whole = 0..self.geometry.block_sectors();
         let inside = 0..self.geometry.inside(block) / self.geometry.sector;
-        let new = match entry.state() {
+        let index = self.geometry.payload_index(block);
+        let bits = |sectors: &Range<u64>, set| Edit::Bits { block, sectors: sectors.clone(), set };
+        match entry.state() {
             Some(State::Partial) if entry.offset() == part.place => {
-                self.bitmaps.put(block, &sectors, true, &mut meta.dirty_bitmaps);
-                if !self.bitmaps.all_set(block, &inside) {
-                    return;
+                edits.push(bits(&sectors, true));
+                let others = [0..sectors.start, sectors.end..inside.end];
+                if others.iter().all(|others| self.bitmaps.all_set(block, others)) {
+                    edits.push(Edit::Place { index, entry: Entry::full(part.place) });
                 }
-                Entry::full(part.place)
             }
             Some(State::NotPresent | State::Zero) => {
                 if meta.pending.get(&block).is_none_or(|pending| pending.place != part.place) {
                     return;
                 }
-                meta.pending.remove(&block);
                 let parents_stay = self.geometry.differencing && entry.state() == Some(State::NotPresent);
                 if parents_stay && sectors != inside {
                     // Bits from an earlier life of the block may be set.
-                    self.bitmaps.put(block, &whole, false, &mut meta.dirty_bitmaps);
-                    self.bitmaps.put(block, &sectors, true, &mut meta.dirty_bitmaps);
-                    self.name_bitmap(meta, block / self.geometry.ratio());
-                    Entry::partial(part.place)
+                    edits.extend([bits(&whole, false), bits(&sectors, true)]);
+                    let chunk = block / self.geometry.ratio();
+                    if let Some(place) = meta.pending_bitmaps.get(&chunk) {
+                        let index = self.geometry.bitmap_index(chunk);
+                        edits.push(Edit::Place { index, entry: Entry::full(*place) });
+                    }
+                    edits.push(Edit::Place { index, entry: Entry::partial(part.place) });
                 } else {
-                    Entry::full(part.place)
+                    edits.push(Edit::Place { index, entry: Entry::full(part.place) });
                 }
             }
-            _ => return,
-        };
-        self.set_entry(meta, self.geometry.payload_index(block), new);
+            _ => (),
+        }
     }
 
-    /// Puts a chunk's new bitmap block into the table.
-    fn name_bitmap(&self, meta: &mut Meta, chunk: u64) {
-        if let Some(place) = meta.pending_bitmaps.remove(&chunk) {
-            self.set_entry(meta, self.geometry.bitmap_index(chunk), Entry::full(place));
+    /// Adds what makes whole blocks zeros to `edits`.
+    fn zero_blocks(&self, blocks: &Range<u64>, edits: &mut Vec<Edit>) {
+        let mut run = blocks.start..blocks.start;
+        for block in blocks.clone() {
+            if self.reads_as_zeros(block) {
+                continue;
+            }
+            if run.end != block {
+                edits.extend((!run.is_empty()).then_some(Edit::Zero { blocks: run }));
+                run = block..block;
+            }
+            run.end = block + 1;
+        }
+        edits.extend((!run.is_empty()).then_some(Edit::Zero { blocks: run }));
+    }
+
+    /// Writes edits down where they outlive the process, before they are made.
+    fn carry_over(&self, meta: &mut Meta, edits: &[Edit]) -> Result<()> {
+        let Some(carry) = meta.carry.as_mut().filter(|_| !edits.is_empty()) else { return Ok(()) };
+        carry.append(edits).or_else(|error| {
+            // The places that they name go to others.
+            self.poison_on_error(carry.cut().map_err(Into::into))?;
+            Err(error.into())
+        })
+    }
+
+    /// Makes an edit.
+    fn apply(&self, meta: &mut Meta, edit: Edit) {
+        match edit {
+            Edit::Bits { block, sectors, set } => self.bitmaps.put(block, &sectors, set, &mut meta.dirty_bitmaps),
+            Edit::Place { index, entry } => {
+                match self.geometry.block_of(index) {
+                    Some(block) => drop(meta.pending.remove(&block)),
+                    None => drop(meta.pending_bitmaps.remove(&(index / (self.geometry.ratio() + 1)))),
+                }
+                self.set_entry(meta, index, entry);
+            }
+            Edit::Zero { blocks } => blocks.for_each(|block| self.zero_block(meta, block)),
         }
     }
 
@@ -292,9 +338,6 @@ impl Inner {
     /// Makes a whole block zeros. Its place is free once that is durable.
     fn zero_block(&self, meta: &mut Meta, block: u64) {
         let entry = self.entry(block);
-        if self.reads_as_zeros(block) {
-            return;
-        }
         self.set_entry(meta, self.geometry.payload_index(block), Entry::zero());
         if let Some(at) = entry.place() {
             meta.freed.push(Freed { block, at });
@@ -317,11 +360,15 @@ pub(crate) fn commit(inner: &Arc<Inner>, mut ticket: Ticket) -> Result<()> {
     inner.wrote.store(true, Ordering::Release);
     if !pin.zeros.is_empty() || pin.parts.iter().any(|part| !part.exposed) {
         let mut meta = lock(&inner.meta);
+        let mut edits = Vec::new();
         for part in pin.parts.iter().filter(|part| !part.exposed) {
-            inner.expose(&mut meta, part);
+            inner.expose(&meta, part, &mut edits);
         }
-        for block in pin.zeros.clone() {
-            inner.zero_block(&mut meta, block);
+        inner.zero_blocks(&pin.zeros, &mut edits);
+        // An error drops the pin after the lock.
+        inner.carry_over(&mut meta, &edits)?;
+        for edit in edits {
+            inner.apply(&mut meta, edit);
         }
     }
     pin.committed = true;
