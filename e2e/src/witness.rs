@@ -15,6 +15,9 @@ const KILL_LINE: u8 = 0x15;
 /// Tags count on over all conversations of this process: a console repeats what it has said before.
 static NEXT_TAG: AtomicU64 = AtomicU64::new(1);
 
+/// Why nothing will be heard any more.
+const CLOSED: &str = "the console is closed";
+
 /// The other end of the guest's serial port.
 pub struct Witness {
     to: Box<dyn Write + Send>,
@@ -80,7 +83,7 @@ impl Witness {
         let tag = format!("{}.{}", std::process::id(), NEXT_TAG.fetch_add(1, Ordering::Relaxed));
         let mut line = vec![KILL_LINE];
         line.extend_from_slice(format!(">{tag} {request}\n").as_bytes());
-        self.to.write_all(&line).and_then(|()| self.to.flush()).map_err(|_| "the console is closed")?;
+        self.to.write_all(&line).and_then(|()| self.to.flush()).map_err(|_| CLOSED)?;
         let answer = self.line_with(&format!("<{tag} "), within)?;
         serde_json::from_str(&answer).map_err(|_| "the answer is mangled")
     }
@@ -94,6 +97,7 @@ impl Witness {
         loop {
             match self.try_ask("status", Duration::from_secs(5)) {
                 Ok(status) => return status,
+                Err(CLOSED) => self.give_up("any answer", CLOSED),
                 Err(why) if start.elapsed() > DEADLINE => self.give_up("any answer", why),
                 Err(_) => {}
             }
@@ -128,7 +132,7 @@ impl Witness {
                     self.heard.push(line);
                 }
                 Err(RecvTimeoutError::Timeout) => return Err("nothing came"),
-                Err(RecvTimeoutError::Disconnected) => return Err("the console is closed"),
+                Err(RecvTimeoutError::Disconnected) => return Err(CLOSED),
             }
         }
     }

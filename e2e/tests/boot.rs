@@ -30,6 +30,7 @@ fn a_life(qemu: PathBuf) {
     lab.ok(&["vm", "save", BASE]);
     assert_eq!(lab.state(BASE), "saved");
     lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
     witness.resync();
     assert_eq!((witness.nonce(), witness.ask("get day")["value"].clone()), (nonce.clone(), Value::from("Monday")));
     let flushed = witness.prove()["flushed"].as_u64().expect("a number");

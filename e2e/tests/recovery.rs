@@ -134,6 +134,7 @@ fn save_dies_at(step: &str) {
 /// The worker that starts a machine is killed; so is each that follows it. A last one finds the machine as it was, or running.
 fn start_dies_at(step: &str) {
     let mut scene = Scene::new();
+    scene.witness = None;
     scene.lab.ok(&["vm", "save", BASE]);
     wait_for("the worker to leave", || scene.lab.worker().is_none().then_some(()));
     let mut start = scene.lab.command(&["vm", "start", BASE]);

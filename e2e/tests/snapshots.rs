@@ -127,6 +127,7 @@ fn of_a_saved_and_of_a_paused_machine() {
     lab.snapshot("saved");
     assert_eq!(lab.state(BASE), "saved");
     lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
     assert_day(&mut witness, "saved");
     mark(&mut witness, "paused");
     lab.ok(&["vm", "pause", BASE]);
@@ -139,6 +140,7 @@ fn of_a_saved_and_of_a_paused_machine() {
     lab.ok(&["snapshot", "apply", BASE, "saved", "--discard", "--no-start"]);
     assert_eq!(lab.state(BASE), "saved");
     lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
     assert_day(&mut witness, "saved");
     lab.ok(&["snapshot", "apply", BASE, "paused", "--discard", "--start"]);
     assert_eq!(lab.state(BASE), "running");
