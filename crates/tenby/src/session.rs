@@ -48,7 +48,26 @@ impl Session {
         Err(last.unwrap_or_else(|| Problem::failed(format!("{} cannot be read", found.name))))
     }
 
-    /// The same; but where a worker has died and left a machine running, the next one is started: it recovers, and what it says is true.
+    /// Asks every machine. One that cannot be asked is told of on standard error, and does not keep the others from being shown.
+    pub(crate) async fn every<T>(
+        &self,
+        ask: impl AsyncFn(&Reader) -> Result<T, Problem>,
+    ) -> Result<Vec<(Found, T)>, Problem> {
+        let mut all = Vec::new();
+        for found in self.root.list()? {
+            let answer = match self.reader(&found).await {
+                Ok(reader) => ask(&reader).await,
+                Err(problem) => Err(problem),
+            };
+            match answer {
+                Ok(answer) => all.push((found, answer)),
+                Err(problem) => self.out.note(&format!("{} cannot be shown: {problem}", found.name)),
+            }
+        }
+        Ok(all)
+    }
+
+    /// [`Session::reader`]; but where a worker has died and left a machine running, the next one is started: it recovers, and what it says is true.
     pub(crate) async fn sure_reader(&self, found: &Found) -> Result<Reader, Problem> {
         match self.reader(found).await? {
             Reader::Ledger(peek) if !matches!(peek.view.state, State::Off | State::Saved) => {

@@ -130,6 +130,20 @@ fn alone_it_tells_the_first_commands_and_then_the_machines() {
 }
 
 #[test]
+fn one_machine_that_cannot_be_read_does_not_hide_the_others() {
+    let place = Place::with_machine("good");
+    place.tenby(&["vm", "create", "bad", "--disk", "new:8M"]).well();
+    let id = place.machine("bad")["id"].as_str().unwrap().replace('-', "");
+    std::fs::write(place.root().join(&id).join("ledger"), b"nonsense").unwrap();
+    let list = place.tenby(&["vm", "list", "--json"]).well().json();
+    assert_eq!(list["vms"].as_array().unwrap().len(), 1);
+    assert_eq!(list["vms"][0]["name"], "good");
+    place.tenby(&["snapshot", "create", "good", "Monday"]).well();
+    let bad = place.tenby(&["vm", "show", &id]);
+    assert_ne!(bad.code, 0, "{bad:?}");
+}
+
+#[test]
 fn the_life_of_a_machine_that_is_off() {
     let place = Place::with_machine("Tenby");
     place.tenby(&["vm", "create", "Tenby", "--disk", "new:8M"]).with(3);

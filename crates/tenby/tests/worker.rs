@@ -133,3 +133,50 @@ fn nothing_that_is_sent_ends_it() {
     drop(UnixStream::connect(&worker.socket).unwrap());
     assert_eq!(worker.get("/v1/hello").status, 200);
 }
+
+/// Answers on a machine's socket as a worker of another version would, until it is asked to hand over.
+fn worker_of_version(place: &Place, version: &str) -> (std::thread::JoinHandle<()>, PathBuf) {
+    let machine = place.machine("web");
+    let folder = place.runtime(&machine);
+    std::fs::create_dir_all(&folder).unwrap();
+    let path = folder.join("api.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let hello = json!({ "version": version, "id": machine["id"], "pid": 1 }).to_string();
+    let socket = path.clone();
+    let serving = std::thread::spawn(move || {
+        loop {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut bytes = [0; 4096];
+            let count = stream.read(&mut bytes).unwrap();
+            let asked = String::from_utf8_lossy(&bytes[..count]).into_owned();
+            let end = asked.starts_with("POST /v1/handover");
+            let (status, body) = if end { ("202 Accepted", "") } else { ("200 OK", hello.as_str()) };
+            let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+            if end {
+                drop(listener);
+                std::fs::remove_file(&socket).unwrap();
+                return;
+            }
+        }
+    });
+    (serving, path)
+}
+
+#[test]
+fn an_older_worker_is_asked_to_hand_over() {
+    let place = Place::with_machine("web");
+    let (older, _) = worker_of_version(&place, "0.0.1");
+    place.tenby(&["snapshot", "create", "web", "Monday"]).well();
+    older.join().unwrap();
+    assert_eq!(place.names("web"), ["Monday"]);
+}
+
+#[test]
+fn a_newer_worker_is_left_alone_and_both_versions_are_named() {
+    let place = Place::with_machine("web");
+    let (_newer, socket) = worker_of_version(&place, "999.0.0");
+    let refused = place.tenby(&["snapshot", "create", "web", "Monday"]).with(3);
+    assert!(refused.err.contains("999.0.0") && refused.err.contains(env!("CARGO_PKG_VERSION")), "{refused:?}");
+    assert!(socket.exists());
+}

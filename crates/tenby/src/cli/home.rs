@@ -4,15 +4,12 @@ use crate::demo::YOUR_OWN;
 use crate::doctor;
 use crate::draw;
 use crate::json;
-use crate::session::Session;
+use crate::session::{Reader, Session};
 use machine::request::{Problem, View};
 
 pub(crate) async fn run(session: &Session) -> Result<(), Problem> {
-    let mut machines = Vec::new();
-    for found in session.root.list()? {
-        let reader = session.reader(&found).await?;
-        machines.push((reader.view().await?, reader.tree().await?));
-    }
+    let both = async |reader: &Reader| Ok((reader.view().await?, reader.tree().await?));
+    let machines: Vec<_> = session.every(both).await?.into_iter().map(|(_, machine)| machine).collect();
     if session.out.json() {
         let vms: Vec<View> = machines.into_iter().map(|(view, _)| view).collect();
         session.out.document(&json::Machines { vms: &vms });

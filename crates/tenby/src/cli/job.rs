@@ -108,14 +108,10 @@ pub(crate) fn told(session: &Session, job: &Job) -> Result<(), Problem> {
 }
 
 async fn list(session: &Session, vm: Option<&str>) -> Result<(), Problem> {
-    let machines = match vm {
-        Some(name) => vec![session.find(name)?],
-        None => session.root.list()?,
+    let mut jobs = match vm {
+        Some(name) => session.reader(&session.find(name)?).await?.jobs().await?,
+        None => session.every(Reader::jobs).await?.into_iter().flat_map(|(_, jobs)| jobs).collect(),
     };
-    let mut jobs = Vec::new();
-    for found in &machines {
-        jobs.extend(session.reader(found).await?.jobs().await?);
-    }
     jobs.sort_by_key(|job| (job.started, job.id));
     session.out.show(&json::Jobs { jobs: &jobs }, |look| draw::jobs(&jobs, look));
     Ok(())
@@ -125,9 +121,8 @@ async fn list(session: &Session, vm: Option<&str>) -> Result<(), Problem> {
 async fn find(session: &Session, prefix: &str) -> Result<(Found, Job), Problem> {
     let wanted = prefix.to_ascii_lowercase();
     let mut matches = Vec::new();
-    for found in session.root.list()? {
-        let reader: Reader = session.reader(&found).await?;
-        for job in reader.jobs().await? {
+    for (found, jobs) in session.every(Reader::jobs).await? {
+        for job in jobs {
             if !wanted.is_empty() && job.id.to_string().starts_with(&wanted) {
                 matches.push((found.clone(), job));
             }

@@ -2,7 +2,7 @@
 
 use super::{Waiting, job, later, words};
 use crate::out::{ask, interactive};
-use crate::session::{Session, cancelled, problem};
+use crate::session::{Reader, Session, cancelled, problem};
 use crate::{draw, follow, json};
 use clap::{Args, Subcommand, ValueEnum};
 use machine::request::{Create, Problem, Request, Settings, View};
@@ -490,10 +490,7 @@ pub(crate) fn quoted_loosely(word: &str) -> String {
 }
 
 async fn list(session: &Session) -> Result<(), Problem> {
-    let mut vms: Vec<View> = Vec::new();
-    for found in session.root.list()? {
-        vms.push(session.reader(&found).await?.view().await?);
-    }
+    let vms: Vec<View> = session.every(Reader::view).await?.into_iter().map(|(_, view)| view).collect();
     session.out.show(&json::Machines { vms: &vms }, |look| draw::machines(&vms, look));
     Ok(())
 }
