@@ -44,7 +44,7 @@ pub(crate) enum Verb {
   tenby disk serve data.vhdx --socket /tmp/data.sock
   tenby disk serve data.vhdx --port 10809 --read-only")]
     Serve(ServeArgs),
-    /// Check an image file
+    /// Check an image file (not there yet)
     #[command(after_help = "Example:\n  tenby disk check data.vhdx --repair")]
     Check {
         /// The image file
@@ -53,13 +53,13 @@ pub(crate) enum Verb {
         #[arg(long)]
         repair: bool,
     },
-    /// Where an image's content lies
+    /// Where an image's content lies (not there yet)
     #[command(after_help = "Example:\n  tenby disk map data.vhdx --json")]
     Map {
         /// The image file
         file: PathBuf,
     },
-    /// Compare the content of two images
+    /// Compare the content of two images (not there yet)
     #[command(after_help = "Example:\n  tenby disk compare a.vhdx b.raw")]
     Compare {
         /// One
@@ -67,7 +67,7 @@ pub(crate) enum Verb {
         /// The other
         b: PathBuf,
     },
-    /// Change an image's size
+    /// Change an image's size (not there yet)
     #[command(after_help = "Example:\n  tenby disk resize data.vhdx 40G")]
     Resize {
         /// The image file
@@ -76,13 +76,13 @@ pub(crate) enum Verb {
         #[arg(value_parser = words::some_size)]
         size: u64,
     },
-    /// Give unused space back
+    /// Give unused space back (not there yet)
     #[command(after_help = "Example:\n  tenby disk compact data.vhdx")]
     Compact {
         /// The image file
         file: PathBuf,
     },
-    /// Tell a child where its parent is
+    /// Tell a child where its parent is (not there yet)
     #[command(after_help = "Example:\n  tenby disk reconnect child.avhdx data.vhdx")]
     Reconnect {
         /// The child
@@ -93,7 +93,7 @@ pub(crate) enum Verb {
         #[arg(long)]
         force: bool,
     },
-    /// Merge a child into its parent, or into a new file
+    /// Merge a child into its parent, or into a new file (not there yet)
     #[command(after_help = "Example:\n  tenby disk merge child.avhdx")]
     Merge {
         /// The child

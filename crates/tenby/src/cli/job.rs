@@ -38,19 +38,19 @@ pub(crate) enum Verb {
         #[arg(value_parser = words::name)]
         id: String,
     },
-    /// Pause a job
+    /// Pause a job (not there yet)
     #[command(after_help = "Example:\n  tenby job pause 3f9c")]
     Pause {
         /// The job's id, or how it begins
         id: String,
     },
-    /// Let a paused job go on
+    /// Let a paused job go on (not there yet)
     #[command(after_help = "Example:\n  tenby job resume 3f9c")]
     Resume {
         /// The job's id, or how it begins
         id: String,
     },
-    /// Limit a job's speed
+    /// Limit a job's speed (not there yet)
     #[command(after_help = "Example:\n  tenby job throttle 3f9c 50M")]
     Throttle {
         /// The job's id, or how it begins

@@ -96,10 +96,10 @@ pub(crate) enum Command {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// The web page and HTTP API
+    /// The web page and HTTP API (not there yet)
     #[command(after_help = "Example:\n  tenby serve --listen 127.0.0.1:8080")]
     Serve(rest::Serve),
-    /// Tokens for `serve`
+    /// Tokens for `serve` (not there yet)
     #[command(subcommand, after_help = "Example:\n  tenby token list")]
     Token(rest::Token),
     /// The process that owns a machine
@@ -108,7 +108,7 @@ pub(crate) enum Command {
         /// The machine's id
         id: MachineIdArg,
     },
-    /// Hyper-V's cmdlets, by their own names
+    /// Hyper-V's cmdlets, by their own names (not there yet)
     #[command(
         name = "powershell",
         disable_help_flag = true,

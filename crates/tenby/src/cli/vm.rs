@@ -100,7 +100,7 @@ pub(crate) enum Verb {
     /// The rows of a machine's ledger, as JSON
     #[command(after_help = "Example:\n  tenby vm ledger web")]
     Ledger(Name),
-    /// Check a machine's files
+    /// Check a machine's files (not there yet)
     #[command(after_help = "Example:\n  tenby vm check web --deep")]
     Check {
         #[command(flatten)]
@@ -109,7 +109,7 @@ pub(crate) enum Verb {
         #[arg(long)]
         deep: bool,
     },
-    /// Take back what was deleted or discarded
+    /// Take back what was deleted or discarded (not there yet)
     #[command(after_help = "Example:\n  tenby vm undo web")]
     Undo {
         #[command(flatten)]
@@ -117,16 +117,16 @@ pub(crate) enum Verb {
         /// What to take back
         id: Option<String>,
     },
-    /// Copy what a machine shares with others
+    /// Copy what a machine shares with others (not there yet)
     #[command(after_help = "Example:\n  tenby vm detach web")]
     Detach(Name),
-    /// Rebuild a machine from its folder's files
+    /// Rebuild a machine from its folder's files (not there yet)
     #[command(after_help = "Example:\n  tenby vm rescue /srv/tenby/0199")]
     Rescue {
         /// The folder
         folder: PathBuf,
     },
-    /// Take in a machine that was exported, here or by Hyper-V
+    /// Take in a machine that was exported, here or by Hyper-V (not there yet)
     #[command(after_help = "Example:\n  tenby vm import /srv/exports/web")]
     Import {
         /// The folder
@@ -135,7 +135,7 @@ pub(crate) enum Verb {
         #[arg(long)]
         dry_run: bool,
     },
-    /// Copy a machine, or one of its snapshots, into a folder
+    /// Copy a machine, or one of its snapshots, into a folder (not there yet)
     #[command(after_help = "Example:\n  tenby vm export web --to /srv/exports/web")]
     Export {
         #[command(flatten)]
@@ -213,7 +213,7 @@ pub(crate) struct CreateArgs {
     /// Words of yours
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TEXT")]
     note: String,
-    /// Make it from a snapshot of another machine (linked)
+    /// Make it from a snapshot of another machine (linked) (not there yet)
     #[arg(long, value_name = "VM@SNAP")]
     from: Option<String>,
     /// Make so many: NAME-1 to NAME-N
@@ -256,7 +256,7 @@ pub(crate) struct SetArgs {
     /// The host ports that lead into the guest: these, and no others; `none` for none
     #[arg(long, value_parser = publish_or_none, value_name = "[ADDR:]HOSTPORT:GUESTPORT")]
     publish: Vec<PublishArg>,
-    /// How long what is deleted or discarded may be taken back
+    /// How long what is deleted or discarded may be taken back (not there yet)
     #[arg(long, value_name = "TIME")]
     undo_for: Option<String>,
     /// Start it with the host
