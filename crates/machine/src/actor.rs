@@ -197,11 +197,11 @@ impl Handle {
 
     /// Asks for something, and returns its job at once. The same job id again is the same request: its job is returned. A refusal
     /// is the job's `error`.
-    pub async fn submit(&self, job: JobId, request: Request) -> Result<Job, Problem> {
+    pub fn submit(&self, job: JobId, request: Request) -> Result<Job, Problem> {
         let vm = self.shared.rows().machine.name.clone();
         let task = match self.shared.jobs.open(job, &vm, request.kind()) {
             Ok(task) => task,
-            Err(known) => return Ok(known),
+            Err(known) => return Ok(*known),
         };
         let job = task.job();
         self.asks
@@ -221,7 +221,7 @@ impl Handle {
     }
 
     /// Asks a job to cancel.
-    pub async fn cancel(&self, id: JobId) -> Result<Job, Problem> {
+    pub fn cancel(&self, id: JobId) -> Result<Job, Problem> {
         self.shared.jobs.cancel(id)
     }
 
@@ -308,6 +308,9 @@ impl Owner {
             live.leave();
         }
         self.console_server.abort();
+        if self.deleted {
+            crate::live::remove_run_dir(&Root::runtime_folder(self.shared.id));
+        }
         self.shared.life.send_replace(Life::Ended);
     }
 

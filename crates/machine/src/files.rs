@@ -251,7 +251,8 @@ pub fn image_problem(error: &image::Error) -> Problem {
         image::ErrorKind::NotFound => ProblemKind::NotFound,
         _ => ProblemKind::Failed,
     };
-    let problem = Problem::new(kind, error.to_string());
+    let cause = error.source.as_ref().map(|cause| format!(": {}", cause.detail)).unwrap_or_default();
+    let problem = Problem::new(kind, format!("{error}{cause}"));
     match error.kind {
         image::ErrorKind::NoSpace => problem.hint("free some space on that file system, then try again"),
         _ => problem,

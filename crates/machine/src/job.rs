@@ -64,10 +64,10 @@ impl Jobs {
     }
 
     /// A new job, or the one that has this id already.
-    pub fn open(self: &Arc<Self>, id: JobId, vm: &str, kind: &str) -> Result<Task, Job> {
+    pub fn open(self: &Arc<Self>, id: JobId, vm: &str, kind: &str) -> Result<Task, Box<Job>> {
         let mut table = self.lock();
         if let Some(entry) = table.get(&id) {
-            return Err(entry.job.clone());
+            return Err(Box::new(entry.job.clone()));
         }
         let job = Job {
             id,

@@ -415,7 +415,7 @@ pub(crate) fn end_strays(machine: &Machine) {
             let dir = runtime.join(&name);
             match qemu::Process::find(&dir).and_then(|found| found.map(|process| process.kill()).transpose()) {
                 Ok(found) if found.is_some() => {
-                    tracing::warn!("ended a QEMU that was never recorded, in {}", dir.display())
+                    tracing::warn!("ended a QEMU that was never recorded, in {}", dir.display());
                 }
                 Ok(_) => {}
                 Err(error) => tracing::warn!("a stray QEMU in {}: {error}", dir.display()),

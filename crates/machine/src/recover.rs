@@ -39,15 +39,12 @@ impl Owner {
             Some(run) => Live::adopt(&self.files, &rows.machine, run).await?,
             None => None,
         };
-        match live {
-            Some(live) => {
-                log::write(&self.files, None, "a new worker has taken over the running machine");
-                self.go_live(live).await;
-            }
-            None => {
-                let words = "its QEMU is gone; the disks are as after a power cut";
-                self.off(words, Some(words.to_owned())).await;
-            }
+        if let Some(live) = live {
+            log::write(&self.files, None, "a new worker has taken over the running machine");
+            self.go_live(live);
+        } else {
+            let words = "its QEMU is gone; the disks are as after a power cut";
+            self.off(words, Some(words.to_owned())).await;
         }
         Ok(())
     }
@@ -60,7 +57,7 @@ impl Owner {
         }
         for journal in rows.journals() {
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
-            self.forget(&journal)?;
+            self.forget(journal)?;
         }
         let died = Err(Problem::failed("the worker died in the middle of this; it was undone, nothing is lost"));
         let open: Vec<_> = rows.jobs().into_iter().filter(|job| !job.state.ended()).collect();

@@ -303,7 +303,7 @@ pub fn take_in(
             Ok(TakenIn { row, size: *size })
         }
         DiskSource::Copy { path, format } => {
-            let source = open_foreign(Path::new(path), format.as_deref())?;
+            let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
             let size = round_up_sector(source.size());
             let layer = files.create_layer(&row, size, None)?;
             let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
@@ -316,13 +316,20 @@ pub fn take_in(
             Ok(TakenIn { row, size })
         }
         DiskSource::InPlace { path, format } => {
-            let source = open_foreign(Path::new(path), format.as_deref())?;
+            let format = said(path, format.as_deref());
+            let source = open_foreign(Path::new(path), format)?;
             let size = source.size();
-            let format = if format.as_deref() == Some("raw") { "raw" } else { "vhdx" };
+            let format = if format == Some("raw") { "raw" } else { "vhdx" };
             let row = LayerRow { file: path.clone(), in_place: true, format: format.to_owned(), ..row };
             Ok(TakenIn { row, size })
         }
     }
+}
+
+/// The format that the user has said, if only by the ending `.raw`.
+fn said<'a>(path: &str, format: Option<&'a str>) -> Option<&'a str> {
+    let raw = Path::new(path).extension().is_some_and(|ending| ending.eq_ignore_ascii_case("raw"));
+    format.or(raw.then_some("raw"))
 }
 
 /// Opens a disk image of the user's for reading, with its parents beside it.

@@ -116,16 +116,19 @@ impl Qemu {
         crate::probe::userfaultfd().map_err(Error::Unsupported)
     }
 
-    /// Whether a guest that stands still can be captured in the background.
+    /// Whether this guest, who stands still, can be captured in the background.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] with the reason: as above, or this QEMU is too old.
-    pub fn captures_standing(&self) -> Result<()> {
+    /// [`Error::Unsupported`] with the reason: as above, this QEMU is too old, or the guest has never run (QEMU 10.0 aborts then).
+    pub async fn captures_standing(&self) -> Result<()> {
         let version = self.qmp().version();
         if version < STANDING {
             return Err(Error::Unsupported(format!(
                 "QEMU {version} cannot capture a guest that stands still and leave it so"
             )));
+        }
+        if self.qmp().status().await?.status == "prelaunch" {
+            return Err(Error::Unsupported("a guest that has never run is captured while it stands still only".into()));
         }
         self.captures_in_background()
     }
@@ -141,7 +144,7 @@ impl Qemu {
         let was_running = qmp.status().await?.running;
         match mode {
             CaptureMode::Background if was_running => self.captures_in_background()?,
-            CaptureMode::Background => self.captures_standing()?,
+            CaptureMode::Background => self.captures_standing().await?,
             CaptureMode::Stopped if was_running => {
                 return Err(Error::Unsupported("a running guest is captured in the background only".into()));
             }

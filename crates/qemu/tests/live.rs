@@ -200,7 +200,7 @@ async fn in_background(qemu: &Qemu) -> bool {
 
 /// Whether this QEMU captures a guest that stands still and leaves it so; if not, that it says so.
 async fn standing(qemu: &Qemu) -> bool {
-    let can = qemu.captures_standing();
+    let can = qemu.captures_standing().await;
     assert_eq!(can.is_ok(), qemu::userfaultfd().is_ok() && qemu.qmp().version().major >= 9);
     possible(qemu, can).await
 }

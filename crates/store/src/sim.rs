@@ -124,6 +124,13 @@ impl Sim {
         lock(&self.disk).powered = false;
     }
 
+    /// Undoes a cut, as if only the process had died and not the machine: all that was written is still there, and what was not
+    /// synced may still be lost.
+    pub fn revive(&self) {
+        let mut disk = lock(&self.disk);
+        (disk.powered, disk.cut) = (true, None);
+    }
+
     /// Whether the power is still on.
     pub fn powered(&self) -> bool {
         lock(&self.disk).powered

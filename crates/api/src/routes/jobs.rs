@@ -47,7 +47,7 @@ pub(super) async fn show(
 
 /// `POST /v1/jobs/{id}/cancel`
 pub(super) async fn cancel(State(service): State<Service>, Path(id): Path<String>) -> Answer<Job> {
-    Ok(Json(service.handle.cancel(parse(&id)?).await?))
+    Ok(Json(service.handle.cancel(parse(&id)?)?))
 }
 
 fn parse(id: &str) -> Result<JobId, Failure> {

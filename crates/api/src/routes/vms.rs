@@ -37,7 +37,7 @@ pub(super) async fn submit(
 ) -> Result<(StatusCode, Json<Job>), Failure> {
     let Submit { job, request } = body(asked)?;
     service.own(&vm)?;
-    let job = service.handle.submit(job, request).await?;
+    let job = service.handle.submit(job, request)?;
     Ok((StatusCode::ACCEPTED, Json(job)))
 }
 

@@ -307,7 +307,9 @@ impl Writer {
             raw.session = self.session.into();
             raw.count = (edits.len() as u32).into();
             self.buffer.extend_from_slice(raw.as_bytes());
-            edits.iter().for_each(|edit| self.buffer.extend_from_slice(edit.encode().as_bytes()));
+            for edit in edits {
+                self.buffer.extend_from_slice(edit.encode().as_bytes());
+            }
             seal(&mut self.buffer[begin..]);
             sequence += 1;
         }

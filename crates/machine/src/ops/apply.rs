@@ -159,7 +159,7 @@ impl Owner {
         }
         self.steps.at("apply:old-ended");
         let Some(live) = live else { return Ok(()) };
-        self.go_live(live).await;
+        self.go_live(live);
         self.let_run().await
     }
 

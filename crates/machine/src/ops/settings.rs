@@ -12,12 +12,12 @@ impl Owner {
     /// Renames a snapshot.
     pub(crate) fn rename_snapshot(&self, task: &Task, snapshot: &str, name: &str) -> Result<Value, Problem> {
         check_name(name)?;
-        self.edit_snapshot(task, snapshot, |s| s.name = name.to_owned())
+        self.edit_snapshot(task, snapshot, |s| name.clone_into(&mut s.name))
     }
 
     /// Notes something on a snapshot.
     pub(crate) fn note_snapshot(&self, task: &Task, snapshot: &str, note: &str) -> Result<Value, Problem> {
-        self.edit_snapshot(task, snapshot, |s| s.note = note.to_owned())
+        self.edit_snapshot(task, snapshot, |s| note.clone_into(&mut s.note))
     }
 
     fn edit_snapshot(
@@ -94,13 +94,12 @@ impl Owner {
 }
 
 fn check_disk(machine: &Machine, disk: &DiskId) -> Result<(), Problem> {
-    match machine.now.config.disk(disk) {
-        Some(_) => Ok(()),
-        None => {
-            let mut problem = Problem::not_found(format!("{} has no disk \"{}\"", machine.name, shorten(&disk.0)));
-            problem.candidates = machine.now.config.disks.iter().map(|disk| disk.id.0.clone()).collect();
-            Err(problem)
-        }
+    if machine.now.config.disk(disk).is_some() {
+        Ok(())
+    } else {
+        let mut problem = Problem::not_found(format!("{} has no disk \"{}\"", machine.name, shorten(&disk.0)));
+        problem.candidates = machine.now.config.disks.iter().map(|disk| disk.id.0.clone()).collect();
+        Err(problem)
     }
 }
 

@@ -137,7 +137,7 @@ impl Owner {
                 live.pushed(disk, row.id, Arc::clone(layer));
             }
             // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
-            let in_background = !running && live.qemu.captures_standing().is_ok();
+            let in_background = !running && live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
             let mut capture = live.qemu.capture(mode).await.map_err(|e| qemu_problem(&name, &e))?;
             ram::write(task, &mut capture, target, ram::no_point).await

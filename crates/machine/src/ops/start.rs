@@ -34,7 +34,7 @@ impl Owner {
             return Err(problem);
         }
         self.steps.at("start:committed");
-        self.go_live(live).await;
+        self.go_live(live);
         if !paused {
             self.let_run().await?;
         }
@@ -56,7 +56,7 @@ impl Owner {
     }
 
     /// This QEMU is the machine's from now on.
-    pub(crate) async fn go_live(&mut self, live: Live) {
+    pub(crate) fn go_live(&mut self, live: Live) {
         let sockets = live.sockets(&self.machine().machine);
         let pid = live.qemu.identity().pid;
         self.shared.set_moment(|moment| {
@@ -156,7 +156,7 @@ impl Owner {
                 self.off(&alert, Some(alert.clone())).await;
             }
             RunState::IoError => {
-                self.halted("a disk could not be read or written; the guest stands still until it is resumed")
+                self.halted("a disk could not be read or written; the guest stands still until it is resumed");
             }
             RunState::Panicked => self.halted("the guest reported its own death and stands still"),
             RunState::Broken => self.halted("QEMU cannot let the guest run any further"),
