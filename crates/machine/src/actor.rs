@@ -204,6 +204,10 @@ impl Handle {
             Err(known) => return Ok(*known),
         };
         let job = task.job();
+        if matches!(request, Request::Stop { turn_off: true, .. }) {
+            // Nobody waits for a guest that is being turned off.
+            self.shared.jobs.cancel_kind("stop", task.id());
+        }
         self.asks
             .send(Ask::Do(task, request))
             .map_err(|_| Problem::failed("the worker is on its way out; try again"))?;

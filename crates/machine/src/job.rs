@@ -137,6 +137,15 @@ impl Jobs {
         Ok(entry.job.clone())
     }
 
+    /// Asks every job of this kind under way to cancel, but `but`.
+    pub fn cancel_kind(&self, kind: &str, but: JobId) {
+        for (id, entry) in self.lock().iter() {
+            if entry.job.kind == kind && *id != but && !entry.job.state.ended() {
+                entry.cancel.ask();
+            }
+        }
+    }
+
     /// Whether any job is under way.
     pub fn busy(&self) -> bool {
         self.lock().values().any(|entry| !entry.job.state.ended())
