@@ -14,6 +14,7 @@ use crate::{call, output_of, target};
 
 /// Lists younger than this are not fetched again.
 const FRESH: Duration = Duration::from_secs(3600);
+const STATUS: &str = "/var/lib/dpkg/status";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// apt with our lists.
@@ -94,12 +95,16 @@ impl Apt {
         }
     }
 
-    /// `package` and what it needs beyond what is installed, as `name=version`, if it were installed from `suite` and `foe`, which
-    /// may be installed in a version that it does not go with, were not there.
-    pub(crate) fn closure(&self, package: &str, suite: &str, foe: &str) -> Result<Vec<String>> {
+    /// `package` and what it needs beyond what is installed, as `name=version`, if it were installed from `suite` on this system,
+    /// where nothing with `family` in its name were installed: that may be of a version which it does not go with.
+    pub(crate) fn closure(&self, package: &str, suite: &str, family: &str) -> Result<Vec<String>> {
+        let installed = fs::read_to_string(STATUS).context(STATUS)?;
+        let status = target().join("debian/status");
+        fs::write(&status, without(&installed, family)).with_context(|| status.display().to_string())?;
         let simulated = ["-s", "--no-install-recommends", "--allow-downgrades", "install"];
-        let wishes = [format!("{package}/{suite}"), format!("{foe}-")];
-        let said = output_of(self.command("apt-get").args(["-t", suite]).args(simulated).args(wishes))?;
+        let mut apt = self.command("apt-get");
+        apt.arg("-o").arg(format!("Dir::State::status={}", status.display())).args(["-t", suite]).args(simulated);
+        let said = output_of(apt.arg(format!("{package}/{suite}")))?;
         Ok(installations(&said))
     }
 
@@ -117,6 +122,13 @@ impl Apt {
         remove(&downloads)?;
         fs::rename(&making, to).with_context(|| to.display().to_string())
     }
+}
+
+/// dpkg's status without the packages that have `family` in their names, and those that depend on them.
+fn without(status: &str, family: &str) -> String {
+    let names = |line: &str| ["Package:", "Depends:", "Pre-Depends:"].iter().any(|field| line.starts_with(field));
+    let stays = |package: &&str| !package.lines().any(|line| names(line) && line.contains(family));
+    status.split("\n\n").filter(stays).collect::<Vec<_>>().join("\n\n")
 }
 
 /// What apt's simulation says it would install: `Inst NAME [OLD] (NEW …`.
@@ -163,7 +175,15 @@ pub(crate) fn remove(folder: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::installations;
+    use super::{installations, without};
+
+    #[test]
+    fn a_family_is_as_if_it_were_not_installed() {
+        let (libc, data) = ("Package: libc6\nVersion: 2\nDescription: not qemu", "Package: qemu-system-data\nVersion: 10");
+        let user = "Package: virt-thing\nDepends: libc6, qemu-system-x86 (>= 1)";
+        let status = [libc, data, user, libc].join("\n\n") + "\n";
+        assert_eq!(without(&status, "qemu"), [libc, libc].join("\n\n") + "\n");
+    }
 
     #[test]
     fn a_simulation_is_read() {

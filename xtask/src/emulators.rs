@@ -59,7 +59,7 @@ fn provide_one(version: &str, suite: Suite) -> Result<PathBuf> {
         Suite::Backports => apt.backports.clone(),
     };
     let root = folder.join("root");
-    let packages = apt.closure("qemu-system-x86", &suite, "qemu-utils")?;
+    let packages = apt.closure("qemu-system-x86", &suite, "qemu")?;
     apt.unpack(&packages, &root).with_context(|| format!("QEMU {version}"))?;
     write_script(&program, &start_in(&root))?;
     if !is_version(&program, version) {
