@@ -179,7 +179,8 @@ mod tests {
 
     #[test]
     fn a_family_is_as_if_it_were_not_installed() {
-        let (libc, data) = ("Package: libc6\nVersion: 2\nDescription: not qemu", "Package: qemu-system-data\nVersion: 10");
+        let (libc, data) =
+            ("Package: libc6\nVersion: 2\nDescription: not qemu", "Package: qemu-system-data\nVersion: 10");
         let user = "Package: virt-thing\nDepends: libc6, qemu-system-x86 (>= 1)";
         let status = [libc, data, user, libc].join("\n\n") + "\n";
         assert_eq!(without(&status, "qemu"), [libc, libc].join("\n\n") + "\n");
