@@ -108,6 +108,7 @@ impl<'a> Asking<'a> {
                 }
                 Event::News(Err(Error::Gone(error))) => {
                     tracing::info!("rejoining: {error}");
+                    self.died(&error)?;
                     match self.join().await? {
                         Some(next) => client = next,
                         None => return self.vanished(),
@@ -154,12 +155,7 @@ impl<'a> Asking<'a> {
                     self.heard(job);
                     return Ok(Some(client));
                 }
-                Err(Error::Gone(error)) => {
-                    self.deaths += 1;
-                    if self.deaths >= LIVES {
-                        return Err(self.given_up(&error));
-                    }
-                }
+                Err(Error::Gone(error)) => self.died(&error)?,
                 Err(Error::Problem(unknown)) if self.cancelling && unknown.kind == ProblemKind::NotFound => {
                     return Err(cancelled("cancelled before it began; nothing has changed"));
                 }
@@ -215,10 +211,16 @@ impl<'a> Asking<'a> {
         cancelled(format!("left running: job {}", self.id)).hint(format!("tenby job watch {}", self.id))
     }
 
-    fn given_up(&self, error: &std::io::Error) -> Problem {
+    /// One more worker has died under this request: too many, if it is what kills them.
+    fn died(&mut self, error: &std::io::Error) -> Result<(), Problem> {
+        self.deaths += 1;
+        if self.deaths < LIVES {
+            return Ok(());
+        }
         let log = self.session.root.machine_folder(self.found.id).join("log/worker.log");
-        Problem::failed(format!("the worker of {} died {LIVES} times over this request ({error})", self.found.name))
-            .hint(format!("less {}", log.display()))
+        let name = &self.found.name;
+        Err(Problem::failed(format!("the worker of {name} died {LIVES} times over this request ({error})"))
+            .hint(format!("less {}", log.display())))
     }
 }
 
