@@ -69,6 +69,6 @@ pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result
         }
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not read here yet")),
         (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
-        (None, _) => refuse("it has no signature of an image format: if it is a raw disk, say so (raw)".to_owned()),
+        (None, _) => refuse("it has no signature of an image format".to_owned()),
     }
 }

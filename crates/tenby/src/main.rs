@@ -15,7 +15,8 @@ mod worker;
 
 use clap::Parser;
 use cli::{Cli, Color, Command};
-use machine::request::Problem;
+use machine::plan::quoted;
+use machine::request::{Problem, ProblemKind};
 use out::Out;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -40,10 +41,24 @@ fn main() -> ExitCode {
         // A worker has said it already, to who started it.
         Err(problem) if worker => ExitCode::from(problem.kind.code()),
         Err(problem) => {
+            let problem = with_one_candidate(problem, std::env::args().skip(1));
             out.problem(&problem);
             ExitCode::from(problem.kind.code())
         }
     }
+}
+
+/// The hint for a name that means several things: the same command with the first of them, which its problem lists by id.
+fn with_one_candidate(problem: Problem, words: impl Iterator<Item = String>) -> Problem {
+    let ambiguous = problem.kind == ProblemKind::Ambiguous && problem.hint.is_none();
+    let Some(first) = problem.candidates.first().filter(|_| ambiguous) else { return problem };
+    let short = draw::named_by(&problem.message, first).unwrap_or(first).to_owned();
+    let replaced = |word: String| {
+        let meant = problem.message.contains(&format!("\"{word}\""));
+        if meant { short.clone() } else { quoted(&word) }
+    };
+    let command: Vec<String> = std::iter::once("tenby".to_owned()).chain(words.map(replaced)).collect();
+    problem.hint(command.join(" "))
 }
 
 /// A chain may be thousands of files deep; all that the system grants is asked for.
@@ -83,4 +98,21 @@ fn misread(error: &clap::Error) -> ExitCode {
 fn log(usual: &str) {
     let filter = EnvFilter::try_from_env("TENBY_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ambiguous_name_is_answered_with_the_same_command() {
+        let mut problem = Problem::new(
+            ProblemKind::Ambiguous,
+            r#"two snapshots of My VM are named "back": 3f9c (Mon 23 Nov 10:02), a17e (Tue 24 Nov 18:30)"#,
+        );
+        problem.candidates = vec!["3f9c0000000000000000000000000000".into(), "a17e0000000000000000000000000000".into()];
+        let words = ["snapshot", "apply", "My VM", "back", "--keep"].map(String::from);
+        let hint = with_one_candidate(problem, words.into_iter()).hint;
+        assert_eq!(hint.as_deref(), Some("tenby snapshot apply 'My VM' 3f9c --keep"));
+    }
 }

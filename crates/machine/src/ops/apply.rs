@@ -171,7 +171,9 @@ impl Owner {
             None => format!("{name} stands on no snapshot"),
             Some(parent) => format!("{name} has changed since {}{}", parent.name, self.changes(machine, parent)),
         };
-        let shell = format!("tenby snapshot apply {} {}", quoted(name), quoted(&target.name));
+        let alone = machine.snapshots.values().filter(|other| other.name == target.name).count() == 1;
+        let target_word = if alone { quoted(&target.name) } else { machine.short_id(target.id) };
+        let shell = format!("tenby snapshot apply {} {target_word}", quoted(name));
         Problem::refused(format!("{what}; applying {} would lose that", shorten(&target.name)))
             .hint(format!("{shell} --keep      (or --discard)"))
     }

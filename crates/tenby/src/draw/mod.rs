@@ -8,7 +8,7 @@ mod tree;
 mod vm;
 
 pub(crate) use job::{describe as job_line, done, jobs};
-pub(crate) use problem::problem;
+pub(crate) use problem::{named_by, problem};
 pub(crate) use table::{Align, Table};
 pub(crate) use tree::{pending, snapshot, tree};
 pub(crate) use vm::{home, machine, machines, plan};

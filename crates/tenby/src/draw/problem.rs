@@ -9,7 +9,7 @@ pub(crate) fn problem(problem: &Problem, look: &Look) -> String {
     let mut lines =
         vec![format!("{} {}", look.paint("error:", AnsiColor::Red.on_default().bold()), plain(&problem.message))];
     // A message that names the candidates itself needs no list of them.
-    if !problem.candidates.iter().any(|candidate| problem.message.contains(candidate.as_str())) {
+    if !problem.candidates.iter().any(|candidate| named_by(&problem.message, candidate).is_some()) {
         lines.extend(problem.candidates.iter().map(|candidate| format!("       {}", plain(candidate))));
     }
     lines.extend(
@@ -17,6 +17,15 @@ pub(crate) fn problem(problem: &Problem, look: &Look) -> String {
     );
     lines.join("\n") + "\n"
 }
+
+/// The word of a message that names a candidate: all of its id, or how it begins.
+pub(crate) fn named_by<'a>(message: &'a str, candidate: &str) -> Option<&'a str> {
+    let mut words = message.split(|c: char| !c.is_ascii_alphanumeric());
+    words.find(|word| word.len() >= SHORTEST_ID && candidate.starts_with(word))
+}
+
+/// Ids are shortened to this many digits at least.
+const SHORTEST_ID: usize = 4;
 
 #[cfg(test)]
 mod tests {
@@ -38,7 +47,7 @@ mod tests {
 
     #[test]
     fn candidates_that_the_message_names_are_not_repeated() {
-        let candidates = vec!["3f9c".to_owned(), "a17e".to_owned()];
+        let candidates = vec!["3f9c0123456789ab".to_owned(), "a17e0123456789ab".to_owned()];
         let mut named = Problem::new(
             ProblemKind::Ambiguous,
             r#"two snapshots of Tenby are named "back": 3f9c (Mon 23 Nov 10:02), a17e (Tue 24 Nov 18:30)"#,
@@ -53,8 +62,8 @@ mod tests {
         unnamed.candidates = candidates;
         insta::assert_snapshot!(problem(&unnamed, &look()), @r#"
         error: "a" begins the ids of several machines
-               3f9c
-               a17e
+               3f9c0123456789ab
+               a17e0123456789ab
         "#);
     }
 
