@@ -186,6 +186,11 @@ pub trait Layer: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Whether what is committed outlives this process, flushed or not, as long as the host lives.
+    fn survives(&self) -> bool {
+        false
+    }
+
     /// Flushes and leaves the file clean (VHDX: log empty). The layer is not to be written afterwards.
     fn close(&self) -> Result<()>;
 }
