@@ -237,9 +237,13 @@ pub struct Parent<'a> {
 impl Parent<'_> {
     /// What the child says of it: its id, and its name where it lies beside the child.
     fn link(&self) -> Result<vhdx::Parent, Problem> {
-        let name = self.row.file.split_once('/').map(|(_, name)| name).filter(|_| !self.row.in_place);
-        vhdx::Parent::of(self.layer, name).map_err(|e| image_problem(&e))
+        vhdx::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
     }
+}
+
+/// The name under which a layer's file lies beside those that stand on it; `None` for one that was taken in place, elsewhere.
+pub(crate) fn name_beside(row: &LayerRow) -> Option<&str> {
+    row.file.split_once('/').map(|(_, name)| name).filter(|_| !row.in_place)
 }
 
 /// A failed file operation, as a problem.

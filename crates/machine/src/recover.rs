@@ -15,7 +15,7 @@ use crate::job::end;
 use crate::live::{Live, end_strays, qemu_problem};
 use crate::log;
 use crate::request::Problem;
-use crate::tree::{Machine, SnapshotId, SnapshotState, State};
+use crate::tree::{LayerId, Machine, SnapshotId, SnapshotState, State};
 use qemu::RunState;
 
 impl Owner {
@@ -61,13 +61,16 @@ impl Owner {
         Ok(())
     }
 
-    fn undo_unfinished(&self) -> Result<(), Problem> {
+    fn undo_unfinished(&mut self) -> Result<(), Problem> {
         let rows = self.machine();
         let half: Vec<SnapshotId> = half_taken(&rows.machine);
         if !half.is_empty() {
             self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
         }
         for journal in rows.journals() {
+            if let Ok(moved) = journal.note.parse() {
+                self.rename_parents(LayerId(moved))?;
+            }
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
             self.forget(journal)?;
         }

@@ -97,7 +97,7 @@ impl Owner {
     }
 
     /// The leaves that were frozen are durable and left clean.
-    fn seal(&mut self) -> Result<(), Problem> {
+    pub(crate) fn seal(&mut self) -> Result<(), Problem> {
         let rows = self.machine();
         self.live.as_mut().map_or(Ok(()), |live| live.seal(&self.files, &rows.machine))
     }
