@@ -11,7 +11,7 @@
 use crate::files::{Files, file_problem, image_problem};
 use crate::request::Problem;
 use crate::root::{Root, open_or_create};
-use crate::tree::{LayerRow, Machine, MachineId};
+use crate::tree::{LayerFormat, LayerRow, Machine, MachineId};
 use image::vhdx;
 use std::sync::Arc;
 use store::Folder;
@@ -50,7 +50,7 @@ impl Carries {
 
     /// The journal of a layer's file that is about to be opened for writing. `None` for formats that keep nothing back.
     pub(crate) fn keep(&self, row: &LayerRow) -> Result<Option<(vhdx::Carry, Kept)>, Problem> {
-        if row.format != "vhdx" {
+        if row.format != LayerFormat::Vhdx {
             return Ok(None);
         }
         let name = name(row);

@@ -13,8 +13,8 @@
 //! that we made it, and is left alone and reported otherwise.
 
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
-use image::{Kind, Layer, gate, vhdx};
+use crate::tree::{LayerFormat, LayerId, LayerKind, LayerRow, Machine};
+use image::{Kind, Layer, gate, vhd, vhdx};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,17 +62,17 @@ impl Files {
         Ok(())
     }
 
-    /// The row of a layer that is about to be made.
-    pub fn new_row(&self, kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
+    /// The row of a layer that is about to be made, in VHDX or VHD.
+    pub fn new_row(&self, kind: LayerKind, format: LayerFormat, parent: Option<LayerId>) -> LayerRow {
         let id = LayerId::new();
         let folder = LAYER_FOLDERS[usize::from(kind == LayerKind::Memory)];
-        let ending = if parent.is_some() { "avhdx" } else { "vhdx" };
+        let ending = if parent.is_some() { format!("a{format}") } else { format.to_string() };
         LayerRow {
             id,
             kind,
             file: format!("{folder}/{id}.{ending}"),
             in_place: false,
-            format: "vhdx".to_owned(),
+            format,
             parent,
             created: jiff::Timestamp::now(),
         }
@@ -89,6 +89,9 @@ impl Files {
     ) -> Result<Arc<dyn Layer>, Problem> {
         let (folder, name) = self.place(row)?;
         let store = folder.create(&name).map_err(|e| file_problem(&e))?;
+        if row.format == LayerFormat::Vhd {
+            return create_vhd(store, size, parent);
+        }
         let sector_size = match (parent, row.kind) {
             (Some(parent), _) => parent.layer.info().sector_size,
             (None, LayerKind::Memory) => PAGE,
@@ -97,7 +100,7 @@ impl Files {
         let options = vhdx::Options {
             sector_size,
             kind: if parent.is_some() { Kind::Differencing } else { Kind::Dynamic },
-            parent: parent.map(Parent::link).transpose()?,
+            parent: parent.map(Parent::link_vhdx).transpose()?,
             ..vhdx::Options::dynamic(size)
         };
         let layer = match carry {
@@ -119,9 +122,10 @@ impl Files {
     /// moment, an old one that is only read and a new one.
     pub fn open_layer(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Layer>, Problem> {
         let store = self.open_store(row, mode)?;
-        match row.format.as_str() {
-            "raw" => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
-            _ => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+        match row.format {
+            LayerFormat::Raw => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            LayerFormat::Vhd => vhd::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            LayerFormat::Vhdx => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
         }
         .map_err(|e| image_problem(&e))
     }
@@ -236,9 +240,23 @@ pub struct Parent<'a> {
 
 impl Parent<'_> {
     /// What the child says of it: its id, and its name where it lies beside the child.
-    fn link(&self) -> Result<vhdx::Parent, Problem> {
+    fn link_vhdx(&self) -> Result<vhdx::Parent, Problem> {
         vhdx::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
     }
+
+    fn link_vhd(&self) -> Result<vhd::Parent, Problem> {
+        vhd::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
+    }
+}
+
+fn create_vhd(store: Arc<dyn Store>, size: u64, parent: Option<&Parent<'_>>) -> Result<Arc<dyn Layer>, Problem> {
+    let options = vhd::Options {
+        kind: if parent.is_some() { Kind::Differencing } else { Kind::Dynamic },
+        parent: parent.map(Parent::link_vhd).transpose()?,
+        ..vhd::Options::dynamic(size)
+    };
+    let layer = vhd::create(store, &options).map_err(|e| image_problem(&e))?;
+    Ok(layer)
 }
 
 /// The name under which a layer's file lies beside those that stand on it; `None` for one that was taken in place, elsewhere.

@@ -206,9 +206,11 @@ impl Owner {
 
     /// The rows of fresh leaves over these layers.
     pub(crate) fn leaf_rows(&self, over: &BTreeMap<DiskId, LayerId>) -> Leaves {
-        let row =
-            |(disk, parent): (&DiskId, &LayerId)| (disk.clone(), self.files.new_row(LayerKind::Disk, Some(*parent)));
-        over.iter().map(row).collect()
+        let rows = self.machine();
+        let format =
+            |parent: &LayerId| rows.machine.layers.get(parent).map(|row| row.format.of_child()).unwrap_or_default();
+        let row = |parent: &LayerId| self.files.new_row(LayerKind::Disk, format(parent), Some(*parent));
+        over.iter().map(|(disk, parent)| (disk.clone(), row(parent))).collect()
     }
 
     /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being served: by its own handle.
