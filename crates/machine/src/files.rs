@@ -117,6 +117,7 @@ impl Files {
         let store = self.open_store(row, mode)?;
         match row.format.as_str() {
             "raw" => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            "vhd" => image::vhd::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
             _ => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
         }
         .map_err(|e| image_problem(&e))

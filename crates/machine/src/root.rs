@@ -319,7 +319,11 @@ pub fn take_in(
             let format = said(path, format.as_deref());
             let source = open_foreign(Path::new(path), format)?;
             let size = source.size();
-            let format = if format == Some("raw") { "raw" } else { "vhdx" };
+            let format = match source.layers().last().map(|layer| layer.info().format) {
+                Some(image::Format::Raw) => "raw",
+                Some(image::Format::Vhd) => "vhd",
+                Some(image::Format::Vhdx) | None => "vhdx",
+            };
             let row = LayerRow { file: path.clone(), in_place: true, format: format.to_owned(), ..row };
             Ok(TakenIn { row, size })
         }
@@ -338,7 +342,8 @@ fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Probl
         None => None,
         Some("raw") => Some(image::Format::Raw),
         Some("vhdx") => Some(image::Format::Vhdx),
-        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx and raw are"))),
+        Some("vhd") => Some(image::Format::Vhd),
+        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx, vhd and raw are"))),
     };
     let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| image_problem(&e))?;
     image::Chain::new(layers, image::Access::Read).map_err(|e| image_problem(&e))

@@ -4,8 +4,8 @@ use super::format::{
     HEADER_BYTES, HEADER_CHECKSUM, HEADER_COOKIE, LOCATOR_ABSOLUTE, LOCATOR_RELATIVE, LOCATOR_SECOND, LOCATOR_URL,
     LOCATORS, NOWHERE, RawHeader, RawLocator, SECTOR, VERSION, checksum,
 };
-use crate::ParentLink;
 use crate::ErrorKind;
+use crate::ParentLink;
 use std::ops::Range;
 use store::Store;
 use uuid::Uuid;
@@ -71,7 +71,7 @@ impl Header {
             let message = format!("its header is of version {:#x}, not 1.0", raw.version.get());
             return Err(fault((ErrorKind::Unsupported, message)));
         }
-        let mut header = Self { raw, locators: Vec::new(), places: Vec::from([at..at + HEADER_BYTES]) };
+        let mut header = Self { raw, locators: Vec::new(), places: std::iter::once(at..at + HEADER_BYTES).collect() };
         for locator in raw.locators.iter().filter(|locator| locator.code != [0; 4] && locator.length.get() != 0) {
             let (at, bytes) = (locator.offset.get(), u64::from(locator.length.get()));
             if locator.length.get() > MAX_LOCATOR || !inside(at, bytes) {
@@ -146,7 +146,10 @@ impl Header {
         self.put(LOCATOR_SECOND, link.linkage2.map(|id| id.as_bytes().to_vec()));
         let fits = self.locators.iter().all(|locator| locator.data.len() <= MAX_LOCATOR as usize);
         if self.locators.len() > LOCATORS || !fits {
-            return Err((ErrorKind::Unsupported, "its header has no room for what is to be said of the parent".to_owned()));
+            return Err((
+                ErrorKind::Unsupported,
+                "its header has no room for what is to be said of the parent".to_owned(),
+            ));
         }
         Ok(())
     }
@@ -182,7 +185,7 @@ impl Header {
         }
         self.raw.checksum = checksum(self.raw.as_bytes(), HEADER_CHECKSUM).into();
         bytes[..HEADER_BYTES as usize].copy_from_slice(self.raw.as_bytes());
-        self.places = Vec::from([at..at + bytes.len() as u64]);
+        self.places = std::iter::once(at..at + bytes.len() as u64).collect();
         bytes
     }
 }
