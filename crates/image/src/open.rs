@@ -76,7 +76,7 @@ pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result
         (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
         (None, Some(Format::Vhd)) => refuse("it is no VHD: there is no footer, nor a copy of one".to_owned()),
         (None, _) => {
-            refuse("it has no signature of an image format (a fixed VHD whose end was lost has none either)".to_owned())
+            refuse("it has no signature of an image format; a raw disk is read only if it is said to be one (and a fixed VHD whose end was lost looks like it)".to_owned())
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;
-use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhdx};
+use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
 use machine::request::Problem;
 use rustix::fs::{CWD, RenameFlags};
 use serde::Serialize;
@@ -31,7 +31,7 @@ impl Place {
         let format = said.or(raw.then_some(Format::Raw));
         let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
         match image::open::probe(&*store).map_err(|error| problem(&error))? {
-            Some(image::open::Signature::Foreign(name @ ("VHD" | "qcow2"))) if format != Some(Format::Raw) => {
+            Some(image::open::Signature::Foreign(name @ "qcow2")) if format != Some(Format::Raw) => {
                 Err(crate::cli::later(&format!("{}: the format {name}", path.display())))
             }
             _ => Ok(Self { path: path.to_owned(), format }),
@@ -111,6 +111,7 @@ impl Info {
             format: match info.format {
                 Format::Raw => "raw",
                 Format::Vhdx => "vhdx",
+                Format::Vhd => "vhd",
             },
             r#type: match info.kind {
                 Kind::Fixed => "fixed",
@@ -193,6 +194,9 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
         Format::Vhdx => {
             vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| problem(&error))?
         }
+        Format::Vhd => {
+            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| problem(&error))?
+        }
     };
     layer.close().map_err(|error| problem(&error))?;
     drop(layer);
@@ -202,7 +206,10 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
 
 fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
     let mut options = match &new.parent {
-        Some(parent) => over(path, parent)?,
+        Some(parent) => {
+            let (parent, name) = beside(path, parent)?;
+            vhdx::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
+        }
         None => vhdx::Options { kind: new.kind, ..vhdx::Options::dynamic(new.size.unwrap_or(0)) },
     };
     options.size = new.size.unwrap_or(options.size);
@@ -211,8 +218,24 @@ fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
     Ok(options)
 }
 
-/// A differencing image over `parent`, which must lie beside it: a parent elsewhere would never be opened.
-fn over(path: &Path, parent: &Path) -> Result<vhdx::Options, Problem> {
+fn vhd_options(path: &Path, new: &New) -> Result<vhd::Options, Problem> {
+    if new.sector_size.is_some_and(|size| size != 512) {
+        return Err(Problem::usage("a VHD has sectors of 512 bytes; end its name in .vhdx for others"));
+    }
+    let mut options = match &new.parent {
+        Some(parent) => {
+            let (parent, name) = beside(path, parent)?;
+            vhd::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
+        }
+        None => vhd::Options { kind: new.kind, ..vhd::Options::dynamic(new.size.unwrap_or(0)) },
+    };
+    options.size = new.size.unwrap_or(options.size);
+    options.block_size = new.block_size.unwrap_or(options.block_size);
+    Ok(options)
+}
+
+/// The image that another one at `path` is to stand on, and its name. It must lie beside it: a parent elsewhere would never be opened.
+fn beside(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Problem> {
     let folder = |path: &Path| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::canonicalize(folder).map_err(|error| Problem::not_found(format!("{}: {error}", folder.display())))
@@ -230,7 +253,7 @@ fn over(path: &Path, parent: &Path) -> Result<vhdx::Options, Problem> {
     let name = name.ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))?;
     let parent =
         place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
-    vhdx::Options::differencing(&*parent, name).map_err(|error| problem(&error))
+    Ok((parent, name.to_owned()))
 }
 
 /// A hash. The contract's `disk hash`.
@@ -277,6 +300,10 @@ pub(crate) async fn convert(
                     ..vhdx::Options::dynamic(size)
                 };
                 vhdx::create(store, &options).map(|layer| layer as Arc<dyn Layer>)
+            }
+            Format::Vhd => {
+                let options = vhd::Options { kind: kind.unwrap_or(Kind::Dynamic), ..vhd::Options::dynamic(size) };
+                vhd::create(store, &options).map(|layer| layer as Arc<dyn Layer>)
             }
         };
         let copied = layer.and_then(|layer| {
