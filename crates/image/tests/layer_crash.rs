@@ -281,7 +281,7 @@ fn while_one_is_made(format: Format, kind: Kind) {
 #[test]
 fn while_it_is_linked_anew() {
     let link = |step: u128| {
-        let second = (step % 3 != 0).then_some(Uuid::from_u128(1000 + step));
+        let second = (!step.is_multiple_of(3)).then_some(Uuid::from_u128(1000 + step));
         let name = format!(r".\{}{step}", "n".repeat(step as usize * 40));
         let (linkage, relative_path) = (Uuid::from_u128(step), Some(name));
         (Uuid::from_u128(2000 + step), ParentLink { linkage, linkage2: second, relative_path, absolute_path: None })

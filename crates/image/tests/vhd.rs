@@ -64,8 +64,8 @@ proptest! {
 fn threads_do_not_disturb_each_other() {
     for kind in [Kind::Differencing, Kind::Dynamic] {
         let sim = Sim::new();
-        let layer = new_layer(&sim, kind, 12 * MIB, 1 << 20);
-        model::threads(layer, |mode| open(&sim, mode));
+        let layer: Arc<dyn Layer> = new_layer(&sim, kind, 12 * MIB, 1 << 20);
+        model::threads(&layer, |mode| open(&sim, mode));
     }
 }
 

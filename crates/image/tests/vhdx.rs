@@ -222,7 +222,7 @@ fn options_out_of_range_are_refused() {
 fn threads_do_not_disturb_each_other() {
     for kind in [Kind::Differencing, Kind::Dynamic] {
         let sim = Sim::new();
-        let layer = new_layer(&sim, kind, 12 * MIB, 1 << 20, 512);
-        model::threads(layer, |mode| open(&sim, "child.vhdx", mode).expect("open"));
+        let layer: Arc<dyn Layer> = new_layer(&sim, kind, 12 * MIB, 1 << 20, 512);
+        model::threads(&layer, |mode| open(&sim, "child.vhdx", mode).expect("open"));
     }
 }

@@ -182,7 +182,7 @@ impl Pair {
 
 /// Threads that each own every fourth sector write, zero and read theirs, while one flushes; at the end, and in the file, each finds
 /// what it wrote last.
-pub(crate) fn threads(layer: Arc<dyn Layer>, open: impl Fn(Mode) -> Arc<dyn Layer>) {
+pub(crate) fn threads(layer: &Arc<dyn Layer>, open: impl Fn(Mode) -> Arc<dyn Layer>) {
     const THREADS: u64 = 4;
     let sectors = layer.info().size / 512;
     let absent = absent(layer.info().kind);
@@ -196,12 +196,12 @@ pub(crate) fn threads(layer: Arc<dyn Layer>, open: impl Fn(Mode) -> Arc<dyn Laye
             let fill = (step % 200) as u8 + 1;
             match (random >> 20) % 8 {
                 0 => {
-                    zero(&*layer, offset, 512).expect("zero");
+                    zero(&**layer, offset, 512).expect("zero");
                     own[index as usize] = 0;
                 }
-                1 => assert_eq!(read(&*layer, offset, 512, absent).expect("read"), [own[index as usize]; 512]),
+                1 => assert_eq!(read(&**layer, offset, 512, absent).expect("read"), [own[index as usize]; 512]),
                 _ => {
-                    write(&*layer, offset, &[fill; 512]).expect("write");
+                    write(&**layer, offset, &[fill; 512]).expect("write");
                     own[index as usize] = fill;
                 }
             }
@@ -216,7 +216,7 @@ pub(crate) fn threads(layer: Arc<dyn Layer>, open: impl Fn(Mode) -> Arc<dyn Laye
         threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
     });
     layer.flush().expect("flush");
-    for layer in [Arc::clone(&layer), open(Mode::Read)] {
+    for layer in [Arc::clone(layer), open(Mode::Read)] {
         for sector in 0..sectors {
             let expected = owned[(sector % THREADS) as usize][(sector / THREADS) as usize];
             let found = read(&*layer, sector * 512, 512, absent).expect("read");
