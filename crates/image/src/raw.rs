@@ -231,6 +231,11 @@ impl Layer for RawLayer {
         Err(Error::new(ErrorKind::Unsupported, self.store.name(), "a raw file has no ids"))
     }
 
+    /// There is nothing but data, and that is in the file.
+    fn survives(&self) -> bool {
+        true
+    }
+
     fn close(&self) -> Result<()> {
         self.flush()
     }

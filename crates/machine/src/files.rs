@@ -79,12 +79,13 @@ impl Files {
     }
 
     /// Makes a layer's file: empty, `size` bytes of virtual disk, standing on `parent` if there is one. Durable when it returns, but
-    /// for its name: see [`Files::sync_names`].
+    /// for its name: see [`Files::sync_names`]. With `carry`, what is committed to it outlives this process.
     pub fn create_layer(
         &self,
         row: &LayerRow,
         size: u64,
         parent: Option<&Parent<'_>>,
+        carry: Option<vhdx::Carry>,
     ) -> Result<Arc<dyn Layer>, Problem> {
         let (folder, name) = self.place(row)?;
         let store = folder.create(&name).map_err(|e| file_problem(&e))?;
@@ -99,8 +100,11 @@ impl Files {
             parent: parent.map(Parent::link).transpose()?,
             ..vhdx::Options::dynamic(size)
         };
-        let layer = vhdx::create(store, &options).map_err(|e| image_problem(&e))?;
-        Ok(layer)
+        let layer = match carry {
+            Some(carry) => vhdx::create_carried(store, &options, carry),
+            None => vhdx::create(store, &options),
+        };
+        Ok(layer.map_err(|e| image_problem(&e))?)
     }
 
     /// Makes the names in the layers' folders durable.
@@ -122,6 +126,12 @@ impl Files {
         .map_err(|e| image_problem(&e))
     }
 
+    /// Opens a VHDX layer for writing, with the journal of what was committed and not flushed; works off what that holds.
+    pub fn open_carried(&self, row: &LayerRow, carry: vhdx::Carry) -> Result<Arc<dyn Layer>, Problem> {
+        let store = self.open_store(row, Mode::Write)?;
+        vhdx::open_carried(store, carry).map(|layer| layer as Arc<dyn Layer>).map_err(|e| image_problem(&e))
+    }
+
     fn open_store(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Store>, Problem> {
         if row.in_place {
             return store::host::open_file(Path::new(&row.file), mode).map_err(|e| missing_layer(&e, row));
@@ -140,14 +150,27 @@ impl Files {
         machine.layers.values().filter(|row| row.in_place).map(lock).collect()
     }
 
-    /// Opens the layers from base to `leaf`, the leaf for writing if `mode` says so, and checks that each stands on the one below.
-    pub fn open_chain(&self, machine: &Machine, leaf: LayerId, mode: Mode) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+    /// Opens the layers from base to `leaf` for reading, and checks that each stands on the one below.
+    pub fn open_chain(&self, machine: &Machine, leaf: LayerId) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        self.open_chain_with(machine, leaf, |row| self.open_layer(row, Mode::Read))
+    }
+
+    /// The same; the leaf is what `open_leaf` makes of its row.
+    pub fn open_chain_with(
+        &self,
+        machine: &Machine,
+        leaf: LayerId,
+        open_leaf: impl FnOnce(&LayerRow) -> Result<Arc<dyn Layer>, Problem>,
+    ) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        let mut open_leaf = Some(open_leaf);
         let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
         for id in machine.chain(leaf) {
             let row =
                 machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))?;
-            let mode = if id == leaf { mode } else { Mode::Read };
-            let layer = self.open_layer(row, mode)?;
+            let layer = match open_leaf.take_if(|_| id == leaf) {
+                Some(open_leaf) => open_leaf(row)?,
+                None => self.open_layer(row, Mode::Read)?,
+            };
             if let Some(parent) = layers.last() {
                 gate::check_link(layer.as_ref(), parent.as_ref()).map_err(|e| image_problem(&e))?;
             }
@@ -214,9 +237,13 @@ pub struct Parent<'a> {
 impl Parent<'_> {
     /// What the child says of it: its id, and its name where it lies beside the child.
     fn link(&self) -> Result<vhdx::Parent, Problem> {
-        let name = self.row.file.split_once('/').map(|(_, name)| name).filter(|_| !self.row.in_place);
-        vhdx::Parent::of(self.layer, name).map_err(|e| image_problem(&e))
+        vhdx::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
     }
+}
+
+/// The name under which a layer's file lies beside those that stand on it; `None` for one that was taken in place, elsewhere.
+pub(crate) fn name_beside(row: &LayerRow) -> Option<&str> {
+    row.file.split_once('/').map(|(_, name)| name).filter(|_| !row.in_place)
 }
 
 /// A failed file operation, as a problem.

@@ -299,13 +299,13 @@ pub fn take_in(
     match &disk.source {
         DiskSource::New { size } => {
             check_disk_size(*size)?;
-            files.create_layer(&row, *size, None)?;
+            files.create_layer(&row, *size, None, None)?;
             Ok(TakenIn { row, size: *size })
         }
         DiskSource::Copy { path, format } => {
             let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
             let size = round_up_sector(source.size());
-            let layer = files.create_layer(&row, size, None)?;
+            let layer = files.create_layer(&row, size, None, None)?;
             let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
             image::convert::copy(&source, &target, &mut |done, total| {
                 progress(done, total);

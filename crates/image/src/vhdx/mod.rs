@@ -210,6 +210,10 @@ impl Layer for VhdxLayer {
         Ok(())
     }
 
+    fn survives(&self) -> bool {
+        lock(&self.0.meta).carry.is_some()
+    }
+
     fn close(&self) -> Result<()> {
         self.0.close()
     }
