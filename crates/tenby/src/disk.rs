@@ -1,5 +1,7 @@
 //! Disk image files, without any machine: made, looked at, hashed, copied, served.
 
+pub(crate) mod check;
+
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;

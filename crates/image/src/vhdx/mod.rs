@@ -24,6 +24,7 @@ mod alloc;
 mod bat;
 mod bitmap;
 mod carry;
+pub(crate) mod check;
 mod create;
 mod flush;
 mod format;
