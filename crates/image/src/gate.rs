@@ -78,6 +78,22 @@ pub fn open_chain_as(
     format: Option<Format>,
     mode: Mode,
 ) -> Result<Vec<Arc<dyn Layer>>> {
+    open_some(folder, name, format, mode, usize::from(mode == Mode::Write))
+}
+
+/// [`open_chain`] with the image and its parent open for writing: for a merge.
+pub fn open_to_merge(folder: &Arc<dyn Folder>, name: &str) -> Result<Vec<Arc<dyn Layer>>> {
+    open_some(folder, name, None, Mode::Write, 2)
+}
+
+/// Opens a chain; the image for `mode`, the first `writable` layers from it on for writing.
+fn open_some(
+    folder: &Arc<dyn Folder>,
+    name: &str,
+    format: Option<Format>,
+    mode: Mode,
+    writable: usize,
+) -> Result<Vec<Arc<dyn Layer>>> {
     let mut layers = vec![open::open(folder.open(name, mode)?, format, mode)?];
     let mut names = vec![name.to_owned()];
     while let Some(link) = layers.last().and_then(|child| child.info().parent) {
@@ -92,7 +108,8 @@ pub fn open_chain_as(
         if names.contains(&name) {
             return Err(refuse(format!("it is its own ancestor, by {name}")));
         }
-        let parent = open::open(folder.open(&name, Mode::Read)?, None, Mode::Read)?;
+        let mode = if layers.len() < writable { Mode::Write } else { Mode::Read };
+        let parent = open::open(folder.open(&name, mode)?, None, mode)?;
         check_link(&**child, &*parent)?;
         names.push(name);
         layers.push(parent);
@@ -110,7 +127,7 @@ pub fn open_path(path: &Path, format: Option<Format>, mode: Mode) -> Result<Vec<
 
 /// The file of this name in the folder; if there is none, the only one whose name differs in upper and lower case alone, for names
 /// that were written on Windows.
-fn find(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
+pub fn find(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
     let all = folder.list()?;
     if all.iter().any(|found| found == name) {
         return Ok(Some(name.to_owned()));

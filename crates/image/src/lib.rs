@@ -21,12 +21,17 @@
 //! - After a failed write or sync of metadata a layer takes no more changes ([`ErrorKind::Poisoned`]).
 
 pub mod chain;
+pub mod compact;
+pub mod compare;
 pub mod convert;
 pub mod gate;
 pub mod layer;
 pub mod merge;
 pub mod open;
 pub mod raw;
+pub mod reconnect;
+pub mod resize;
+pub mod siblings;
 pub mod vhdx;
 
 pub use chain::{Access, Ambiguous, Chain, ChainRun, Received, RunKind};
@@ -40,6 +45,8 @@ pub use open::open;
 pub enum ErrorKind {
     /// The file is damaged, or not what it claims to be.
     Damaged,
+    /// The file has no signature of an image format, and nobody said that it is raw.
+    Unsigned,
     /// The file is sound but uses something that is not supported here.
     Unsupported,
     /// The parent is missing, is another one than the child names, or may not be named like this.
