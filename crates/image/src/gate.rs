@@ -82,8 +82,8 @@ pub fn open_chain_as(
 }
 
 /// [`open_chain`] with the image and its parent open for writing: for a merge.
-pub fn open_to_merge(folder: &Arc<dyn Folder>, name: &str) -> Result<Vec<Arc<dyn Layer>>> {
-    open_some(folder, name, None, Mode::Write, 2)
+pub fn open_to_merge(folder: &Arc<dyn Folder>, name: &str, format: Option<Format>) -> Result<Vec<Arc<dyn Layer>>> {
+    open_some(folder, name, format, Mode::Write, 2)
 }
 
 /// Opens a chain; the image for `mode`, the first `writable` layers from it on for writing.

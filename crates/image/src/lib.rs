@@ -5,14 +5,15 @@
 //!                  Layer ──────────────┼─► Chain     prepare ► data ► commit: where they go
 //!                  Layer ──────────────┘             flush: data, then the metadata that exposes it
 //!                                          ▲
-//!                            merge, convert, the servers
+//!                            merge, convert, compare, resize, compact, the servers
 //! ```
 //!
 //! Read [`layer`] first: the contract between a format and everything else. A format never moves guest data; [`chain`] does.
 //!
 //! Life of a disk: [`open_path`] (or [`gate::open_chain`], or the layers that a ledger names, opened with [`open()`] and checked with
 //! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
-//! snapshot, [`merge`] for its deletion → [`Chain::close`]. New files come from [`vhdx::create`] and [`raw::create`].
+//! snapshot, [`merge`] for its deletion → [`Chain::close`]. [`siblings`] says what stands on an image, [`reconnect`] mends a link.
+//! New files come from [`vhdx::create`] and [`raw::create`].
 //!
 //! Rules:
 //! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
