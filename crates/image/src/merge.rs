@@ -48,7 +48,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// [`move_down`] lets go of this much at a time, bytes (or of one block, if that is larger). A power of two.
+/// [`move_down`] lets go of no more than this at a time, bytes (or of one block, if that is larger). A power of two.
 const MOVED: u64 = 64 << 20;
 /// Data moves in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
@@ -133,9 +133,12 @@ pub fn fold_down<E>(
 
 /// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
 /// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
+///
+/// About `room` bytes may be taken twice for a moment; the child's block at least. Less room means more syncs.
 pub fn move_down<E>(
     child: &Arc<dyn Layer>,
     parent: &Arc<dyn Layer>,
+    room: u64,
     g: Uuid,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
@@ -143,7 +146,7 @@ pub fn move_down<E>(
     let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
     let _one = chain.folding();
     let mut fold = Fold::begin(&chain, child, parent, progress)?;
-    fold.moving = true;
+    fold.step = Some((room.clamp(1, MOVED) / 2 + 1).next_power_of_two().max(fold.child.block()));
     fold.run(Some(g), commit)
 }
 
@@ -185,8 +188,8 @@ struct Fold<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
-    /// The child gives up what was copied.
-    moving: bool,
+    /// The child gives up what was copied whenever so many bytes, a multiple of its blocks, have been looked at.
+    step: Option<u64>,
 }
 
 impl Drop for Fold<'_> {
@@ -210,7 +213,7 @@ impl<'a> Fold<'a> {
         child.touched().start();
         drop(stack);
         let (progress, buffer) = (Progress::default(), vec![0; PIECE as usize]);
-        Ok(Self { chain, child, parent, report, progress, buffer, moving: false })
+        Ok(Self { chain, child, parent, report, progress, buffer, step: None })
     }
 
     fn run<E>(&mut self, g: Option<Uuid>, commit: impl FnOnce() -> Result<(), E>) -> Result<Outcome, FoldError<E>> {
@@ -244,10 +247,9 @@ impl<'a> Fold<'a> {
         }
         self.progress.total = plan(self.child.layer(), self.parent.layer())?;
         self.tell()?;
-        if self.moving {
-            self.copy_and_forget()?;
-        } else {
-            self.copy(0, self.child.size())?;
+        match self.step {
+            Some(step) => self.copy_and_forget(step)?,
+            None => self.copy(0, self.child.size())?,
         }
         for _ in 0..PASSES {
             if self.child.touched().bytes() <= SMALL {
@@ -323,8 +325,8 @@ impl<'a> Fold<'a> {
     }
 
     /// Copies all, and lets the child forget what the parent holds durably, stretch by stretch of whole blocks.
-    fn copy_and_forget(&mut self) -> Result<(), Stop> {
-        let (size, step) = (self.child.size(), MOVED.max(self.child.block()));
+    fn copy_and_forget(&mut self, step: u64) -> Result<(), Stop> {
+        let size = self.child.size();
         for at in (0..size).step_by(step as usize) {
             let (len, before) = (step.min(size - at), self.progress.done);
             self.copy(at, len)?;

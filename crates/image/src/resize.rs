@@ -1,8 +1,8 @@
-//! Changing a disk's size, of a chain's leaf too: a child may be larger or smaller than its parent.
+//! What a disk would lose if it were smaller. (Its size is changed by [`crate::Layer::resize`] of its leaf: a child may be larger or
+//! smaller than its parent.)
 
+use crate::Result;
 use crate::chain::{Chain, RunKind};
-use crate::{Error, ErrorKind, Result};
-use std::sync::Arc;
 
 /// How much is read at once, in bytes.
 const BUFFER: u64 = 1 << 20;
@@ -37,25 +37,4 @@ pub fn data_end(chain: &Chain, from: u64, progress: &mut dyn FnMut(u64, u64) -> 
         }
     }
     Ok(Some(last))
-}
-
-/// Makes the disk `size` bytes: its leaf, which must be open for writing. What is cut off must hold nothing but zeros; what is
-/// added reads as zeros. Says `false` if `progress` stopped it before anything changed. The chain is not to be used afterwards.
-///
-/// # Errors
-/// [`ErrorKind::Invalid`] if something but zeros would be cut off, or for a size that the format does not know.
-pub fn resize(chain: &Chain, size: u64, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool> {
-    let layers = chain.layers();
-    let leaf = layers.last().expect("a chain has at least one layer");
-    leaf.check_resize(size)?;
-    if size < chain.size() {
-        let Some(end) = data_end(chain, size, progress)? else { return Ok(false) };
-        if end > size {
-            let message = format!("it holds data up to {end}; {size} bytes would cut that off");
-            return Err(Error::new(ErrorKind::Invalid, Arc::clone(leaf).store().name(), message));
-        }
-    }
-    leaf.resize(size)?;
-    leaf.close()?;
-    Ok(true)
 }

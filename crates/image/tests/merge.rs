@@ -61,7 +61,7 @@ fn merge(sim: &Sim) -> Result<(), Error> {
     let layers = gate::open_to_merge(&folder, "child", None)?;
     let [base, child] = layers.as_slice() else { panic!("two layers") };
     let go_on = &mut |_| ControlFlow::Continue(());
-    let outcome = move_down(child, base, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    let outcome = move_down(child, base, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
     let outcome = outcome.map_err(|error| match error {
         FoldError::Image(error) | FoldError::Commit(error) => error,
     })?;
@@ -145,7 +145,8 @@ fn siblings_know_who_stands_on_whom() {
     let siblings = Siblings::of(&*folder).unwrap();
     assert_eq!(siblings.unread, ["broken.vhdx"]);
     let id = |name: &str| siblings.images.iter().find(|image| image.name == name).unwrap().info.data_id;
-    let children = |name: &str| siblings.children(name, id(name)).map(|child| child.name.as_str()).collect::<Vec<_>>();
+    let children =
+        |name: &'static str| siblings.children(name, id(name)).map(|child| child.name.as_str()).collect::<Vec<_>>();
     assert_eq!(children("base.vhdx"), ["child.avhdx"]);
     assert_eq!(children("child.avhdx"), [""; 0]);
     // By its id also under another name.

@@ -352,7 +352,9 @@ fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Probl
         Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx and raw are"))),
     };
     let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| match e.kind {
-        image::ErrorKind::Unsigned => image_problem(&e).hint(format!("--disk {},format=raw", quoted(&e.file))),
+        image::ErrorKind::Unsigned => {
+            image_problem(&e).hint(format!("--disk {}", quoted(&format!("{},format=raw", e.file))))
+        }
         _ => image_problem(&e),
     })?;
     image::Chain::new(layers, image::Access::Read).map_err(|e| image_problem(&e))

@@ -358,6 +358,7 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
     let store = Arc::clone(&making.store);
     let what = format!("copying {}", source.path.display());
     let Target { format, kind, dense, .. } = target;
+    let file = target.path.to_owned();
     let complete = interruptible(out, what, move |progress| {
         let source = source.chain(Access::Read)?;
         let copied = blank(&store, format, kind, source.size(), source.sector_size()).and_then(|target| {
@@ -365,7 +366,7 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
             target.close()?;
             Ok(complete && (!dense || image::convert::fill(&*store, progress)?))
         });
-        copied.map_err(|error| edit::with_missing(problem(&error), &error, &source, &*store))
+        copied.map_err(|error| edit::copy_problem(&error, &source, &*store, &file))
     })
     .await?;
     if !complete {

@@ -264,7 +264,7 @@ fn a_merge_that_is_cancelled_says_that_it_goes_on() {
     let place = Place::new();
     tenby(&place, &["disk", "create", "base.vhdx", "--size", "2G"]).well();
     tenby(&place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
-    write(&place, "child.avhdx", &["write -P 5 0 1G"]);
+    write(&place, "child.avhdx", &["write -P 5 0 512M"]);
     let before = hash(&place, "child.avhdx");
     let merging =
         place.command(&["disk", "merge", "child.avhdx"]).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
+use std::fmt::Write;
 use std::path::Path;
 use store::Mode;
 
@@ -70,13 +71,14 @@ impl Link {
     pub(super) fn block(&self, look: &Look) -> String {
         let mut text = self.info.block();
         if let Some(modified) = self.modified {
-            text += &format!("  written   {}\n", look.date(modified));
+            writeln!(text, "  written   {}", look.date(modified)).expect("writing to a string never fails");
         }
         let needed = match (&self.machine, self.children.as_slice()) {
             (Some(machine), _) => format!("by the machine {}", plain(machine)),
             (None, []) => "by nothing in this folder; deleting it loses what it holds itself".to_owned(),
             (None, children) => format!("by {}; deleting it loses those too", plain(&children.join(", "))),
         };
-        text + &format!("  needed    {needed}\n")
+        writeln!(text, "  needed    {needed}").expect("writing to a string never fails");
+        text
     }
 }

@@ -50,16 +50,21 @@ pub(super) fn tell_unread(siblings: &Siblings, out: &Out) {
     }
 }
 
-/// After a copy for which there was no room: how much is missing, as far as is known.
-pub(super) fn with_missing(mut problem: Problem, error: &Error, source: &Chain, target: &dyn Store) -> Problem {
-    if error.kind == ErrorKind::NoSpace
-        && let (Ok(need), Ok(have)) = (data_bytes(source), target.allocated())
-    {
-        let free = Path::new(&error.file).parent().and_then(free_space).unwrap_or(0);
-        let missing = need.saturating_sub(have).saturating_sub(free).max(1);
-        problem.message = format!("{}; about {} more is needed", problem.message, draw::size(missing));
+/// What went wrong with a copy. If there was no room for it: how much is missing, as far as is known.
+pub(super) fn copy_problem(error: &Error, source: &Chain, partial: &dyn Store, target: &Path) -> Problem {
+    let missing = |need: u64| {
+        let free = target.parent().and_then(free_space)?;
+        Some((need.saturating_sub(partial.allocated().ok()?).saturating_sub(free).max(1), free))
+    };
+    let problem = problem(error);
+    match data_bytes(source).ok().filter(|_| error.kind == ErrorKind::NoSpace).and_then(missing) {
+        None => problem,
+        Some((missing, free)) => {
+            let (missing, free) = (draw::size(missing), draw::size(free));
+            let file = target.display();
+            Problem { message: format!("{file}: no room: about {missing} more is needed ({free} left)"), ..problem }
+        }
     }
-    problem
 }
 
 /// Bytes of a disk that are not known to be zeros.

@@ -43,9 +43,9 @@ pub(crate) async fn merge(child: &Path, out: &Out) -> Result<Merged, Problem> {
     let place = Place::of(child, None)?;
     edit::check_owner(child)?;
     let (folder, name, siblings) = edit::surroundings(child)?;
-    edit::tell_unread(&siblings, out);
     let folder: Arc<dyn Folder> = Arc::new(folder);
     let pair = open(&folder, &name, &siblings, &place)?;
+    edit::tell_unread(&siblings, out);
     let (parent_name, parent_file) = (file_name(&pair.parent), shown(&pair.parent.store().name()));
     let names: Vec<_> = pair.children.iter().map(file_name).collect();
     let bytes = estimate(&pair, &parent_file, child, out)?;
@@ -120,7 +120,9 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
             false => ControlFlow::Break(()),
         };
         let commit = || Ok::<_, Infallible>(());
-        let folded = merge::move_down(&pair.child, &pair.parent, uuid::Uuid::new_v4(), &mut told, commit);
+        // Others may take some of it meanwhile.
+        let room = folder_of(&pair.parent).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
+        let folded = merge::move_down(&pair.child, &pair.parent, room, uuid::Uuid::new_v4(), &mut told, commit);
         let outcome = folded.map_err(|error| match error {
             FoldError::Image(error) if error.kind == ErrorKind::NoSpace => {
                 problem(&error).hint(format!("free some space, then go on: {}", words()))
@@ -138,6 +140,10 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
         rename_parent(child, parent_name).map_err(|error| problem(&error))?;
     }
     Ok(Outcome::Folded)
+}
+
+fn folder_of(layer: &Arc<dyn Layer>) -> Option<PathBuf> {
+    Path::new(&layer.store().name()).parent().map(Path::to_owned)
 }
 
 /// What stood on the child finds the parent under another name; the id is the child's.

@@ -9,6 +9,7 @@ use jiff::Timestamp;
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use store::{Folder, Mode};
@@ -110,7 +111,7 @@ impl Reconnected {
             self.id
         );
         if let Some(at) = self.parent_modified {
-            text += &format!("  written   {}\n", look.date(at));
+            writeln!(text, "  written   {}", look.date(at)).expect("writing to a string never fails");
         }
         text
     }

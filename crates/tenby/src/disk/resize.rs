@@ -36,8 +36,10 @@ pub(crate) async fn resize(place: Place, size: u64, out: &Out) -> Result<Info, P
                 )));
             }
         }
-        // All that a cancellation could stop has been done.
-        image::resize::resize(&chain, size, &mut |_, _| true).map_err(|error| problem(&error))
+        let layers = chain.layers();
+        let leaf = layers.last().expect("a chain has at least one layer");
+        leaf.resize(size).and_then(|()| leaf.close()).map_err(|error| problem(&error))?;
+        Ok(true)
     })
     .await?;
     if !complete {
