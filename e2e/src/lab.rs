@@ -231,6 +231,24 @@ impl Lab {
         named.sort();
         let there: Vec<String> = self.files().into_iter().map(|(name, _)| name).collect();
         assert_eq!(there, named, "the files of the folder, and those of the ledger");
+        self.assert_linked(rows, &ledger["machine"]["now"]["disks"]);
+    }
+
+    /// Each file names the one that it stands on, so that other tools find it. (Those that are being written may be locked.)
+    fn assert_linked(&self, rows: &serde_json::Map<String, Value>, leaves: &Value) {
+        let leaves: Vec<&Value> = leaves.as_object().into_iter().flat_map(serde_json::Map::values).collect();
+        let file = |row: &Value| row["file"].as_str().expect("a name").to_owned();
+        for row in rows.values() {
+            let Some(parent) = row["parent"].as_str() else { continue };
+            let path = self.machine_folder().join(file(row));
+            let output = self.tenby(&["--json", "disk", "info", &path.to_string_lossy()]);
+            if output.code == 3 && leaves.contains(&&row["id"]) {
+                continue;
+            }
+            let info = output.exits(0).json();
+            let named = info["parent"]["path"].as_str().unwrap_or_default().trim_start_matches(r".\").to_owned();
+            assert_eq!(file(&rows[parent]).rsplit('/').next(), Some(named.as_str()), "what {} stands on", file(row));
+        }
     }
 
     /// The layers' files of [`BASE`], by name below its folder, with the bytes that each occupies.

@@ -274,6 +274,26 @@ fn everything_is_killed() {
     scene.assert_whole();
 }
 
+/// What the guest was told is written, and never flushed, is there for the next worker, and in what it snaps.
+#[test]
+fn what_was_not_flushed_outlives_the_worker() {
+    let mut scene = Scene::new();
+    scene.witness().ask("journal pause");
+    scene.witness().ask("pour-disk vda 32M 8 7");
+    scene.witness().ask("zero vda 36M 2");
+    scene.witness = None;
+    scene.lab.kill_worker();
+    scene.lab.snapshot("poured");
+    assert!(scene.lab.ok(&["vm", "log", BASE]).contains("had not flushed"));
+    scene.witness().ask("zero vda 32M 8");
+    scene.lab.ok(&["snapshot", "apply", BASE, "poured", "--discard"]);
+    scene.witness().resync();
+    assert_eq!(scene.witness().ask("sum-disk vda 32M 4 7")["ok"], true);
+    assert_eq!(scene.witness().ask("sum-disk vda 38M 2 7")["ok"], true);
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+}
+
 /// QEMU holds its disks' requests until the next worker serves them; none is lost or done twice in the wrong order.
 #[test]
 fn killed_over_and_over() {

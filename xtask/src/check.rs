@@ -21,13 +21,13 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("tenby", &["store", "image", "memory", "export", "qemu", "machine", "api"]),
     // They look at the product from outside.
     ("e2e", &[]),
-    ("fuzz", &["image", "memory", "export"]),
+    ("fuzz", &["store", "image", "memory", "export", "qemu"]),
     ("xtask", &[]),
 ];
 
 /// Crates of others that have their home in some of ours only.
 const HOMES: &[(&str, &[&str])] = &[
-    ("tokio", &["qemu", "machine", "api", "tenby"]),
+    ("tokio", &["qemu", "machine", "api", "tenby", "fuzz"]),
     ("redb", &["machine"]),
     ("axum", &["api"]),
     ("clap", &["tenby"]),
@@ -122,7 +122,7 @@ mod tests {
     fn a_foreign_crate_away_from_home_is_named() {
         assert_eq!(
             wrong(&[("image", &["tokio"]), ("tenby", &["clap"])]),
-            ["image -> tokio: tokio is for qemu, machine, api, tenby only"]
+            ["image -> tokio: tokio is for qemu, machine, api, tenby, fuzz only"]
         );
         assert_eq!(wrong(&[("api", &["redb", "axum"])]), ["api -> redb: redb is for machine only"]);
     }

@@ -51,7 +51,7 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
         "setup" => setup::run(),
         "guest" => guest::build().map(|_| ()),
         "qemu" => emulators::provide().map(|_| ()),
-        "demo" => demo(),
+        "demo" => demo(rest),
         "test" => suite::run(rest),
         "check" => check::run(),
         "bench" => bench::run(rest),
@@ -64,14 +64,21 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
 }
 
 /// Builds what the demo needs and plays it. It lives in target/demo, never in the user's own place.
-fn demo() -> Result<()> {
+fn demo(rest: &[String]) -> Result<()> {
     setup::run()?;
     step("building Tenby");
     call(cargo().args(["build", "--release", "--package", "tenby"]))?;
     let guest = guest::build()?;
     step("the week");
     let tenby = target().join("release/tenby");
-    call(Command::new(tenby).arg("--root").arg(target().join("demo")).args(["demo", "week"]).env("TENBY_GUEST", guest))
+    call(
+        Command::new(tenby)
+            .arg("--root")
+            .arg(target().join("demo"))
+            .args(["demo", "week"])
+            .args(rest)
+            .env("TENBY_GUEST", guest),
+    )
 }
 
 /// The repository.

@@ -193,8 +193,9 @@ impl Chain {
     /// The same chain, whose acknowledged writes survive the death of this process, flushed or not.
     ///
     /// For a disk that is served to somebody who outlives us and will not send again what was acknowledged. What is written in place
-    /// lies in the file at once; but where new data lies is known to this process alone until the next flush. So a request that
-    /// makes the leaf hold something new is acknowledged after a flush, which all requests under way share.
+    /// lies in the file at once; but where new data lies is known to this process alone until the next flush, unless the leaf writes
+    /// that down elsewhere ([`Layer::survives`]). Without that, a request that makes the leaf hold something new is acknowledged after
+    /// a flush, which all requests under way share.
     #[must_use]
     pub fn surviving(self) -> Self {
         Self { survives: true, ..self }
@@ -286,7 +287,8 @@ impl Chain {
     /// A change is done and may be acknowledged; see [`Chain::surviving`]. (That others have exposed something meanwhile costs a
     /// flush too many, nothing else.)
     fn settle(&self, stack: RwLockReadGuard<'_, Stack>, exposures_before: u64) -> Result<()> {
-        let exposed = self.survives && stack.leaf().exposures() != exposures_before;
+        let leaf = stack.leaf();
+        let exposed = self.survives && leaf.exposures() != exposures_before && !leaf.layer().survives();
         // A flush takes the stack itself, and a push may be waiting for us in between.
         drop(stack);
         if exposed { self.flush() } else { Ok(()) }

@@ -3,7 +3,7 @@
 //! A path in an image is the word of whoever wrote the image. It is never opened as it stands: it may name one file *beside* the
 //! child, and the ids decide whether that file is the parent.
 
-use crate::layer::{Format, Layer, ParentLink};
+use crate::layer::{Format, Layer, LayerInfo, ParentLink};
 use crate::{Error, ErrorKind, Result, open};
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +34,24 @@ pub fn parent_name(link: &ParentLink) -> std::result::Result<String, String> {
         return Err(format!("it names a parent that is no file name, {:?}", path.chars().take(64).collect::<String>()));
     }
     Ok(path.to_owned())
+}
+
+/// The names beside the child under which its parent may be found, the likeliest first.
+///
+/// A VHD often carries a full path of the machine that it was made on, and no other: its last part is a name like any other, since the
+/// id decides.
+fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
+    let first = parent_name(link);
+    if info.format != Format::Vhd {
+        return first.map(|name| vec![name]);
+    }
+    let last = link.absolute_path.as_deref().and_then(|path| path.rsplit(['\\', '/', ':']).next());
+    let last = last.map(|name| parent_name(&ParentLink { relative_path: Some(name.to_owned()), ..link.clone() }));
+    match (first, last) {
+        (Ok(first), Some(Ok(last))) if first != last => Ok(vec![first, last]),
+        (Ok(name), _) | (Err(_), Some(Ok(name))) => Ok(vec![name]),
+        (Err(why), _) => Err(why),
+    }
 }
 
 /// Checks that `parent` is what `child` says that its parent is: the same content (by id) and the same sectors.
@@ -102,9 +120,9 @@ fn open_some(
         if layers.len() == MAX_DEPTH {
             return Err(refuse(format!("it stands on more than {MAX_DEPTH} layers")));
         }
-        let name = find(&**folder, &parent_name(&link).map_err(refuse)?)?;
-        let name =
-            name.ok_or_else(|| refuse(format!("its parent {} is missing", parent_name(&link).unwrap_or_default())))?;
+        let wanted = parent_names(&child.info(), &link).map_err(refuse)?;
+        let found = wanted.iter().map(|name| find(&**folder, name)).find_map(Result::transpose);
+        let name = found.unwrap_or_else(|| Err(refuse(format!("its parent {} is missing", wanted[0]))))?;
         if names.contains(&name) {
             return Err(refuse(format!("it is its own ancestor, by {name}")));
         }

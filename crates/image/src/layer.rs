@@ -22,7 +22,7 @@ use uuid::Uuid;
 /// What an image says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayerInfo {
-    /// `vhdx`, `raw`, …
+    /// VHDX, VHD, raw.
     pub format: Format,
     /// Fixed, dynamic or differencing.
     pub kind: Kind,
@@ -32,10 +32,10 @@ pub struct LayerInfo {
     pub sector_size: u32,
     /// Allocation unit in bytes (a power of two); for raw files the sector size.
     pub block_size: u32,
-    /// What a child's parent linkage must name (VHDX: the DataWriteGuid). Nil where the format has none (raw).
+    /// What a child's parent linkage must name (VHDX: the DataWriteGuid; VHD: the UUID). Nil where the format has none (raw).
     pub data_id: Uuid,
     /// The disk's identity as a guest may see it (VHDX: VirtualDiskId, copied from parent to child, so it is no proof of
-    /// anything). Nil where the format has none (raw).
+    /// anything). Nil where the format has none (raw, VHD).
     pub disk_id: Uuid,
     /// What this image says of its parent; `None` unless it is differencing.
     pub parent: Option<ParentLink>,
@@ -46,12 +46,31 @@ pub struct LayerInfo {
 pub struct ParentLink {
     /// The parent's `data_id` when this image was made.
     pub linkage: Uuid,
-    /// A second id that is accepted as well, while a merge changes the parent (VHDX `parent_linkage2`).
+    /// A second id that is accepted as well, while a merge changes the parent (VHDX: `parent_linkage2`; VHD: a locator of
+    /// our own).
     pub linkage2: Option<Uuid>,
     /// The parent's name relative to this image, as written there (backslashes and all): a *name*, never opened as it stands.
     pub relative_path: Option<String>,
     /// An absolute Windows path, for display only.
     pub absolute_path: Option<String>,
+}
+
+impl ParentLink {
+    /// The link to `parent`, which is to lie beside the child under `name`, a single path component; without a name only somebody who
+    /// knows (the ledger) finds it. Its `data_id` is settled first, see [`Layer::settle`]; of a raw file it is nil.
+    pub(crate) fn to(parent: &dyn Layer, name: Option<&str>) -> Result<Self> {
+        if name.is_some_and(|name| matches!(name, "" | "." | "..") || name.contains(['/', '\\', ':', '\0'])) {
+            let message = "a parent is named by a plain file name beside the child";
+            return Err(Error::new(ErrorKind::Parent, parent.store().name(), message));
+        }
+        parent.settle()?;
+        Ok(Self {
+            linkage: parent.info().data_id,
+            linkage2: None,
+            relative_path: name.map(|name| format!(r".\{name}")),
+            absolute_path: None,
+        })
+    }
 }
 
 /// An image file's format.
@@ -61,6 +80,19 @@ pub enum Format {
     Raw,
     /// Microsoft's VHDX (MS-VHDX), also `.avhdx`.
     Vhdx,
+    /// Microsoft's VHD, also `.avhd`.
+    Vhd,
+}
+
+impl Format {
+    /// Its name, as people write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Vhdx => "VHDX",
+            Self::Vhd => "VHD",
+        }
+    }
 }
 
 /// How an image holds its blocks.
@@ -223,6 +255,11 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// The id of the parent that this image was made over, if another one was forced on it.
     fn forced(&self) -> Option<Uuid> {
         None
+    }
+
+    /// Whether what is committed outlives this process, flushed or not, as long as the host lives.
+    fn survives(&self) -> bool {
+        false
     }
 
     /// Flushes and leaves the file clean (VHDX: log empty). The layer is not to be written afterwards.

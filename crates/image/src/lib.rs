@@ -1,7 +1,7 @@
 //! Virtual disk files and chains of them.
 //!
 //! ```text
-//!   open, gate ──► Layer (vhdx, raw) ──┐             map: where bytes lie
+//!   open, gate ──► Layer (vhdx, …) ──┐             map: where bytes lie
 //!                  Layer ──────────────┼─► Chain     prepare ► data ► commit: where they go
 //!                  Layer ──────────────┘             flush: data, then the metadata that exposes it
 //!                                          ▲
@@ -13,7 +13,7 @@
 //! Life of a disk: [`open_path`] (or [`gate::open_chain`], or the layers that a ledger names, opened with [`open()`] and checked with
 //! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
 //! snapshot, [`merge`] for its deletion → [`Chain::close`]. [`siblings`] says what stands on an image, [`reconnect`] mends a link.
-//! New files come from [`vhdx::create`] and [`raw::create`].
+//! New files come from [`vhdx::create`], [`vhd::create`] and [`raw::create`].
 //!
 //! Rules:
 //! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
@@ -33,6 +33,7 @@ pub mod raw;
 pub mod reconnect;
 pub mod resize;
 pub mod siblings;
+pub mod vhd;
 pub mod vhdx;
 
 pub use chain::{Access, Ambiguous, Chain, ChainRun, Received, RunKind};

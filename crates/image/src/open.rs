@@ -1,7 +1,7 @@
 //! Opening an image file: which format it is, and its lock.
 
 use crate::layer::{Format, Layer};
-use crate::{Error, ErrorKind, Result, raw, vhdx};
+use crate::{Error, ErrorKind, Result, raw, vhd, vhdx};
 use std::sync::Arc;
 use store::{Lock, Mode, Store};
 
@@ -10,6 +10,8 @@ use store::{Lock, Mode, Store};
 pub enum Signature {
     /// A VHDX.
     Vhdx,
+    /// A VHD.
+    Vhd,
     /// Another image format, by its name.
     Foreign(&'static str),
 }
@@ -18,13 +20,11 @@ pub enum Signature {
 const SIGNATURES: [(u64, &[u8], Signature); 6] = [
     (0, b"vhdxfile", Signature::Vhdx),
     (0, b"QFI\xfb", Signature::Foreign("qcow2")),
-    (0, b"conectix", Signature::Foreign("VHD")),
+    (0, &vhd::FOOTER_COOKIE, Signature::Vhd),
     (0, b"KDMV", Signature::Foreign("VMDK")),
     (0, b"# Disk DescriptorFile", Signature::Foreign("VMDK")),
     (64, b"\x7f\x10\xda\xbe", Signature::Foreign("VDI")),
 ];
-/// A fixed VHD has its signature only here, so many bytes before its end (files of old tools: one byte less).
-const VHD_FOOTER: [u64; 2] = [512, 511];
 
 /// What the file's signature says; `None` if it has none that we know.
 pub fn probe(store: &dyn Store) -> Result<Option<Signature>> {
@@ -41,9 +41,10 @@ pub fn probe(store: &dyn Store) -> Result<Option<Signature>> {
             return Ok(Some(signature));
         }
     }
-    for at in VHD_FOOTER.into_iter().filter_map(|footer| length.checked_sub(footer)) {
-        if has(at, b"conectix")? {
-            return Ok(Some(Signature::Foreign("VHD")));
+    // A fixed VHD has its signature at its end only.
+    for at in vhd::TAIL_LENGTHS.into_iter().filter_map(|footer| length.checked_sub(footer)) {
+        if has(at, &vhd::FOOTER_COOKIE)? {
+            return Ok(Some(Signature::Vhd));
         }
     }
     Ok(None)
@@ -65,19 +66,24 @@ pub fn open_unlocked(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) 
     let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, store.name(), message));
     match (probe(&*store)?, format) {
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => Ok(vhdx::open(store, mode)?),
+        (Some(Signature::Vhd), None | Some(Format::Vhd)) => Ok(vhd::open(store, mode)?),
         (None, Some(Format::Raw)) => Ok(raw::open(store, mode)?),
-        (Some(Signature::Vhdx), Some(Format::Raw)) => refuse(
-            "it was to be read as raw, but its signature says VHDX: name it so, or remove the signature".to_owned(),
-        ),
+        (Some(known @ (Signature::Vhdx | Signature::Vhd)), Some(said)) => {
+            let (known, said) = (if known == Signature::Vhd { "VHD" } else { "VHDX" }, said.name());
+            refuse(format!(
+                "it was to be read as {said}, but its signature says {known}: name it so, or remove the signature"
+            ))
+        }
         (Some(Signature::Foreign(name)), Some(Format::Raw)) => {
             refuse(format!("it was to be read as raw, but its signature says {name}: convert it first"))
         }
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not read here yet")),
         (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
+        (None, Some(Format::Vhd)) => refuse("it is no VHD: there is no footer, nor a copy of one".to_owned()),
         (None, _) => Err(Error::new(
             ErrorKind::Unsigned,
             store.name(),
-            "it has no signature of an image format, and is not said to be raw",
+            "it has no signature of an image format, and is not said to be raw (a fixed VHD whose end was lost has none either)",
         )),
     }
 }

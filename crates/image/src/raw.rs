@@ -255,6 +255,11 @@ impl Layer for RawLayer {
         self.flush()
     }
 
+    /// There is nothing but data, and that is in the file.
+    fn survives(&self) -> bool {
+        true
+    }
+
     fn close(&self) -> Result<()> {
         self.flush()
     }

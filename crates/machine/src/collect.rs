@@ -4,7 +4,7 @@
 //! next worker derives the same, and a fold that was cut off begins again (its child is the truth until its commit).
 
 use crate::actor::{Owner, Shared};
-use crate::files::{Files, image_problem};
+use crate::files::{Files, image_problem, name_beside};
 use crate::garbage::{Fold, folded, garbage};
 use crate::job::{Cancel, Task};
 use crate::ledger::Journal;
@@ -13,6 +13,7 @@ use crate::request::{DeletePlan, Pending, Problem};
 use crate::tree::{JobId, LayerId, Machine, SnapshotId};
 use crate::views;
 use image::merge::{self, Outcome};
+use image::{Layer, ParentLink};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use store::Mode;
@@ -153,7 +154,7 @@ impl Owner {
                         job,
                         request: serde_json::json!("merge"),
                         files: vec![child_file],
-                        note: String::new(),
+                        note: fold.child.to_string(),
                     });
                 })?;
                 steps.at("merge:committed");
@@ -218,12 +219,43 @@ impl Owner {
         }
         let rows = self.machine();
         let file = rows.machine.layers.get(&fold.child).map(|row| row.file.clone()).unwrap_or_default();
+        self.rename_parents(fold.child)?;
+        self.seal()?;
         if let Some(journal) = rows.journal(task.id()) {
             self.forget(journal)?;
         }
         log::write(&self.files, Some(task.id()), &format!("merged into {file}"));
         Ok(serde_json::json!({ "file": file }))
     }
+}
+
+impl Owner {
+    /// What stands on a layer that has moved names the file that it lives in now. For other tools: we go by the ledger.
+    pub(crate) fn rename_parents(&mut self, moved: LayerId) -> Result<(), Problem> {
+        let rows = self.machine();
+        let machine = &rows.machine;
+        let Some(parent) = machine.layers.get(&moved) else { return Ok(()) };
+        for row in machine.layers.values().filter(|row| row.parent == Some(moved)) {
+            let (layer, served) = match &mut self.live {
+                Some(live) if live.chain_of(machine, row.id).is_some() => (live.writable(&self.files, row)?, true),
+                _ => (self.files.open_layer(row, Mode::Write)?, false),
+            };
+            rename_parent(&*layer, name_beside(parent)).map_err(|e| image_problem(&e))?;
+            if !served {
+                layer.close().map_err(|e| image_problem(&e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn rename_parent(child: &dyn Layer, name: Option<&str>) -> image::Result<()> {
+    let Some(link) = child.info().parent else { return Ok(()) };
+    let relative_path = name.map(|name| format!(r".\{name}"));
+    if link.relative_path == relative_path {
+        return Ok(());
+    }
+    child.relink(None, Some(ParentLink { relative_path, absolute_path: None, ..link }))
 }
 
 /// What deleting a snapshot (with everything below it) would do to the files.

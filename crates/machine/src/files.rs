@@ -13,8 +13,8 @@
 //! that we made it, and is left alone and reported otherwise.
 
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
-use image::{Kind, Layer, gate, vhdx};
+use crate::tree::{LayerFormat, LayerId, LayerKind, LayerRow, Machine};
+use image::{Kind, Layer, gate, vhd, vhdx};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,32 +62,36 @@ impl Files {
         Ok(())
     }
 
-    /// The row of a layer that is about to be made.
-    pub fn new_row(&self, kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
+    /// The row of a layer that is about to be made, in VHDX or VHD.
+    pub fn new_row(&self, kind: LayerKind, format: LayerFormat, parent: Option<LayerId>) -> LayerRow {
         let id = LayerId::new();
         let folder = LAYER_FOLDERS[usize::from(kind == LayerKind::Memory)];
-        let ending = if parent.is_some() { "avhdx" } else { "vhdx" };
+        let ending = if parent.is_some() { format!("a{format}") } else { format.to_string() };
         LayerRow {
             id,
             kind,
             file: format!("{folder}/{id}.{ending}"),
             in_place: false,
-            format: "vhdx".to_owned(),
+            format,
             parent,
             created: jiff::Timestamp::now(),
         }
     }
 
     /// Makes a layer's file: empty, `size` bytes of virtual disk, standing on `parent` if there is one. Durable when it returns, but
-    /// for its name: see [`Files::sync_names`].
+    /// for its name: see [`Files::sync_names`]. With `carry`, what is committed to it outlives this process.
     pub fn create_layer(
         &self,
         row: &LayerRow,
         size: u64,
         parent: Option<&Parent<'_>>,
+        carry: Option<vhdx::Carry>,
     ) -> Result<Arc<dyn Layer>, Problem> {
         let (folder, name) = self.place(row)?;
         let store = folder.create(&name).map_err(|e| file_problem(&e))?;
+        if row.format == LayerFormat::Vhd {
+            return create_vhd(store, size, parent);
+        }
         let sector_size = match (parent, row.kind) {
             (Some(parent), _) => parent.layer.info().sector_size,
             (None, LayerKind::Memory) => PAGE,
@@ -96,11 +100,14 @@ impl Files {
         let options = vhdx::Options {
             sector_size,
             kind: if parent.is_some() { Kind::Differencing } else { Kind::Dynamic },
-            parent: parent.map(Parent::link).transpose()?,
+            parent: parent.map(Parent::link_vhdx).transpose()?,
             ..vhdx::Options::dynamic(size)
         };
-        let layer = vhdx::create(store, &options).map_err(|e| image_problem(&e))?;
-        Ok(layer)
+        let layer = match carry {
+            Some(carry) => vhdx::create_carried(store, &options, carry),
+            None => vhdx::create(store, &options),
+        };
+        Ok(layer.map_err(|e| image_problem(&e))?)
     }
 
     /// Makes the names in the layers' folders durable.
@@ -115,11 +122,18 @@ impl Files {
     /// moment, an old one that is only read and a new one.
     pub fn open_layer(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Layer>, Problem> {
         let store = self.open_store(row, mode)?;
-        match row.format.as_str() {
-            "raw" => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
-            _ => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+        match row.format {
+            LayerFormat::Raw => image::raw::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            LayerFormat::Vhd => vhd::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
+            LayerFormat::Vhdx => vhdx::open(store, mode).map(|layer| layer as Arc<dyn Layer>),
         }
         .map_err(|e| image_problem(&e))
+    }
+
+    /// Opens a VHDX layer for writing, with the journal of what was committed and not flushed; works off what that holds.
+    pub fn open_carried(&self, row: &LayerRow, carry: vhdx::Carry) -> Result<Arc<dyn Layer>, Problem> {
+        let store = self.open_store(row, Mode::Write)?;
+        vhdx::open_carried(store, carry).map(|layer| layer as Arc<dyn Layer>).map_err(|e| image_problem(&e))
     }
 
     fn open_store(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Store>, Problem> {
@@ -140,14 +154,27 @@ impl Files {
         machine.layers.values().filter(|row| row.in_place).map(lock).collect()
     }
 
-    /// Opens the layers from base to `leaf`, the leaf for writing if `mode` says so, and checks that each stands on the one below.
-    pub fn open_chain(&self, machine: &Machine, leaf: LayerId, mode: Mode) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+    /// Opens the layers from base to `leaf` for reading, and checks that each stands on the one below.
+    pub fn open_chain(&self, machine: &Machine, leaf: LayerId) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        self.open_chain_with(machine, leaf, |row| self.open_layer(row, Mode::Read))
+    }
+
+    /// The same; the leaf is what `open_leaf` makes of its row.
+    pub fn open_chain_with(
+        &self,
+        machine: &Machine,
+        leaf: LayerId,
+        open_leaf: impl FnOnce(&LayerRow) -> Result<Arc<dyn Layer>, Problem>,
+    ) -> Result<Vec<Arc<dyn Layer>>, Problem> {
+        let mut open_leaf = Some(open_leaf);
         let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
         for id in machine.chain(leaf) {
             let row =
                 machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))?;
-            let mode = if id == leaf { mode } else { Mode::Read };
-            let layer = self.open_layer(row, mode)?;
+            let layer = match open_leaf.take_if(|_| id == leaf) {
+                Some(open_leaf) => open_leaf(row)?,
+                None => self.open_layer(row, Mode::Read)?,
+            };
             if let Some(parent) = layers.last() {
                 gate::check_link(layer.as_ref(), parent.as_ref()).map_err(|e| image_problem(&e))?;
             }
@@ -213,10 +240,28 @@ pub struct Parent<'a> {
 
 impl Parent<'_> {
     /// What the child says of it: its id, and its name where it lies beside the child.
-    fn link(&self) -> Result<vhdx::Parent, Problem> {
-        let name = self.row.file.split_once('/').map(|(_, name)| name).filter(|_| !self.row.in_place);
-        vhdx::Parent::of(self.layer, name).map_err(|e| image_problem(&e))
+    fn link_vhdx(&self) -> Result<vhdx::Parent, Problem> {
+        vhdx::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
     }
+
+    fn link_vhd(&self) -> Result<vhd::Parent, Problem> {
+        vhd::Parent::of(self.layer, name_beside(self.row)).map_err(|e| image_problem(&e))
+    }
+}
+
+fn create_vhd(store: Arc<dyn Store>, size: u64, parent: Option<&Parent<'_>>) -> Result<Arc<dyn Layer>, Problem> {
+    let options = vhd::Options {
+        kind: if parent.is_some() { Kind::Differencing } else { Kind::Dynamic },
+        parent: parent.map(Parent::link_vhd).transpose()?,
+        ..vhd::Options::dynamic(size)
+    };
+    let layer = vhd::create(store, &options).map_err(|e| image_problem(&e))?;
+    Ok(layer)
+}
+
+/// The name under which a layer's file lies beside those that stand on it; `None` for one that was taken in place, elsewhere.
+pub(crate) fn name_beside(row: &LayerRow) -> Option<&str> {
+    row.file.split_once('/').map(|(_, name)| name).filter(|_| !row.in_place)
 }
 
 /// A failed file operation, as a problem.

@@ -71,7 +71,7 @@ pub struct Journal {
     pub request: serde_json::Value,
     /// The files that it makes, relative to the machine's folder. Recovery deletes those that no other row names, and no others.
     pub files: Vec<String>,
-    /// Anything else that recovery has to know.
+    /// Anything else that recovery has to know. Of a merge that was committed: the layer that moved into another file.
     pub note: String,
 }
 

@@ -7,6 +7,7 @@
 //!   actor     Handle, Owner: the one who does everything          job    what is under way
 //!   ops/      one file a verb                                      ram    memory to and from layers
 //!   live      QEMU and the disks served to it                      files  the machine's folder
+//!   carry     what outlives a worker of its unflushed writes
 //!   collect   removing and folding, in the background              recover what a new worker does first
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
@@ -16,6 +17,7 @@
 
 pub mod actor;
 pub mod admit;
+mod carry;
 mod check;
 mod collect;
 mod console;

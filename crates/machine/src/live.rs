@@ -9,10 +9,11 @@
 //!
 //! Disks are served before QEMU is asked anything: a QEMU that waits for a disk does not answer (facts of NBD's `reconnect-delay`).
 
+use crate::carry::{Carries, Kept};
 use crate::files::{Files, image_problem};
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, LayerRow, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, LayerRow, Machine, MachineId, NetMode, Run};
 use export::Export;
 use image::{Access, Chain, Layer};
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
@@ -29,6 +30,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// A QEMU and its disks.
 #[derive(Debug)]
 pub(crate) struct Live {
+    machine: MachineId,
     pub(crate) qemu: Qemu,
     disks: Disks,
     run_dir: PathBuf,
@@ -49,26 +51,62 @@ struct Served {
     handles: Vec<Handle>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 struct Handle {
     id: LayerId,
     layer: Arc<dyn Layer>,
     mode: Mode,
+    /// What outlives this process of a layer that is written.
+    kept: Option<Kept>,
+}
+
+impl Handle {
+    fn read(id: LayerId, layer: Arc<dyn Layer>) -> Self {
+        Self { id, layer, mode: Mode::Read, kept: None }
+    }
+
+    fn write(id: LayerId, Leaf { layer, kept }: Leaf) -> Self {
+        Self { id, layer, mode: Mode::Write, kept }
+    }
+}
+
+/// A layer that is written, whose changes outlive this process.
+#[derive(Debug)]
+pub(crate) struct Leaf {
+    pub(crate) layer: Arc<dyn Layer>,
+    pub(crate) kept: Option<Kept>,
+}
+
+impl Leaf {
+    fn open(files: &Files, carries: &Carries, row: &LayerRow) -> Result<Self, Problem> {
+        match carries.keep(row)? {
+            Some((carry, kept)) => Ok(Self { layer: files.open_carried(row, carry)?, kept: Some(kept) }),
+            None => Ok(Self { layer: files.open_layer(row, Mode::Write)?, kept: None }),
+        }
+    }
 }
 
 impl Disks {
     /// Opens the leaves of Now and serves them in `run_dir`.
     pub(crate) fn serve(files: &Files, machine: &Machine, run_dir: &Path) -> Result<Self, Problem> {
+        let carries = Carries::open(machine.id)?;
         let mut served = BTreeMap::new();
         for (disk, leaf) in &machine.now.disks {
-            let layers = files.open_chain(machine, *leaf, Mode::Write)?;
-            let ids = machine.chain(*leaf);
-            let handles = ids.iter().zip(&layers).map(|(id, layer)| Handle {
-                id: *id,
-                layer: Arc::clone(layer),
-                mode: if id == leaf { Mode::Write } else { Mode::Read },
-            });
-            let handles = handles.collect();
+            let mut kept = None;
+            let layers = files.open_chain_with(machine, *leaf, |row| {
+                let leaf = Leaf::open(files, &carries, row)?;
+                kept = leaf.kept;
+                Ok(leaf.layer)
+            })?;
+            let mut handles: Vec<Handle> = machine
+                .chain(*leaf)
+                .iter()
+                .zip(&layers)
+                .map(|(id, layer)| Handle::read(*id, Arc::clone(layer)))
+                .collect();
+            if let Some(leaf) = handles.last_mut() {
+                (leaf.mode, leaf.kept) = (Mode::Write, kept);
+            }
             // QEMU outlives this worker, and does not send again what was acknowledged.
             let chain = Chain::new(layers, Access::Write).map_err(|e| image_problem(&e))?.surviving();
             let chain = Arc::new(chain);
@@ -85,8 +123,9 @@ impl Disks {
     fn close(self) {
         for (disk, served) in self.served {
             served.export.stop();
-            if let Err(error) = served.chain.close() {
-                tracing::error!("{disk} was not closed cleanly: {error}");
+            match served.chain.close() {
+                Ok(()) => served.handles.into_iter().filter_map(|handle| handle.kept).for_each(Kept::forget),
+                Err(error) => tracing::error!("{disk} was not closed cleanly: {error}"),
             }
         }
     }
@@ -120,7 +159,7 @@ impl Live {
                 return Err(problem);
             }
         };
-        let live = Self { state: qemu.watch(), qemu, disks, run_dir };
+        let live = Self { machine: machine.id, state: qemu.watch(), qemu, disks, run_dir };
         let Some(layers) = memory else { return Ok(live) };
         match restore(&live.qemu, layers, &machine.name).await {
             Ok(()) => Ok(live),
@@ -141,7 +180,7 @@ impl Live {
         let (f, m, dir) = (files.clone(), machine.clone(), run_dir.clone());
         let disks = blocking(move || Disks::serve(&f, &m, &dir)).await?;
         match Qemu::adopt(identity, &run_dir, &qemu_log(files)).await {
-            Ok(qemu) => Ok(Some(Self { state: qemu.watch(), qemu, disks, run_dir })),
+            Ok(qemu) => Ok(Some(Self { machine: machine.id, state: qemu.watch(), qemu, disks, run_dir })),
             Err(qemu::Error::Gone { .. }) => {
                 blocking_quietly(move || disks.close()).await;
                 Ok(None)
@@ -203,9 +242,9 @@ impl Live {
     }
 
     /// A disk's chain has a new leaf.
-    pub(crate) fn pushed(&mut self, disk: &DiskId, id: LayerId, layer: Arc<dyn Layer>) {
+    pub(crate) fn pushed(&mut self, disk: &DiskId, id: LayerId, leaf: Leaf) {
         if let Some(served) = self.disks.served.get_mut(disk) {
-            served.handles.push(Handle { id, layer, mode: Mode::Write });
+            served.handles.push(Handle::write(id, leaf));
         }
     }
 
@@ -218,7 +257,8 @@ impl Live {
                 handle.layer.close().map_err(|e| image_problem(&e))?;
                 let layer = files.open_layer(row, Mode::Read)?;
                 served.chain.replace(&handle.layer, Arc::clone(&layer)).map_err(|e| image_problem(&e))?;
-                *handle = Handle { id: handle.id, layer, mode: Mode::Read };
+                let sealed = std::mem::replace(handle, Handle::read(handle.id, layer));
+                sealed.kept.into_iter().for_each(Kept::forget);
             }
         }
         Ok(())
@@ -232,9 +272,9 @@ impl Live {
             return Err(Problem::failed(format!("{} is not being served", row.file)));
         };
         if served.handles[at].mode == Mode::Read {
-            let layer = files.open_layer(row, Mode::Write)?;
-            served.chain.replace(&served.handles[at].layer, Arc::clone(&layer)).map_err(|e| image_problem(&e))?;
-            served.handles[at] = Handle { id: row.id, layer, mode: Mode::Write };
+            let leaf = Leaf::open(files, &Carries::open(self.machine)?, row)?;
+            served.chain.replace(&served.handles[at].layer, Arc::clone(&leaf.layer)).map_err(|e| image_problem(&e))?;
+            served.handles[at] = Handle::write(row.id, leaf);
         }
         Ok(Arc::clone(&served.handles[at].layer))
     }
@@ -243,7 +283,9 @@ impl Live {
     pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
         for served in self.disks.served.values_mut() {
             if let Some(at) = served.handles.iter().position(|handle| handle.id == into) {
-                served.handles.retain(|handle| handle.id != child);
+                // The child's file goes, with what was kept of it.
+                let gone = served.handles.extract_if(.., |handle| handle.id == child);
+                gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
                 served.handles[at].id = child;
             }
         }

@@ -14,7 +14,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-use store::Mode;
 
 /// Why the reader stops before the end of the stream.
 const GIVEN_UP: &str = "the capture was given up";
@@ -34,7 +33,7 @@ impl Target {
     /// then larger, which is better than no snapshot.
     pub(crate) fn new(files: &Files, machine: &Machine, row: LayerRow) -> Self {
         let parent = row.parent.and_then(|id| {
-            let layers = files.open_chain(machine, id, Mode::Read).inspect_err(|e| tracing::warn!("{e}")).ok()?;
+            let layers = files.open_chain(machine, id).inspect_err(|e| tracing::warn!("{e}")).ok()?;
             Some((layers, machine.layers.get(&id)?.clone()))
         });
         Self { files: files.clone(), row, parent, name: machine.name.clone() }
@@ -66,7 +65,7 @@ impl Target {
     ) -> Result<Arc<Chain>, Problem> {
         let top = below.and_then(|(layers, row)| layers.last().map(|layer| (layer, row)));
         let parent = top.map(|(layer, row)| Parent { layer: layer.as_ref(), row });
-        let layer = files.create_layer(row, size, parent.as_ref())?;
+        let layer = files.create_layer(row, size, parent.as_ref(), None)?;
         let mut layers = below.map(|(layers, _)| layers.clone()).unwrap_or_default();
         layers.push(layer);
         Chain::new(layers, Access::Write).map(Arc::new).map_err(|e| image_problem(&e))

@@ -1,6 +1,7 @@
 //! What a new worker does first: the machine as the last transaction left it, nothing half-done, nothing lost.
 //!
 //! ```text
+//!   0  what the last worker acknowledged and did not flush is worked off into the files of the disks
 //!   1  QEMU: serve its disks again, then take it over; or it is gone and the machine is off
 //!   2  what is journalled was not committed: its files go, its snapshot goes, its job has failed
 //!   3  QEMU does what the ledger says: what was halted for a request that came to nothing goes on
@@ -9,21 +10,32 @@
 //! ```
 
 use crate::actor::Owner;
+use crate::carry::Carries;
 use crate::job::end;
 use crate::live::{Live, end_strays, qemu_problem};
 use crate::log;
 use crate::request::Problem;
-use crate::tree::{Machine, SnapshotId, SnapshotState, State};
+use crate::tree::{LayerId, Machine, SnapshotId, SnapshotState, State};
 use qemu::RunState;
 
 impl Owner {
     /// Recovers. When it returns the machine can be asked for anything.
     pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
+        self.work_off_carries()?;
         self.find_qemu().await?;
         self.undo_unfinished()?;
         self.agree_with_qemu().await?;
         for file in self.files.unknown(&self.machine().machine)? {
             log::write(&self.files, None, &format!("{file} is not in the ledger; it is left alone"));
+        }
+        Ok(())
+    }
+
+    /// What the guest was told is written is in the files of its disks, whatever becomes of QEMU.
+    fn work_off_carries(&self) -> Result<(), Problem> {
+        let machine = &self.machine().machine;
+        for file in Carries::open(machine.id)?.work_off(&self.files, machine)? {
+            log::write(&self.files, None, &format!("{file}: took over what the last worker had not flushed"));
         }
         Ok(())
     }
@@ -49,13 +61,16 @@ impl Owner {
         Ok(())
     }
 
-    fn undo_unfinished(&self) -> Result<(), Problem> {
+    fn undo_unfinished(&mut self) -> Result<(), Problem> {
         let rows = self.machine();
         let half: Vec<SnapshotId> = half_taken(&rows.machine);
         if !half.is_empty() {
             self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
         }
         for journal in rows.journals() {
+            if let Ok(moved) = journal.note.parse() {
+                self.rename_parents(LayerId(moved))?;
+            }
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
             self.forget(journal)?;
         }

@@ -2,8 +2,8 @@
 //! them as they are.
 
 use crate::tree::{
-    Accel, Boot, Bus, Config, DiskId, Firmware, JobId, MachineId, NetMode, OnHostStop, Publish, SnapshotId,
-    SnapshotState, State,
+    Accel, Boot, Bus, Config, DiskId, Firmware, JobId, LayerFormat, MachineId, NetMode, OnHostStop, Publish,
+    SnapshotId, SnapshotState, State,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,16 @@ pub struct DiskSpec {
     pub bus: Bus,
 }
 
+impl DiskSource {
+    /// The format of a file that is made for it.
+    pub(crate) fn format(&self) -> LayerFormat {
+        match self {
+            Self::New { format, .. } => *format,
+            Self::Copy { .. } | Self::InPlace { .. } => LayerFormat::default(),
+        }
+    }
+}
+
 /// Where a disk's content comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -58,6 +68,9 @@ pub enum DiskSource {
     New {
         /// Virtual size in bytes.
         size: u64,
+        /// VHDX or VHD.
+        #[serde(default)]
+        format: LayerFormat,
     },
     /// A file whose content is copied in.
     Copy {

@@ -257,7 +257,7 @@ impl Root {
         let mut machine = new_machine(id, spec);
         machine.now.config.kernel = copy_kernel(&folder, spec)?;
         for disk in &spec.disks {
-            let row = files.new_row(LayerKind::Disk, None);
+            let row = files.new_row(LayerKind::Disk, disk.source.format(), None);
             let made = take_in(&files, row, disk, progress)?;
             add_disk(&mut machine, made, disk);
         }
@@ -308,15 +308,15 @@ pub fn take_in(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<TakenIn, Problem> {
     match &disk.source {
-        DiskSource::New { size } => {
+        DiskSource::New { size, .. } => {
             check_disk_size(*size)?;
-            files.create_layer(&row, *size, None)?;
+            files.create_layer(&row, *size, None, None)?;
             Ok(TakenIn { row, size: *size })
         }
         DiskSource::Copy { path, format } => {
             let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
             let size = round_up_sector(source.size());
-            let layer = files.create_layer(&row, size, None)?;
+            let layer = files.create_layer(&row, size, None, None)?;
             let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
             image::convert::copy(&source, &target, &mut |done, total| {
                 progress(done, total);
@@ -327,14 +327,18 @@ pub fn take_in(
             Ok(TakenIn { row, size })
         }
         DiskSource::InPlace { path, format } => {
-            let format = said(path, format.as_deref());
-            let source = open_foreign(Path::new(path), format)?;
-            let size = source.size();
-            let format = if format == Some("raw") { "raw" } else { "vhdx" };
-            let row = LayerRow { file: path.clone(), in_place: true, format: format.to_owned(), ..row };
+            let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
+            let [base] = source.layers().try_into().map_err(|_| stands_on_others(path))?;
+            let (size, format) = (source.size(), base.info().format.into());
+            let row = LayerRow { file: path.clone(), in_place: true, format, ..row };
             Ok(TakenIn { row, size })
         }
     }
+}
+
+fn stands_on_others(path: &str) -> Problem {
+    Problem::refused(format!("{path} stands on another file: only a disk that is one file can be taken in place"))
+        .hint(format!("--disk {path}      (copied in)"))
 }
 
 /// The format that the user has said, if only by the ending `.raw`.
@@ -349,7 +353,8 @@ fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Probl
         None => None,
         Some("raw") => Some(image::Format::Raw),
         Some("vhdx") => Some(image::Format::Vhdx),
-        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx and raw are"))),
+        Some("vhd") => Some(image::Format::Vhd),
+        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx, vhd and raw are"))),
     };
     let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| match e.kind {
         image::ErrorKind::Unsigned => {

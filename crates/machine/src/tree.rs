@@ -368,11 +368,65 @@ pub struct LayerRow {
     /// Whether `file` is the user's own, taken in place.
     pub in_place: bool,
     /// The image's format.
-    pub format: String,
+    pub format: LayerFormat,
     /// The layer it stands on.
     pub parent: Option<LayerId>,
     /// When it was made.
     pub created: Timestamp,
+}
+
+/// The image formats that a layer can have.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerFormat {
+    /// VHDX; what stands on it is AVHDX.
+    #[default]
+    Vhdx,
+    /// VHD; what stands on it is AVHD.
+    Vhd,
+    /// Bytes as they are, taken in place; what stands on it is AVHDX, and only the ledger knows on what.
+    Raw,
+}
+
+impl LayerFormat {
+    /// The format of what stands on a layer of this one.
+    #[must_use]
+    pub fn of_child(self) -> Self {
+        match self {
+            Self::Vhd => Self::Vhd,
+            Self::Vhdx | Self::Raw => Self::Vhdx,
+        }
+    }
+}
+
+impl fmt::Display for LayerFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Vhdx => "vhdx",
+            Self::Vhd => "vhd",
+            Self::Raw => "raw",
+        })
+    }
+}
+
+impl From<image::Format> for LayerFormat {
+    fn from(format: image::Format) -> Self {
+        match format {
+            image::Format::Vhdx => Self::Vhdx,
+            image::Format::Vhd => Self::Vhd,
+            image::Format::Raw => Self::Raw,
+        }
+    }
+}
+
+impl From<LayerFormat> for image::Format {
+    fn from(format: LayerFormat) -> Self {
+        match format {
+            LayerFormat::Vhdx => Self::Vhdx,
+            LayerFormat::Vhd => Self::Vhd,
+            LayerFormat::Raw => Self::Raw,
+        }
+    }
 }
 
 /// What a layer holds.

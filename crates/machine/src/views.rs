@@ -93,7 +93,7 @@ fn disks(machine: &Machine, files: &Files, config: &Config, leaves: &BTreeMap<Di
         Some(DiskView {
             id: disk.id.clone(),
             file: files.layer_path(row).to_string_lossy().into_owned(),
-            format: row.format.clone(),
+            format: row.format.to_string(),
             size: disk.size,
             bytes: files.allocated(row),
             depth: machine.chain(*leaf).len() as u32,

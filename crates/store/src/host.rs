@@ -164,6 +164,17 @@ pub fn open_file(path: &Path, mode: Mode) -> Result<Arc<dyn Store>> {
     Ok(HostFile::new(fd, path.to_owned(), mode, "open")?)
 }
 
+/// This life of the host: a number that is another one after each start of its kernel (`/proc/sys/kernel/random/boot_id`).
+pub fn boot_id() -> Result<u128> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let fd = open_regular(CWD, path, OFlags::empty(), Mode::Read).map_err(|errno| failed("open", path, errno))?;
+    let mut text = [0; 36];
+    let length = retry_on_intr(|| rustix::io::read(&fd, &mut text)).map_err(|errno| failed("read", path, errno))?;
+    let digits: String = String::from_utf8_lossy(&text[..length]).chars().filter(char::is_ascii_hexdigit).collect();
+    u128::from_str_radix(&digits, 16)
+        .map_err(|error| Error::new(ErrorKind::Io, "read", path.display().to_string(), error.to_string()))
+}
+
 /// Opens what `path` names without ever waiting for it (a pipe would wait for its other end).
 fn open_regular(folder: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
     let access = match mode {
@@ -460,6 +471,11 @@ mod tests {
         folder.create_folder("b").expect("create folder").create("c").expect("create below");
         let mode = |name: &str| place.path().join(name).metadata().expect("metadata").permissions().mode() & 0o7777;
         assert_eq!((mode("a"), mode("b"), mode("b/c")), (0o600, 0o700, 0o600));
+    }
+
+    #[test]
+    fn the_host_lives_one_life_at_a_time() {
+        assert_eq!(boot_id().unwrap(), boot_id().unwrap());
     }
 
     #[test]

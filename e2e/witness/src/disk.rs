@@ -96,14 +96,14 @@ impl Disk {
         self.file.sync_data()
     }
 
-    /// Fills `bytes` from `offset` with the pattern of `seed`, and flushes.
+    /// Fills `bytes` from `offset` with the pattern of `seed`; durable only after [`Disk::flush`].
     pub(crate) fn fill(&self, offset: u64, bytes: u64, seed: u64) -> Result<()> {
         let mut block = Aligned::new(STEP.min(bytes));
         for at in self.steps(offset, bytes)? {
             Pattern::new(seed).fill(at, &mut block);
             self.write(at, &block)?;
         }
-        self.flush()
+        Ok(())
     }
 
     /// The hash of `bytes` from `offset`, and the first byte that is not the pattern's of `seed`.

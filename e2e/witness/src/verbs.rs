@@ -26,7 +26,7 @@ set KEY VALUE | get KEY         a note, in RAM only
 write DEV OFFSET TEXT           a text onto a disk (vda, vdb), flushed
 read DEV OFFSET [LEN]           and back
 fill-ram MIB SEED | sum-ram | drop-ram
-fill-disk DEV OFFSET MIB SEED | sum-disk DEV OFFSET MIB [SEED] | zero DEV OFFSET MIB
+fill-disk DEV OFFSET MIB SEED | pour-disk (the same, not flushed) | sum-disk DEV OFFSET MIB [SEED] | zero DEV OFFSET MIB
 dirty MIB PAGES_PER_SECOND      keep changing RAM (0 0 ends it)
 journal run | pause | step N | pace MS
 sh COMMAND                      run a shell command
@@ -141,7 +141,7 @@ impl Witness {
             "reboot" => Ok(self.end(RebootCommand::Restart)),
             "panic" => failed(std::fs::write("/proc/sysrq-trigger", "c")).map(|()| json!({})),
             "set" | "get" | "fill-ram" | "sum-ram" | "drop-ram" | "dirty" => self.obey_about_ram(verb, rest),
-            "write" | "read" | "fill-disk" | "sum-disk" | "zero" => obey_about_disk(verb, rest),
+            "write" | "read" | "fill-disk" | "pour-disk" | "sum-disk" | "zero" => obey_about_disk(verb, rest),
             _ => Err(format!("what is `{verb}`? Try `help`")),
         }
     }
@@ -242,7 +242,8 @@ fn obey_about_disk(verb: &str, rest: &str) -> Answer {
             return Ok(json!({ "text": failed(disk.read_text(offset, len.min(disk.bytes.saturating_sub(offset))))? }));
         }
         "zero" => failed(disk.zero(offset, mebibytes(third)?))?,
-        "fill-disk" => failed(disk.fill(offset, mebibytes(third)?, number(fourth)?))?,
+        "fill-disk" => failed(disk.fill(offset, mebibytes(third)?, number(fourth)?).and_then(|()| disk.flush()))?,
+        "pour-disk" => failed(disk.fill(offset, mebibytes(third)?, number(fourth)?))?,
         _ => {
             let seed = if fourth.is_empty() { None } else { Some(number(fourth)?) };
             let (hash, wrong) = failed(disk.sum(offset, mebibytes(third)?, seed))?;

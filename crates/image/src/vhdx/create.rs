@@ -79,18 +79,8 @@ impl Parent {
     /// If `layer` is open for writing, its `data_id` is settled first: it stays what it is until the layer is closed, whatever is
     /// still written, so that the child's link holds. A parent without an id (raw) is linked by the nil id.
     pub fn of(layer: &dyn Layer, name: Option<&str>) -> Result<Self> {
-        if name.is_some_and(|name| matches!(name, "" | "." | "..") || name.contains(['/', '\\', ':', '\0'])) {
-            let message = "a parent is named by a plain file name beside the child";
-            return Err(Error::new(ErrorKind::Parent, layer.store().name(), message));
-        }
-        layer.settle()?;
+        let link = ParentLink::to(layer, name)?;
         let info = layer.info();
-        let link = ParentLink {
-            linkage: info.data_id,
-            linkage2: None,
-            relative_path: name.map(|name| format!(r".\{name}")),
-            absolute_path: None,
-        };
         Ok(Self { link, disk_id: info.disk_id, sector_size: info.sector_size })
     }
 }

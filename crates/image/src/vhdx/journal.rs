@@ -9,7 +9,7 @@
 use super::header::{Header, slot_offset};
 use super::log::{self, ENTRY_PAGES, EntryHeader};
 use super::page::PageBytes;
-use crate::Result;
+use crate::{Error, ErrorKind, Result};
 use store::Store;
 use uuid::Uuid;
 
@@ -64,7 +64,12 @@ impl Journal {
     }
 
     fn put_header(&mut self, store: &dyn Store) -> Result<()> {
-        self.header.sequence += 1;
+        let Some(sequence) = self.header.sequence.checked_add(1) else {
+            // Only a file made to do harm counts so far. The copy that is current stays.
+            let message = "its headers are numbered to the end of all numbers";
+            return Err(Error::new(ErrorKind::Unsupported, store.name(), message));
+        };
+        self.header.sequence = sequence;
         self.slot = 1 - self.slot;
         store.write_at(&self.header.encode()[..], slot_offset(self.slot))?;
         Ok(())

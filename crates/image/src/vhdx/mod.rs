@@ -248,6 +248,10 @@ impl Layer for VhdxLayer {
         lock(&self.0.ids).parent.as_ref().and_then(metadata::Locator::forced)
     }
 
+    fn survives(&self) -> bool {
+        lock(&self.0.meta).carry.is_some()
+    }
+
     fn close(&self) -> Result<()> {
         self.0.close()
     }

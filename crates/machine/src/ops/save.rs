@@ -7,7 +7,7 @@ use crate::log;
 use crate::plan::Written;
 use crate::ram;
 use crate::request::Problem;
-use crate::tree::{LayerKind, LayerRow, State};
+use crate::tree::{LayerFormat, LayerKind, LayerRow, State};
 use qemu::CaptureMode;
 use serde_json::{Value, json};
 
@@ -52,7 +52,7 @@ impl Owner {
     pub(crate) fn memory_row(&self) -> LayerRow {
         let machine = &self.machine().machine;
         let base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
-        self.files.new_row(LayerKind::Memory, base)
+        self.files.new_row(LayerKind::Memory, LayerFormat::Vhdx, base)
     }
 
     /// Halts the guest, makes its disks durable, and writes its memory to `row`'s file. The guest stands still afterwards.

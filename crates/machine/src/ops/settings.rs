@@ -5,7 +5,7 @@ use crate::job::Task;
 use crate::plan::{check_name, shorten};
 use crate::request::{Problem, Settings};
 use crate::root::{TakenIn, add_disk, check_disk_size, check_hardware, note_name, take_in};
-use crate::tree::{DiskId, LayerId, Machine};
+use crate::tree::{DiskId, LayerId, LayerKind, Machine};
 use serde_json::{Value, json};
 
 impl Owner {
@@ -75,13 +75,16 @@ impl Owner {
             return Ok(Vec::new());
         }
         for disk in &settings.add_disks {
-            if let crate::request::DiskSource::New { size } = disk.source {
+            if let crate::request::DiskSource::New { size, .. } = disk.source {
                 check_disk_size(size)?;
             }
         }
         // The files' names are drawn before they are made, so that the journal can name them.
-        let rows: Vec<_> =
-            settings.add_disks.iter().map(|_| self.files.new_row(crate::tree::LayerKind::Disk, None)).collect();
+        let rows: Vec<_> = settings
+            .add_disks
+            .iter()
+            .map(|disk| self.files.new_row(LayerKind::Disk, disk.source.format(), None))
+            .collect();
         self.journal(task, "set", rows.iter().map(|row| row.file.clone()).collect())?;
         let mut made = Vec::new();
         for (row, disk) in rows.into_iter().zip(&settings.add_disks) {

@@ -5,9 +5,10 @@
 //! QEMU's own stamps; its memory streams into the new layer while it runs on.
 
 use crate::actor::{Owner, give_up};
+use crate::carry::Carries;
 use crate::files::{Parent, image_problem};
 use crate::job::Task;
-use crate::live::{blocking, qemu_problem};
+use crate::live::{Leaf, blocking, qemu_problem};
 use crate::log;
 use crate::plan::{Take, Written};
 use crate::ram;
@@ -25,6 +26,9 @@ const WINDOW: u64 = 256 << 20;
 
 /// Fresh leaves: their rows, and their files once they are made.
 pub(crate) type Leaves = Vec<(DiskId, LayerRow)>;
+
+/// Fresh leaves, open for writing.
+pub(crate) type Made = BTreeMap<LayerId, Leaf>;
 
 impl Owner {
     /// Takes a snapshot of the machine as it is.
@@ -93,7 +97,7 @@ impl Owner {
     }
 
     /// The leaves that were frozen are durable and left clean.
-    fn seal(&mut self) -> Result<(), Problem> {
+    pub(crate) fn seal(&mut self) -> Result<(), Problem> {
         let rows = self.machine();
         self.live.as_mut().map_or(Ok(()), |live| live.seal(&self.files, &rows.machine))
     }
@@ -103,7 +107,7 @@ impl Owner {
         task: &Task,
         memory: LayerRow,
         leaves: &Leaves,
-        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+        made: Made,
     ) -> Result<Written, Problem> {
         let running = self.machine().machine.now.state == State::Running;
         let target = ram::Target::new(&self.files, &self.machine().machine, memory);
@@ -120,7 +124,7 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+        mut made: Made,
         running: bool,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
@@ -132,9 +136,9 @@ impl Owner {
         let mut captured = async {
             live.flush().await?;
             for (disk, row) in leaves {
-                let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
-                chain.push(Arc::clone(layer)).unwrap_or_else(|e| give_up(&image_problem(&e)));
-                live.pushed(disk, row.id, Arc::clone(layer));
+                let (Some(chain), Some(leaf)) = (live.chain(disk), made.remove(&row.id)) else { continue };
+                chain.push(Arc::clone(&leaf.layer)).unwrap_or_else(|e| give_up(&image_problem(&e)));
+                live.pushed(disk, row.id, leaf);
             }
             // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
             let in_background = !running && live.qemu.captures_standing().await.is_ok();
@@ -166,18 +170,18 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        made: BTreeMap<LayerId, Arc<dyn Layer>>,
+        mut made: Made,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
         let limit = WINDOW / leaves.len().max(1) as u64;
         let mut windows = Vec::new();
         for (disk, row) in leaves {
-            let (Some(chain), Some(layer)) = (live.chain(disk), made.get(&row.id)) else { continue };
+            let (Some(chain), Some(leaf)) = (live.chain(disk), made.remove(&row.id)) else { continue };
             // The ledger has this leaf as Now's already: a chain that does not take it must not serve another write (invariant 3).
-            windows
-                .push(chain.push_ambiguous(Arc::clone(layer), limit).unwrap_or_else(|e| give_up(&image_problem(&e))));
-            live.pushed(disk, row.id, Arc::clone(layer));
+            let window = chain.push_ambiguous(Arc::clone(&leaf.layer), limit);
+            windows.push(window.unwrap_or_else(|e| give_up(&image_problem(&e))));
+            live.pushed(disk, row.id, leaf);
         }
         let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
         let steps = Arc::clone(&self.steps);
@@ -202,14 +206,17 @@ impl Owner {
 
     /// The rows of fresh leaves over these layers.
     pub(crate) fn leaf_rows(&self, over: &BTreeMap<DiskId, LayerId>) -> Leaves {
-        let row =
-            |(disk, parent): (&DiskId, &LayerId)| (disk.clone(), self.files.new_row(LayerKind::Disk, Some(*parent)));
-        over.iter().map(row).collect()
+        let rows = self.machine();
+        let format =
+            |parent: &LayerId| rows.machine.layers.get(parent).map(|row| row.format.of_child()).unwrap_or_default();
+        let row = |parent: &LayerId| self.files.new_row(LayerKind::Disk, format(parent), Some(*parent));
+        over.iter().map(|(disk, parent)| (disk.clone(), row(parent))).collect()
     }
 
     /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being served: by its own handle.
-    pub(crate) async fn make_leaves(&self, leaves: &Leaves) -> Result<BTreeMap<LayerId, Arc<dyn Layer>>, Problem> {
+    pub(crate) async fn make_leaves(&self, leaves: &Leaves) -> Result<Made, Problem> {
         let rows = self.machine();
+        let carries = self.live.is_some().then(|| Carries::open(rows.machine.id)).transpose()?;
         let mut parents = Vec::new();
         for (disk, row) in leaves {
             let served =
@@ -220,7 +227,7 @@ impl Owner {
         blocking(move || {
             let mut made = BTreeMap::new();
             for ((_, row), served) in leaves.iter().zip(parents) {
-                made.insert(row.id, make_leaf(&files, &rows.machine, row, served)?);
+                made.insert(row.id, make_leaf(&files, carries.as_ref(), &rows.machine, row, served)?);
             }
             files.sync_names()?;
             Ok(made)
@@ -231,10 +238,11 @@ impl Owner {
 
 fn make_leaf(
     files: &crate::files::Files,
+    carries: Option<&Carries>,
     machine: &Machine,
     row: &LayerRow,
     served: Option<Arc<dyn Layer>>,
-) -> Result<Arc<dyn Layer>, Problem> {
+) -> Result<Leaf, Problem> {
     let parent_row = row.parent.and_then(|id| machine.layers.get(&id));
     let parent_row = parent_row.ok_or_else(|| Problem::damaged("a leaf's parent is not in the ledger"))?;
     let parent = match served {
@@ -242,7 +250,10 @@ fn make_leaf(
         None => files.open_layer(parent_row, Mode::Read)?,
     };
     let size = parent.info().size;
-    files.create_layer(row, size, Some(&Parent { layer: parent.as_ref(), row: parent_row }))
+    // Only what takes a running guest's writes at once needs to be kept.
+    let (carry, kept) = carries.map(|carries| carries.keep(row)).transpose()?.flatten().unzip();
+    let layer = files.create_layer(row, size, Some(&Parent { layer: parent.as_ref(), row: parent_row }), carry)?;
+    Ok(Leaf { layer, kept })
 }
 
 /// The names of files that are about to be made.

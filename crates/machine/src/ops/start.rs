@@ -213,5 +213,5 @@ pub(crate) fn run_now(machine: &mut Machine, state: State, memory: Option<LayerI
 
 /// A memory layer with what it stands on, base first.
 pub(crate) fn open_memory(files: &Files, machine: &Machine, id: LayerId) -> Result<Vec<Arc<dyn Layer>>, Problem> {
-    files.open_chain(machine, id, Mode::Read)
+    files.open_chain(machine, id)
 }

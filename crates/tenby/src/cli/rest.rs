@@ -1,7 +1,9 @@
 //! Commands that parse and are refused until their time comes, and the demo.
 
+use super::words;
 use clap::{Args, Subcommand, ValueEnum};
 use machine::request::Problem;
+use machine::tree::LayerFormat;
 use std::path::Path;
 
 /// The names of Hyper-V's cmdlets that Tenby will answer to.
@@ -89,14 +91,18 @@ pub(crate) enum Role {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Demo {
     /// Monday to Friday in the life of a virtual machine, with its snapshots
-    #[command(after_help = "Example:\n  tenby demo week")]
-    Week,
+    #[command(after_help = "Examples:\n  tenby demo week\n  tenby demo week --format vhd")]
+    Week {
+        /// The format of its disks: vhdx or vhd
+        #[arg(long, value_name = "FORMAT", default_value = "vhdx", value_parser = words::layer_format)]
+        format: LayerFormat,
+    },
 }
 
 impl Demo {
     pub(crate) async fn run(self, root: Option<&Path>) -> Result<(), Problem> {
         match self {
-            Self::Week => crate::demo::week(root).await,
+            Self::Week { format } => crate::demo::week(root, format).await,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The words that arguments are made of: sizes, times, names, disks, ports.
 
 use machine::request::{DiskSource, DiskSpec, Problem};
-use machine::tree::{Bus, DiskId, Publish};
+use machine::tree::{Bus, DiskId, LayerFormat, Publish};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -118,6 +118,15 @@ fn known_format(text: &str) -> Result<String, String> {
     }
 }
 
+/// The format of a new disk.
+pub(crate) fn layer_format(text: &str) -> Result<LayerFormat, String> {
+    match text {
+        "vhdx" => Ok(LayerFormat::Vhdx),
+        "vhd" => Ok(LayerFormat::Vhd),
+        _ => Err("a new disk is vhdx or vhd".to_owned()),
+    }
+}
+
 fn known_bus(text: &str) -> Result<Bus, String> {
     match text {
         "virtio" => Ok(Bus::Virtio),
@@ -132,13 +141,11 @@ impl DiskArg {
     /// What the machine is told. Formats that are not there yet are refused, and so is a file that does not exist.
     pub(crate) fn spec(&self) -> Result<DiskSpec, Problem> {
         let source = match &self.source {
-            Source::New(size) => match self.format.as_deref() {
-                None | Some("vhdx") => DiskSource::New { size: *size },
-                Some(format @ ("vhd" | "qcow2")) => {
-                    return Err(super::later(&format!("a new disk of format {format}")));
-                }
-                Some(format) => return Err(Problem::usage(format!("a new disk is vhdx, not {format}"))),
-            },
+            Source::New(size) => {
+                let format = self.format.as_deref().unwrap_or("vhdx");
+                let format = layer_format(format).map_err(|why| Problem::usage(format!("{why}, not {format}")))?;
+                DiskSource::New { size: *size, format }
+            }
             Source::File { path, in_place } => {
                 if *in_place && self.format.as_deref() == Some("qcow2") {
                     return Err(Problem::refused(format!(
@@ -147,8 +154,8 @@ impl DiskArg {
                     ))
                     .hint(format!("--disk {}    (copied in)", path.display())));
                 }
-                if let Some(format @ ("vhd" | "qcow2")) = self.format.as_deref() {
-                    return Err(super::later(&format!("a disk of format {format}")));
+                if self.format.as_deref() == Some("qcow2") {
+                    return Err(super::later("a disk of format qcow2"));
                 }
                 let path = existing_file(path)?;
                 let format = self.format.clone();

@@ -3,6 +3,7 @@
 use super::guest::Guest;
 use super::{NAME, Stage};
 use machine::request::Problem;
+use machine::tree::LayerFormat;
 use std::path::Path;
 use std::time::Instant;
 
@@ -29,11 +30,11 @@ pub(crate) const YOUR_OWN: [&str; 4] = [
 ];
 
 /// Tells the story.
-pub(crate) async fn tell(root: Option<&Path>) -> Result<(), Problem> {
+pub(crate) async fn tell(root: Option<&Path>, format: LayerFormat) -> Result<(), Problem> {
     let began = Instant::now();
     let mut stage = Stage::set(root).await?;
     let mut proofs = Vec::new();
-    begin(&mut stage).await?;
+    begin(&mut stage, format).await?;
     monday(&mut stage).await?;
     tuesday(&mut stage).await?;
     wednesday(&mut stage, &mut proofs).await?;
@@ -44,14 +45,16 @@ pub(crate) async fn tell(root: Option<&Path>) -> Result<(), Problem> {
     end(&stage, &proofs, began).await
 }
 
-async fn begin(stage: &mut Stage) -> Result<(), Problem> {
+async fn begin(stage: &mut Stage, format: LayerFormat) -> Result<(), Problem> {
     stage.say("A week in the life of a virtual machine. All of it is real: guest, disks, memory.");
     stage.say("The only program in the guest is a witness: it remembers things in RAM and on two");
     stage.say("disks, and can be asked whether they agree. (Below: the files of the first disk.)");
     stage.say(&format!("\n$ export TENBY_ROOT={}", stage.session.root.path().display()));
     let (kernel, initrd) = (stage.guest.kernel.display().to_string(), stage.guest.initrd.display().to_string());
     let append = stage.guest.append.clone();
-    let words = ["vm", "create", NAME, "--memory", "512M", "--disk", "new:1G", "--disk", "new:256M"];
+    let said = if format == LayerFormat::default() { String::new() } else { format!(",format={format}") };
+    let disks = ["1G", "256M"].map(|size| format!("new:{size}{said}"));
+    let words = ["vm", "create", NAME, "--memory", "512M", "--disk", &disks[0], "--disk", &disks[1]];
     let boot = ["--kernel", &kernel, "--initrd", &initrd, "--append", &append];
     stage.tenby(&[&words[..], &boot].concat()).await?;
     stage.tenby(&["vm", "start", NAME]).await?;

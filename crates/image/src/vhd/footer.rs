@@ -1,0 +1,167 @@
+//! The footer: finding the copy that counts, and making one.
+//!
+//! The footer at the file's end counts. A dynamic or differencing file begins with a copy of it, for the day on which the end is lost:
+//! the end moves whenever the file grows.
+
+use super::format::{
+    CREATOR, FEATURES, FOOTER_CHECKSUM, FOOTER_COOKIE, HOST, KIND_DIFFERENCING, KIND_DYNAMIC, KIND_FIXED, RawFooter,
+    SECTOR, VERSION, checksum, geometry, now,
+};
+use crate::layer::Kind;
+use crate::{Error, ErrorKind, Result};
+use store::Store;
+use uuid::Uuid;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// A footer, as it lies in the file. What we do not know of it is kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Footer(RawFooter);
+
+impl Footer {
+    /// A new disk's footer.
+    pub(crate) fn new(kind: Kind, size: u64, id: Uuid, header_at: u64) -> Self {
+        let mut raw = RawFooter::new_zeroed();
+        raw.cookie = FOOTER_COOKIE;
+        raw.features = FEATURES.into();
+        raw.version = VERSION.into();
+        raw.data_offset = header_at.into();
+        raw.timestamp = now().into();
+        raw.creator = CREATOR;
+        raw.creator_version = VERSION.into();
+        raw.host = HOST;
+        (raw.original_size, raw.size) = (size.into(), size.into());
+        let (cylinders, heads, sectors) = geometry(size);
+        (raw.cylinders, raw.heads, raw.sectors) = (cylinders.into(), heads, sectors);
+        raw.kind = match kind {
+            Kind::Fixed => KIND_FIXED,
+            Kind::Dynamic => KIND_DYNAMIC,
+            Kind::Differencing => KIND_DIFFERENCING,
+        }
+        .into();
+        raw.id = id.into_bytes();
+        Self(raw).sealed()
+    }
+
+    fn sealed(mut self) -> Self {
+        self.0.checksum = checksum(self.0.as_bytes(), FOOTER_CHECKSUM).into();
+        self
+    }
+
+    /// The same with another id and another header.
+    pub(crate) fn with(mut self, id: Uuid, header_at: u64) -> Self {
+        self.0.id = id.into_bytes();
+        self.0.data_offset = header_at.into();
+        self.sealed()
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+
+    /// The disk's own UUID.
+    pub(crate) fn id(&self) -> Uuid {
+        Uuid::from_bytes(self.0.id)
+    }
+
+    /// The disk's size in bytes, as it stands there.
+    pub(crate) fn size(&self) -> u64 {
+        self.0.size.get()
+    }
+
+    /// Where the header lies, as it stands there.
+    pub(crate) fn header_at(&self) -> u64 {
+        self.0.data_offset.get()
+    }
+
+    /// Whether we made the file: then nothing is in it that we do not know.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.0.creator == CREATOR
+    }
+
+    /// Fixed, dynamic or differencing; what else the number may be.
+    pub(crate) fn kind(&self) -> std::result::Result<Kind, u32> {
+        match self.0.kind.get() {
+            KIND_FIXED => Ok(Kind::Fixed),
+            KIND_DYNAMIC => Ok(Kind::Dynamic),
+            KIND_DIFFERENCING => Ok(Kind::Differencing),
+            other => Err(other),
+        }
+    }
+
+    /// Whether it is of the version that we know.
+    pub(crate) fn is_known_version(&self) -> bool {
+        self.0.version.get() == VERSION
+    }
+
+    fn is_sealed(&self) -> bool {
+        self.0.checksum.get() == checksum(self.bytes(), FOOTER_CHECKSUM)
+    }
+
+    /// A footer's bytes, all or all but the last, which old tools leave out; `None` without the signature.
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut all = [0; SECTOR as usize];
+        all[..bytes.len()].copy_from_slice(bytes);
+        let raw = RawFooter::read_from_bytes(&all).ok()?;
+        (raw.cookie == FOOTER_COOKIE).then_some(Self(raw))
+    }
+}
+
+/// The footer that counts.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Found {
+    pub(crate) footer: Footer,
+    /// Where the copy at the end lies, bytes; `None` if it is lost.
+    pub(crate) tail: Option<u64>,
+    /// The copy at the end is the one that counts.
+    pub(crate) tail_sound: bool,
+    /// The copy at the beginning is there and equal to it. (A fixed file has none.)
+    pub(crate) head_sound: bool,
+    /// Its checksum is right. If not, it is good for looking only.
+    pub(crate) sealed: bool,
+}
+
+/// A footer at the file's end is so long; those of Virtual PC before 2004 lack their last byte.
+pub(crate) const TAIL_LENGTHS: [u64; 2] = [SECTOR, SECTOR - 1];
+
+/// Finds the footer that counts.
+///
+/// # Errors
+/// [`ErrorKind::Damaged`] if there is none.
+pub(crate) fn find(store: &dyn Store) -> Result<Found> {
+    let length = store.len()?;
+    let at = |at: u64, length: u64| -> Result<Option<Footer>> {
+        let mut bytes = vec![0; length as usize];
+        store.read_at(&mut bytes, at)?;
+        Ok(Footer::parse(&bytes))
+    };
+    let mut tail = None;
+    for (start, bytes) in TAIL_LENGTHS.iter().filter_map(|bytes| Some((length.checked_sub(*bytes)?, *bytes))) {
+        if tail.is_none() {
+            tail = at(start, bytes)?.map(|footer| (footer, start));
+        }
+    }
+    // A fixed disk's first sector is the guest's.
+    let is_fixed = |footer: &Footer| footer.kind() == Ok(Kind::Fixed);
+    let has_head = length >= SECTOR && !tail.is_some_and(|(tail, _)| is_fixed(&tail));
+    let head = if has_head { at(0, SECTOR)?.filter(|head| !is_fixed(head)) } else { None };
+    let sealed_tail = tail.filter(|(footer, _)| footer.is_sealed());
+    let sealed_head = head.filter(Footer::is_sealed);
+    let found = |footer: Footer, tail_sound: bool| Found {
+        footer,
+        tail: tail.map(|(_, at)| at),
+        tail_sound,
+        head_sound: head == Some(footer),
+        sealed: footer.is_sealed(),
+    };
+    match (sealed_tail, sealed_head, tail, head) {
+        (Some((footer, _)), ..) => Ok(found(footer, true)),
+        (None, Some(footer), ..) => Ok(found(footer, false)),
+        (None, None, Some((footer, _)), _) => Ok(found(footer, true)),
+        (None, None, None, Some(footer)) => Ok(found(footer, false)),
+        (None, None, None, None) => Err(Error::new(
+            ErrorKind::Damaged,
+            store.name(),
+            "it is no VHD: there is no footer, neither at its end nor at its beginning",
+        )),
+    }
+}

@@ -1,0 +1,203 @@
+//! VHD (Microsoft's Virtual Hard Disk Image Format 1.0), also `.avhd`: fixed, dynamic and differencing.
+//!
+//! ```text
+//!   fixed     │ data …                                                                       │footer│
+//!   others    │footer│header│ (room) │ table │ … │bitmap│data … │ … │bitmap│data … │ … grown … │footer│
+//!              copy                                    └ 4 KiB-aligned ┘
+//!
+//!   table entry ──► block:  none: zeros, or the parent's │ place: the bitmap says which sectors are not the parent's
+//! ```
+//!
+//! Life of a layer: [`create`] or [`open`] → `map`, `prepare`/`commit`, `flush` from any number of threads → `close`.
+//!
+//! Rules, by which the format does without a log:
+//! - The table and the bitmaps in memory are the truth. Readers take them without a lock; they change under one lock (`Meta`).
+//! - A sector of 512 bytes is what is written whole or not at all. Each sector of the table and of a bitmap is sound without the
+//!   others, given that what they expose is durable: [`Layer::flush`] writes new blocks' bitmaps, syncs them and all data, then writes
+//!   the sectors that changed, and syncs.
+//! - A block, once placed, stays. Zeros over a parent's data are bits and zeros; zeros without a parent are a hole in the block.
+//! - The file grows by a new footer behind its new end; the old one stays where it was. Footers are replaced one copy after the
+//!   other. The header is never changed in place: a new one is written beside it, and the footer names it.
+//! - What is committed and not flushed dies with the process. There is no journal for it as VHDX has: a chain whose writes must
+//!   survive ([`crate::Chain::surviving`]) flushes before it acknowledges what a layer came to hold, which is true of every format.
+//! - The footer's UUID is what a child names. The format says nothing of when it changes; with us the first change of a session gives
+//!   a new one, unless the id was settled, so that a parent that was changed is noticed.
+//! - A failed write or sync of metadata poisons the layer: it can still be read, but takes no change any more.
+
+mod alloc;
+mod bat;
+mod bitmap;
+mod create;
+mod flush;
+mod footer;
+mod format;
+mod map;
+mod open;
+mod parent;
+mod write;
+
+pub use create::{Options, Parent, create};
+pub use open::open;
+
+use crate::layer::{Change, Format, Layer, LayerInfo, ParentLink, Run, Ticket};
+use crate::{Error, ErrorKind, Result};
+use bat::{Bat, Geometry};
+use bitmap::{BitmapSector, Bitmaps};
+use flush::Session;
+use footer::Footer;
+pub(crate) use footer::TAIL_LENGTHS;
+pub(crate) use format::FOOTER_COOKIE;
+use std::collections::{BTreeSet, HashMap};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use store::Store;
+use uuid::Uuid;
+
+/// One VHD file.
+pub struct VhdLayer(Arc<Inner>);
+
+/// The layer behind its handle; tickets hold it too.
+pub(crate) struct Inner {
+    store: Arc<dyn Store>,
+    file: String,
+    writable: bool,
+    geometry: Geometry,
+    /// Where the block table lies.
+    table_at: u64,
+    bat: Bat,
+    bitmaps: Bitmaps,
+    meta: Mutex<Meta>,
+    session: Mutex<Session>,
+    ids: Mutex<Ids>,
+    /// Something was written since the last flush began.
+    wrote: AtomicBool,
+    /// This session has changed the file's id, or need not; the first change needs that.
+    started: AtomicBool,
+    poisoned: AtomicBool,
+    closed: AtomicBool,
+}
+
+/// What changes under the metadata lock, besides the table and the bitmaps. Taken after the session's.
+#[derive(Debug)]
+struct Meta {
+    space: alloc::Space,
+    footer: Footer,
+    /// The copies of the footer in the file that equal it.
+    tail_sound: bool,
+    head_sound: bool,
+    /// Sectors of the table that differ from the file's.
+    dirty_bat: BTreeSet<u64>,
+    /// Sectors of bitmaps that differ from the file's, of blocks that the table in the file names.
+    dirty_bitmaps: BTreeSet<BitmapSector>,
+    /// Blocks that the table in the file does not name yet.
+    placed: BTreeSet<u64>,
+    /// Blocks that have a place which no table names yet. Such a place holds zeros outside of its tickets' ranges.
+    pending: HashMap<u64, write::Pending>,
+    next_ticket: u64,
+}
+
+/// The ids as they stand in the file.
+#[derive(Debug, Clone)]
+struct Ids {
+    data_id: Uuid,
+    link: Option<ParentLink>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that holds these locks panics half-way through a change; a poisoned mutex would hide the first panic.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inner {
+    fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
+        Error::new(kind, self.file.clone(), message)
+    }
+
+    /// Refuses changes to a layer that cannot take them.
+    fn check_writable(&self) -> Result<()> {
+        if !self.writable {
+            return Err(self.error(ErrorKind::Invalid, "the image is open for reading only"));
+        }
+        if self.closed.load(Ordering::Acquire) {
+            return Err(self.error(ErrorKind::Invalid, "the image is closed"));
+        }
+        self.check_sound()
+    }
+
+    fn check_sound(&self) -> Result<()> {
+        if self.poisoned.load(Ordering::Acquire) {
+            return Err(self.error(ErrorKind::Poisoned, "an earlier write of this image failed; open it again"));
+        }
+        Ok(())
+    }
+
+    /// Passes a result on, and distrusts the layer from now on if it is an error.
+    fn poison_on_error<T>(&self, result: Result<T>) -> Result<T> {
+        if result.is_err() {
+            self.poisoned.store(true, Ordering::Release);
+        }
+        result
+    }
+}
+
+impl fmt::Debug for VhdLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("VhdLayer").field(&self.0.file).finish()
+    }
+}
+
+impl Layer for VhdLayer {
+    fn info(&self) -> LayerInfo {
+        let inner = &self.0;
+        let ids = lock(&inner.ids);
+        LayerInfo {
+            format: Format::Vhd,
+            kind: inner.geometry.kind,
+            size: inner.geometry.size,
+            sector_size: format::SECTOR as u32,
+            block_size: inner.geometry.block as u32,
+            data_id: ids.data_id,
+            // The only id of the format is the one that names the content.
+            disk_id: Uuid::nil(),
+            parent: ids.link.clone(),
+        }
+    }
+
+    fn store(&self) -> &Arc<dyn Store> {
+        &self.0.store
+    }
+
+    fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
+        self.0.map(offset, len, out)
+    }
+
+    fn prepare(&self, offset: u64, len: u64, change: Change) -> Result<Ticket> {
+        write::prepare(&self.0, offset, len, change)
+    }
+
+    fn commit(&self, ticket: Ticket) -> Result<()> {
+        write::commit(&self.0, ticket)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.0.flush()
+    }
+
+    fn wrote(&self) {
+        self.0.wrote();
+    }
+
+    fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
+        self.0.relink(data_id, parent)
+    }
+
+    fn settle(&self) -> Result<()> {
+        lock(&self.0.session).identified = true;
+        Ok(())
+    }
+
+    fn close(&self) -> Result<()> {
+        self.0.close()
+    }
+}

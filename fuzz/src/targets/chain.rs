@@ -1,0 +1,71 @@
+//! A child that names its parent: the gate that says which file may be opened, and the ids that say whether it is the one.
+//!
+//! Rule beside the limits: no name leads out of the folder (the folder itself checks it).
+
+use super::disk::Look;
+use super::{base, firsts};
+use crate::file::{Disk, Shelf};
+use crate::run::words;
+use crate::vhdx::settle_ids;
+use crate::{File, Input, Random, Target};
+use image::vhdx::Options;
+use image::{Layer, gate};
+use std::sync::Arc;
+use store::{Folder, Mode};
+
+pub(super) const TARGET: Target = Target {
+    name: "chain",
+    about: "a chain of VHDX files: parent locators, names of parents, ids",
+    quick: 3000,
+    seeds,
+    mutate,
+    run,
+};
+
+/// What the files of an input are called.
+const NAMES: [&str; 4] = ["disk.avhdx", "base.vhdx", "other.vhdx", "raw.img"];
+
+fn seeds() -> Vec<Input> {
+    let mut all = Vec::new();
+    for (size, sector) in [(5 << 20, 512), (5 << 20, 4096), (3 << 20, 512)] {
+        let (disk, parent) = base(size, sector);
+        let store = Disk::new("disk.avhdx", File::default());
+        let options = Options::differencing(&*parent, "base.vhdx").expect("a name");
+        let child = image::vhdx::create(Arc::<Disk>::clone(&store), &options).expect("a sound image");
+        parent.close().expect("a sound image");
+        child.close().expect("a sound image");
+        let (mut child, mut parent) = (store.file(), disk.file());
+        settle_ids(&mut [&mut child]);
+        // Its content's id is settled already, and is in its child.
+        let id = parent.array::<16>(0x1_0000 + 32);
+        settle_ids(&mut [&mut parent]);
+        for at in [0x1_0000, 0x2_0000] {
+            parent.write(at + 32, &id);
+        }
+        crate::vhdx::mend_unless(&mut parent, || false);
+        all.push(Input(vec![child.clone(), parent, child, File::of(&[0; 8192])]));
+    }
+    all
+}
+
+fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
+    // Mostly the child's locator.
+    let which = if random.one_in(4) { random.index(3) } else { 0 };
+    if random.one_in(3) {
+        crate::vhdx::mutate(&mut input.0[which], random, &firsts(pool));
+    } else {
+        crate::vhdx::rename_parent(&mut input.0[which], random);
+    }
+}
+
+fn run(input: &Input) -> String {
+    let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::new(name, file.clone())).collect();
+    let folder: Arc<dyn Folder> = Arc::new(Shelf(disks));
+    match gate::open_chain(&folder, NAMES[0], Mode::Read) {
+        Ok(layers) => {
+            let looks: Vec<_> = layers.iter().map(|layer| Look::at(&**layer).is_ok()).collect();
+            format!("{} layers {looks:?}", layers.len())
+        }
+        Err(error) => words(&error.to_string()),
+    }
+}

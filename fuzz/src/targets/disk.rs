@@ -1,0 +1,85 @@
+//! Using a layer as a chain does.
+
+use crate::file::{Disk, File};
+use image::{Change, Layer, LayerInfo, Result, Run, Source};
+use std::sync::Arc;
+
+const MIB: u64 = 1 << 20;
+/// The most bytes of data that a look reads from each run.
+const GLANCE: u64 = 16 << 10;
+
+/// Writes sectors through a ticket.
+pub(super) fn write(layer: &dyn Layer, offset: u64, data: &[u8]) -> Result<()> {
+    let ticket = layer.prepare(offset, data.len() as u64, Change::Data)?;
+    for extent in &ticket.extents {
+        let at = (extent.offset - offset) as usize;
+        layer.store().write_at(&data[at..at + extent.len as usize], extent.at)?;
+    }
+    layer.commit(ticket)
+}
+
+/// Zeroes sectors through a ticket.
+pub(super) fn zero(layer: &dyn Layer, offset: u64, len: u64) -> Result<()> {
+    let ticket = layer.prepare(offset, len, Change::Zero)?;
+    for extent in &ticket.extents {
+        layer.store().write_at(&vec![0; extent.len as usize], extent.at)?;
+    }
+    layer.commit(ticket)
+}
+
+/// Parts of a disk to look at: its beginning, its middle, its end.
+pub(super) fn windows(info: &LayerInfo) -> [(u64, u64); 3] {
+    let sector = u64::from(info.sector_size);
+    let len = info.size.min(4 * MIB + sector);
+    [0, info.size / 2 / sector * sector, info.size].map(|at| (at.min(info.size - len), len))
+}
+
+/// What a disk says and holds in its windows: runs, and the beginning of each run's data.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Look {
+    size: u64,
+    runs: Vec<(Run, Vec<u8>)>,
+}
+
+impl Look {
+    /// Looks, and checks that the runs are what the contract says.
+    pub(super) fn at(layer: &dyn Layer) -> Result<Self> {
+        let info = layer.info();
+        let mut all = Vec::new();
+        for (offset, len) in windows(&info) {
+            let (mut runs, mut next) = (Vec::new(), offset);
+            layer.map(offset, len, &mut runs)?;
+            for run in runs {
+                assert_eq!(run.offset, next, "runs without gaps");
+                assert_ne!(run.len, 0, "no empty runs");
+                next += run.len;
+                let mut data = Vec::new();
+                if let Source::Data(at) = run.source {
+                    data.resize(run.len.min(GLANCE) as usize, 0);
+                    layer.store().read_at(&mut data, at)?;
+                    // What a run names is in the file.
+                    layer.store().read_at(&mut [0], at + run.len - 1)?;
+                }
+                all.push((run, data));
+            }
+            assert_eq!(next, offset + len, "runs to the end");
+        }
+        Ok(Self { size: info.size, runs: all })
+    }
+}
+
+/// Writes and zeroes here and there.
+pub(super) fn scribble(layer: &dyn Layer) -> Result<()> {
+    let info = layer.info();
+    let sector = u64::from(info.sector_size);
+    for (at, len) in windows(&info) {
+        write(layer, at, &vec![7; sector as usize])?;
+        zero(layer, at + len / 2 / sector * sector, (len / 4 / sector * sector).max(sector))?;
+    }
+    Ok(())
+}
+
+/// A disk that holds `file`, under the name of an image.
+pub(super) fn disk(file: &File) -> Arc<Disk> {
+    Disk::new("disk.avhdx", file.clone())
+}

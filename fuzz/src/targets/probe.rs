@@ -1,0 +1,69 @@
+//! Files of no format and of others': signatures, and raw disks.
+
+use super::disk::{Look, disk, scribble};
+use super::{outcome, store_of};
+use crate::{File, Input, Random, Target, mutate};
+use image::{Format, open};
+use store::Mode;
+
+pub(super) const TARGET: Target = Target {
+    name: "probe",
+    about: "signatures of image formats, and raw files",
+    quick: 5000,
+    seeds,
+    mutate: change,
+    run,
+};
+
+const SIGNATURES: [(u64, &[u8]); 7] = [
+    (0, b"vhdxfile"),
+    (0, b"QFI\xfb"),
+    (0, b"conectix"),
+    (0, b"KDMV"),
+    (0, b"# Disk DescriptorFile"),
+    (64, b"\x7f\x10\xda\xbe"),
+    (0, b"conectix"),
+];
+
+fn seeds() -> Vec<Input> {
+    [0, 1, 511, 512, 513, 5000, 70_000]
+        .map(|len: u64| {
+            let mut file = File::of(&[3; 600][..len.min(600) as usize]);
+            file.set_len(len);
+            Input(vec![file])
+        })
+        .to_vec()
+}
+
+fn change(input: &mut Input, random: &mut Random, _: &[Input]) {
+    let file = &mut input.0[0];
+    for _ in 0..=random.below(3) {
+        match random.below(4) {
+            0 => {
+                let (at, signature) = *random.pick(&SIGNATURES);
+                let from_end = file.len().saturating_sub(*random.pick(&[512, 511]));
+                let at = if random.one_in(2) { at } else { from_end };
+                let part = if random.one_in(6) { random.index(signature.len()) } else { signature.len() };
+                file.write(at, &signature[..part]);
+            }
+            1 => mutate::resize(file, random),
+            2 => file.set_len(random.below(1200)),
+            _ => mutate::change_bytes(file, random),
+        }
+    }
+}
+
+fn run(input: &Input) -> String {
+    let file = &input.0[0];
+    let mut words = Vec::new();
+    for format in [None, Some(Format::Raw), Some(Format::Vhdx)] {
+        let read = open(store_of(&disk(file)), format, Mode::Read);
+        words.push(outcome(&read));
+        let Ok(read) = read else { continue };
+        let seen = Look::at(&*read).expect("a raw file is read");
+        let written = open(store_of(&disk(file)), format, Mode::Write).expect("what is read is written");
+        assert_eq!(Look::at(&*written).expect("a raw file is read"), seen, "reading and writing see the same");
+        scribble(&*written).and_then(|()| written.close()).expect("a raw file takes anything");
+    }
+    words.join("; ")
+}

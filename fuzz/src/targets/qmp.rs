@@ -1,0 +1,143 @@
+//! What QEMU's monitor says: greeting, events, answers.
+//!
+//! An input is what the monitor says, in parts: one at once, each other when it has been sent a command.
+
+use super::change_stream;
+use crate::run::words;
+use crate::{Input, Random, Target};
+use qemu::Qmp;
+use std::fmt::Display;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+
+pub(super) const TARGET: Target =
+    Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, seeds, mutate, run };
+
+/// A time that passes at once when both sides wait.
+const IDLE: Duration = Duration::from_secs(1);
+/// What stands between two parts.
+const BREAK: u8 = 0x1e;
+
+const GREETING: &str =
+    r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}"#;
+
+/// What a monitor says in a few bytes.
+const WORDS: [&[u8]; 24] = [
+    GREETING.as_bytes(),
+    b"\r\n",
+    b"\n",
+    b"\x1e",
+    br#"{"return": {}, "id": 1}"#,
+    br#"{"return": {}, "id": 2}"#,
+    br#"{"return": null, "id": 3}"#,
+    br#"{"error": {"class": "GenericError", "desc": "no"}, "id": 2}"#,
+    br#"{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}"#,
+    br#"{"timestamp": {"seconds": -1, "microseconds": -1}, "event": "RESUME"}"#,
+    br#"{"timestamp": {"seconds": 9223372036854775807, "microseconds": 9223372036854775807}, "event": "X"}"#,
+    br#"{"event": "MIGRATION", "data": {"status": "completed"}}"#,
+    br#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#,
+    br#"{"event": "RESET", "data": {"guest": 7}}"#,
+    br#"{"event": "POWERDOWN"}"#,
+    br#"{"event": "GUEST_PANICKED", "data": []}"#,
+    br#"{"event": "BLOCK_IO_ERROR", "data": {"node-name": "disk0", "action": "stop", "reason": "EIO"}}"#,
+    br#""id": 18446744073709551616"#,
+    br#""id": -1"#,
+    b"[[[[[[[[[[[[[[[[",
+    b"\"\\ud800\"",
+    b"1e999999",
+    b"\xff\xfe",
+    b"{\"a\":",
+];
+
+fn seeds() -> Vec<Input> {
+    let answers = [
+        [r#"{"running": true, "status": "running"}"#, r#"{"status": "active", "blocked-reasons": []}"#].as_slice(),
+        &[r#"{"running": false, "status": "paused"}"#, r#"{"status": "failed", "error-desc": "no", "total-time": 5}"#],
+        &[r#"{"running": false, "status": "inmigrate"}"#, "{}", r#"[{"type": "migration"}]"#],
+    ];
+    let chardevs = r#"[{"label": "serial0", "filename": "disconnected:unix:x", "frontend-open": true}]"#;
+    let nodes = r#"[{"node-name": "disk0", "drv": "nbd", "image": {"virtual-size": 1048576}}]"#;
+    answers
+        .iter()
+        .map(|answers| {
+            let answers = answers.iter().copied().chain([nodes, chardevs]);
+            let mut out = format!("{GREETING}\r\n").into_bytes();
+            let all = std::iter::once("{}").chain(answers);
+            for (index, answer) in all.enumerate() {
+                out.push(BREAK);
+                let event = String::from_utf8_lossy(WORDS[8 + index]).into_owned();
+                out.extend(format!("{event}\n{{\"return\": {answer}, \"id\": {}}}\r\n", index + 1).into_bytes());
+            }
+            Input::stream(&out)
+        })
+        .collect()
+}
+
+fn mutate(input: &mut Input, random: &mut Random, _: &[Input]) {
+    if random.one_in(500) {
+        // A line without an end.
+        *input = Input::stream(&vec![b'x'; 5 << 20]);
+    }
+    change_stream(input, &WORDS, 6 << 20, random);
+}
+
+fn run(input: &Input) -> String {
+    let bytes = input.bytes();
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
+    runtime.block_on(async {
+        let (ours, theirs) = UnixStream::pair().expect("a socket");
+        let monitor = tokio::spawn(play(theirs, bytes));
+        let outcome = speak(ours).await;
+        monitor.abort();
+        outcome
+    })
+}
+
+/// The monitor's part.
+async fn play(stream: UnixStream, bytes: Vec<u8>) -> Option<()> {
+    let (hears, mut says) = stream.into_split();
+    let mut lines = BufReader::new(hears).lines();
+    for part in bytes.split(|byte| *byte == BREAK) {
+        says.write_all(part).await.ok()?;
+        // Without a command by now there will be none: time passes only when everybody waits.
+        tokio::time::timeout(IDLE, lines.next_line()).await.ok()?.ok()??;
+    }
+    Some(())
+}
+
+/// Our part: a greeting, and some questions.
+async fn speak(stream: UnixStream) -> String {
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&events);
+    let note = move |event: &qemu::Event| {
+        let kind = format!("{:?}", event.kind);
+        let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
+        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if !seen.contains(&word) && seen.len() < 3 {
+            seen.push(word);
+        }
+    };
+    let mut said = Vec::new();
+    match Qmp::connect(stream, note).await {
+        Err(error) => said.push(words(&error.to_string())),
+        Ok(qmp) => {
+            let mut hear = |result: Result<(), qemu::Error>| said.push(told(&result));
+            hear(qmp.status().await.map(drop));
+            hear(qmp.migration().await.map(drop));
+            hear(qmp.migration_held().await.map(drop));
+            hear(qmp.block_nodes().await.map(drop));
+            hear(qmp.unconnected_chardevs().await.map(drop));
+            hear(qmp.human("info").await.map(drop));
+        }
+    }
+    let events = events.lock().unwrap_or_else(PoisonError::into_inner);
+    said.dedup();
+    format!("{said:?} {events:?}")
+}
+
+fn told(result: &Result<(), impl Display>) -> String {
+    super::outcome(result).chars().take(40).collect()
+}
