@@ -40,7 +40,7 @@ pub fn parent_name(link: &ParentLink) -> std::result::Result<String, String> {
 ///
 /// A VHD often carries a full path of the machine that it was made on, and no other: its last part is a name like any other, since the
 /// id decides.
-fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
+pub(crate) fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
     let first = parent_name(link);
     if info.format != Format::Vhd {
         return first.map(|name| vec![name]);

@@ -28,7 +28,9 @@
 //! | 4 | child's id or G | child's id | what stands on the child accepts the parent |
 //! | commit | – | child's id | |
 //!
-//! In every row the child accepts the parent, so a crash between two steps leaves a chain that opens.
+//! In every row the child accepts the parent, so a crash between two steps leaves a chain that opens. Each step is one
+//! [`Layer::relink`], which every format makes atomic: VHDX by its log, VHD by a second header and a locator of our own for the second
+//! id (`docs/formats/vhd.md`). So the two may stand on each other.
 //!
 //! # Sizes
 //!

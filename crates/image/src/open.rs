@@ -83,7 +83,8 @@ pub fn open_unlocked(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) 
         (None, _) => Err(Error::new(
             ErrorKind::Unsigned,
             store.name(),
-            "it has no signature of an image format, and is not said to be raw (a fixed VHD whose end was lost has none either)",
+            "it has no signature of an image format; a raw disk is read only if it is said to be one (and a fixed VHD whose end was lost \
+             looks like it)",
         )),
     }
 }

@@ -50,7 +50,8 @@ impl Siblings {
         let name = name.to_lowercase();
         self.images.iter().filter(move |sibling| {
             let Some(link) = &sibling.info.parent else { return false };
-            let names_it = gate::parent_name(link).is_ok_and(|parent| parent.to_lowercase() == name);
+            let named = gate::parent_names(&sibling.info, link).unwrap_or_default();
+            let names_it = named.iter().any(|parent| parent.to_lowercase() == name);
             let own = sibling.name.to_lowercase() == name;
             !own && (names_it || (!data_id.is_nil() && accepts(link, data_id)))
         })

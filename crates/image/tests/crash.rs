@@ -5,8 +5,9 @@
 //! or new; what was sealed is what it was; a fold that was under way is begun again and loses nothing.
 
 use image::merge::{FoldError, Outcome, fold_down};
-use image::vhdx::{self, Options, Parent};
-use image::{Access, Chain, Change, Error, Kind, Layer, LayerInfo, ParentLink, Received, Result, Run, Ticket};
+use image::{
+    Access, Chain, Change, Error, Format, Kind, Layer, LayerInfo, ParentLink, Received, Result, Run, Ticket, vhd, vhdx,
+};
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -139,6 +140,8 @@ enum Fault {
 }
 
 struct World {
+    /// Formats of the layers, one of which each new one gets.
+    formats: &'static [Format],
     folder: Arc<dyn Folder>,
     fault: Fault,
     chain: Arc<Chain>,
@@ -161,14 +164,14 @@ fn bytes(version: u32, sectors: u64) -> Vec<u8> {
 }
 
 impl World {
-    fn new(sim: &Sim, fault: Fault, seed: u64) -> Self {
+    fn new(sim: &Sim, formats: &'static [Format], fault: Fault, seed: u64) -> Self {
         let folder = sim.root();
-        let base =
-            vhdx::create(folder.create("0").unwrap(), &Options { block_size: 1 << 20, ..Options::dynamic(SIZES[0]) });
+        let base = create(folder.create("0").unwrap(), formats[0], SIZES[0], 1 << 20, None);
         folder.sync().unwrap();
         let omits = Arc::<Omits>::default();
         let layer = Arc::new(Lazy { layer: base.unwrap(), omits: Arc::clone(&omits) });
         Self {
+            formats,
             folder,
             fault,
             chain: Arc::new(Chain::new(vec![layer], Access::Write).unwrap()),
@@ -242,14 +245,11 @@ impl World {
         let name = self.files.to_string();
         let layers = self.chain.layers();
         let below = layers.last().unwrap();
-        let parent = Parent::of(&**below, Some(self.names.last().unwrap()))?;
-        let options = Options {
-            block_size: 1 << (20 + self.next(2)),
-            kind: Kind::Differencing,
-            parent: Some(parent),
-            ..Options::dynamic(size)
-        };
-        let layer = vhdx::create(self.folder.create(&name)?, &options)?;
+        let block_size = 1 << (20 + self.next(2));
+        let format =
+            self.formats[if self.formats.len() > 1 { self.next(self.formats.len() as u64) as usize } else { 0 }];
+        let parent = Some((&**below, self.names.last().unwrap().as_str()));
+        let layer = create(self.folder.create(&name)?, format, size, block_size, parent)?;
         self.folder.sync()?;
         self.names.push(name);
         self.model.resize(size);
@@ -260,7 +260,9 @@ impl World {
 
     fn push(&mut self) -> Result<()> {
         let position = self.names.len() - 1;
-        let (then, size) = (self.model.latest(), SIZES[self.next(4) as usize]);
+        // The size of a VHD stays.
+        let size = if self.formats.contains(&Format::Vhd) { 0 } else { self.next(4) as usize };
+        let (then, size) = (self.model.latest(), SIZES[size]);
         let leaf = self.new_leaf(size)?;
         self.chain.push(leaf)?;
         self.flush()?;
@@ -390,6 +392,23 @@ impl World {
     }
 }
 
+/// A new layer, over a parent of this name if there is one.
+fn create(
+    file: Arc<dyn Store>,
+    format: Format,
+    size: u64,
+    block_size: u32,
+    parent: Option<(&dyn Layer, &str)>,
+) -> Result<Arc<dyn Layer>> {
+    let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
+    if format == Format::Vhd {
+        let parent = parent.map(|(layer, name)| vhd::Parent::of(layer, Some(name))).transpose()?;
+        return Ok(vhd::create(file, &vhd::Options { block_size, kind, parent, ..vhd::Options::dynamic(size) })?);
+    }
+    let parent = parent.map(|(layer, name)| vhdx::Parent::of(layer, Some(name))).transpose()?;
+    Ok(vhdx::create(file, &vhdx::Options { block_size, kind, parent, ..vhdx::Options::dynamic(size) })?)
+}
+
 /// A commit to the ledger of this test.
 #[expect(clippy::unnecessary_wraps, reason = "a commit may fail, this one does not")]
 fn drop_name<E>(names: &mut Vec<String>, position: usize) -> std::result::Result<(), E> {
@@ -409,7 +428,7 @@ fn open_all(sim: &Sim, names: &[String], mode: Mode) -> std::result::Result<Vec<
     let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
     for name in names {
         let store = folder.open(name, mode).map_err(|error| error.to_string())?;
-        let layer = vhdx::open(store, mode).map_err(|error| format!("{error:?}"))?;
+        let layer = image::open(store, None, mode).map_err(|error| format!("{error:?}"))?;
         if let Some(parent) = layers.last() {
             let (id, link) = (parent.info().data_id, layer.info().parent.ok_or("not differencing")?);
             if link.linkage != id && link.linkage2 != Some(id) {
@@ -440,9 +459,15 @@ fn compare(layers: &[Arc<dyn Layer>], allows: impl Fn(usize, u32) -> bool) -> st
 const STEPS: u32 = 40;
 
 /// Cuts a life of this seed at every `stride`-th operation; returns the first thing that is wrong, and how many states were seen.
-fn cut_everywhere(fault: Fault, seed: u64, stride: u64, states: u64) -> std::result::Result<u64, String> {
+fn cut_everywhere(
+    formats: &'static [Format],
+    fault: Fault,
+    seed: u64,
+    stride: u64,
+    states: u64,
+) -> std::result::Result<u64, String> {
     let sim = Sim::new();
-    let mut world = World::new(&sim, fault, seed);
+    let mut world = World::new(&sim, formats, fault, seed);
     let first = sim.counts().operations;
     world.live(STEPS).unwrap();
     let last = sim.counts().operations;
@@ -450,7 +475,7 @@ fn cut_everywhere(fault: Fault, seed: u64, stride: u64, states: u64) -> std::res
     let offset = seed % stride;
     for at in (first + offset..last).step_by(stride as usize) {
         let sim = Sim::new();
-        let mut world = World::new(&sim, fault, seed);
+        let mut world = World::new(&sim, formats, fault, seed);
         sim.cut(At::Operation(at));
         let ended = world.live(STEPS);
         assert!(ended.is_err() && !sim.powered(), "operation {at} of {last} was not reached");
@@ -464,26 +489,50 @@ fn cut_everywhere(fault: Fault, seed: u64, stride: u64, states: u64) -> std::res
     Ok(seen)
 }
 
-#[test]
-fn nothing_is_lost_wherever_the_power_goes() {
+const VHDX: &[Format] = &[Format::Vhdx];
+const VHD: &[Format] = &[Format::Vhd];
+const BOTH: &[Format] = &[Format::Vhd, Format::Vhdx];
+
+fn nothing_is_lost(formats: &'static [Format], seeds: std::ops::Range<u64>) {
     let mut seen = 0;
-    for seed in 0..8 {
-        seen += cut_everywhere(Fault::None, seed, 3, 4).unwrap_or_else(|error| panic!("{error}"));
+    for seed in seeds {
+        seen += cut_everywhere(formats, Fault::None, seed, 3, 4).unwrap_or_else(|error| panic!("{error}"));
     }
     assert!(seen > 1000, "{seen}");
 }
 
 #[test]
+fn nothing_is_lost_wherever_the_power_goes() {
+    nothing_is_lost(VHDX, 0..8);
+}
+
+#[test]
+fn nor_in_a_chain_of_vhds() {
+    nothing_is_lost(VHD, 20..28);
+}
+
+#[test]
+fn nor_in_one_of_both() {
+    nothing_is_lost(BOTH, 40..46);
+}
+
+fn is_noticed(fault: Fault) {
+    for formats in [VHDX, VHD] {
+        assert!((0..8).any(|seed| cut_everywhere(formats, fault, seed, 4, 2).is_err()), "{formats:?}");
+    }
+}
+
+#[test]
 fn a_flush_that_leaves_out_lower_layers_is_noticed() {
-    assert!((0..8).any(|seed| cut_everywhere(Fault::LowerLayers, seed, 4, 2).is_err()));
+    is_noticed(Fault::LowerLayers);
 }
 
 #[test]
 fn a_fold_that_does_not_sync_the_parent_is_noticed() {
-    assert!((0..8).any(|seed| cut_everywhere(Fault::Folds, seed, 4, 2).is_err()));
+    is_noticed(Fault::Folds);
 }
 
 #[test]
 fn a_fold_that_leaves_the_ids_alone_is_noticed() {
-    assert!((0..8).any(|seed| cut_everywhere(Fault::Ids, seed, 4, 2).is_err()));
+    is_noticed(Fault::Ids);
 }

@@ -1,8 +1,7 @@
 //! Files that fail: what is refused afterwards, and what goes on.
 
 use image::merge::{FoldError, Outcome, fold_down};
-use image::vhdx::{self, Options, Parent};
-use image::{Access, Chain, ErrorKind, Kind, Layer};
+use image::{Access, Chain, ErrorKind, Format, Layer, vhd, vhdx};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -12,14 +11,22 @@ use uuid::Uuid;
 const MIB: u64 = 1 << 20;
 const SIZE: u64 = 16 * MIB;
 
-fn base(sim: &Sim) -> Arc<dyn Layer> {
-    vhdx::create(sim.root().create("base").unwrap(), &Options::dynamic(SIZE)).unwrap()
+const FORMATS: [Format; 2] = [Format::Vhdx, Format::Vhd];
+
+fn base(sim: &Sim, format: Format) -> Arc<dyn Layer> {
+    let file = sim.root().create("base").unwrap();
+    if format == Format::Vhd {
+        return vhd::create(file, &vhd::Options::dynamic(SIZE)).unwrap();
+    }
+    vhdx::create(file, &vhdx::Options::dynamic(SIZE)).unwrap()
 }
 
-fn child(sim: &Sim, name: &str, parent: &Arc<dyn Layer>) -> Arc<dyn Layer> {
-    let parent = Parent::of(&**parent, Some("parent")).unwrap();
-    let options = Options { kind: Kind::Differencing, parent: Some(parent), ..Options::dynamic(SIZE) };
-    vhdx::create(sim.root().create(name).unwrap(), &options).unwrap()
+fn child(sim: &Sim, format: Format, name: &str, parent: &Arc<dyn Layer>) -> Arc<dyn Layer> {
+    let file = sim.root().create(name).unwrap();
+    if format == Format::Vhd {
+        return vhd::create(file, &vhd::Options::differencing(&**parent, "base").unwrap()).unwrap();
+    }
+    vhdx::create(file, &vhdx::Options::differencing(&**parent, "base").unwrap()).unwrap()
 }
 
 fn content(chain: &Chain) -> Vec<u8> {
@@ -34,8 +41,12 @@ fn kind<T>(result: image::Result<T>) -> ErrorKind {
 
 #[test]
 fn a_failed_sync_is_never_retried_and_trusted() {
+    FORMATS.into_iter().for_each(failed_sync);
+}
+
+fn failed_sync(format: Format) {
     let sim = Sim::new();
-    let chain = Chain::new(vec![base(&sim)], Access::Write).unwrap();
+    let chain = Chain::new(vec![base(&sim, format)], Access::Write).unwrap();
     chain.write(&[1; 512], 0).unwrap();
     sim.fail(At::Sync(sim.counts().syncs), store::ErrorKind::Io, Times::Once);
     assert_eq!(kind(chain.flush()), ErrorKind::Io);
@@ -47,8 +58,12 @@ fn a_failed_sync_is_never_retried_and_trusted() {
 
 #[test]
 fn no_space_is_an_answer_and_not_a_fault() {
+    FORMATS.into_iter().for_each(no_space);
+}
+
+fn no_space(format: Format) {
     let sim = Sim::new();
-    let chain = Chain::new(vec![base(&sim)], Access::Write).unwrap();
+    let chain = Chain::new(vec![base(&sim, format)], Access::Write).unwrap();
     chain.write(&vec![1; 4 * MIB as usize], 0).unwrap();
     sim.set_capacity(Some(10 * MIB));
     let mut offset = 4 * MIB;
@@ -71,12 +86,16 @@ fn no_space_is_an_answer_and_not_a_fault() {
 
 #[test]
 fn a_fold_that_fails_does_not_disturb_the_guest() {
+    FORMATS.into_iter().for_each(failed_fold);
+}
+
+fn failed_fold(format: Format) {
     let sim = Sim::new();
-    let lower = base(&sim);
+    let lower = base(&sim, format);
     let chain = Chain::new(vec![Arc::clone(&lower)], Access::Write).unwrap();
     chain.write(&vec![1; 4 * MIB as usize], 0).unwrap();
     chain.flush().unwrap();
-    let upper = child(&sim, "child", &lower);
+    let upper = child(&sim, format, "child", &lower);
     chain.push(Arc::clone(&upper)).unwrap();
     chain.write(&vec![2; 4 * MIB as usize], MIB).unwrap();
     let expected = content(&chain);
@@ -99,8 +118,9 @@ fn a_fold_that_fails_does_not_disturb_the_guest() {
     // The parent is not trusted any more: not before it is opened again.
     let again = fold_down(Some(&chain), &upper, &lower, Uuid::new_v4(), &mut go_on, never);
     assert!(matches!(again, Err(FoldError::Image(error)) if error.kind == ErrorKind::Poisoned));
-    let reopened = vhdx::open(sim.root().open("base", store::Mode::Write).unwrap(), store::Mode::Write).unwrap();
-    let reopened: Arc<dyn Layer> = reopened;
+    let file = sim.root().open("base", store::Mode::Write).unwrap();
+    lower.store().lock(store::Lock::None).unwrap();
+    let reopened = image::open(file, None, store::Mode::Write).unwrap();
     chain.replace(&lower, Arc::clone(&reopened)).unwrap();
     let commit = || Ok::<_, Infallible>(());
     let folded = fold_down(Some(&chain), &upper, &reopened, Uuid::new_v4(), &mut go_on, commit).unwrap();

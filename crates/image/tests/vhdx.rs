@@ -1,20 +1,18 @@
 //! One VHDX layer against a plain byte array, in one thread and in many.
 
 mod layer;
+mod model;
 
 use image::vhdx::{self, VhdxLayer};
-use image::{Change, ErrorKind, Kind, Layer, Source};
+use image::{ErrorKind, Kind, Layer};
 use layer::{read, write, zero};
+use model::{PARENT, Pair, ops};
 use proptest::prelude::*;
 use std::sync::Arc;
 use store::sim::Sim;
 use store::{Mode, Store};
 
 const MIB: u64 = 1 << 20;
-/// What sectors that the layer does not hold read as, for a differencing one.
-const PARENT: u8 = 0xEE;
-/// What tickets that are dropped have written.
-const JUNK: u8 = 0xDD;
 
 fn new_file(sim: &Sim, name: &str) -> Arc<dyn Store> {
     sim.root().create(name).expect("a new file")
@@ -35,153 +33,6 @@ fn new_layer(sim: &Sim, kind: Kind, size: u64, block_size: u32, sector_size: u32
     vhdx::create(new_file(sim, "child.vhdx"), &options).expect("a layer")
 }
 
-#[derive(Debug, Clone)]
-enum Op {
-    Write {
-        at: u64,
-        len: u64,
-        fill: u8,
-    },
-    Zero {
-        at: u64,
-        len: u64,
-    },
-    /// Two tickets at once, committed in the other order.
-    Cross {
-        first: (u64, u64),
-        second: (u64, u64),
-        fill: u8,
-    },
-    /// A ticket whose data was written and that is then dropped, with another one open beside it.
-    Drop {
-        at: u64,
-        len: u64,
-        beside: u64,
-        fill: u8,
-    },
-    Flush,
-    Reopen {
-        close: bool,
-    },
-}
-
-fn ops(sectors: u64) -> impl Strategy<Value = Vec<Op>> {
-    // Small ranges, ranges around blocks, and large ones.
-    let range = move || {
-        let len = prop_oneof![4 => 1..64u64, 1 => 1..sectors, 1 => Just(2048u64), 1 => Just(4096)];
-        (0..sectors, len, any::<bool>()).prop_map(move |(at, len, aligned)| {
-            let at = if aligned { at / 2048 * 2048 } else { at };
-            (at, len.min(sectors - at))
-        })
-    };
-    let op = prop_oneof![
-        6 => (range(), any::<u8>()).prop_map(|((at, len), fill)| Op::Write { at, len, fill }),
-        3 => range().prop_map(|(at, len)| Op::Zero { at, len }),
-        2 => (range(), range(), any::<u8>()).prop_map(|(first, second, fill)| Op::Cross { first, second, fill }),
-        2 => (range(), 0..sectors, any::<u8>()).prop_map(|((at, len), beside, fill)| Op::Drop { at, len, beside, fill }),
-        2 => Just(Op::Flush),
-        1 => any::<bool>().prop_map(|close| Op::Reopen { close }),
-    ];
-    prop::collection::vec(op, 1..40)
-}
-
-fn put(layer: &dyn Layer, extents: &[image::Extent], fill: u8) {
-    for extent in extents {
-        layer.store().write_at(&vec![fill; extent.len as usize], extent.at).expect("write");
-    }
-}
-
-/// A layer and the bytes that it must read as.
-struct Pair {
-    sim: Sim,
-    layer: Arc<VhdxLayer>,
-    model: Vec<u8>,
-    absent: u8,
-    sector: u64,
-}
-
-impl Pair {
-    fn new(kind: Kind, sectors: u64, block_size: u32, sector: u32) -> Self {
-        let sim = Sim::new();
-        let size = sectors * u64::from(sector);
-        let layer = new_layer(&sim, kind, size, block_size, sector);
-        let absent = if kind == Kind::Differencing { PARENT } else { 0 };
-        Self { sim, layer, model: vec![absent; size as usize], absent, sector: sector.into() }
-    }
-
-    fn set(&mut self, (at, len): (u64, u64), fill: u8) {
-        self.model[(at * self.sector) as usize..((at + len) * self.sector) as usize].fill(fill);
-    }
-
-    fn prepare(&self, (at, len): (u64, u64)) -> image::Ticket {
-        self.layer.prepare(at * self.sector, len * self.sector, Change::Data).expect("prepare")
-    }
-
-    /// Whether nothing of the range lies in the file as far as can be read.
-    fn is_hidden(&self, (at, len): (u64, u64)) -> bool {
-        let mut runs = Vec::new();
-        self.layer.map(at * self.sector, len * self.sector, &mut runs).expect("map");
-        runs.iter().all(|run| !matches!(run.source, Source::Data(_)))
-    }
-
-    fn run(&mut self, op: &Op) {
-        match *op {
-            Op::Write { at, len, fill } => {
-                write(&*self.layer, at * self.sector, &vec![fill; (len * self.sector) as usize]).expect("write");
-                self.set((at, len), fill);
-            }
-            Op::Zero { at, len } => {
-                zero(&*self.layer, at * self.sector, len * self.sector).expect("zero");
-                self.set((at, len), 0);
-            }
-            Op::Cross { first, second, fill } => {
-                let (one, two) = (self.prepare(first), self.prepare(second));
-                put(&*self.layer, &one.extents, fill);
-                put(&*self.layer, &two.extents, fill.wrapping_add(1));
-                self.layer.commit(two).expect("commit");
-                self.layer.commit(one).expect("commit");
-                self.set(first, fill);
-                self.set(second, fill.wrapping_add(1));
-            }
-            Op::Drop { at, len, beside, fill } => {
-                let sectors = self.model.len() as u64 / self.sector;
-                let beside = (if beside >= at && beside < at + len { at + len } else { beside }, 1);
-                let beside = (beside.0 < sectors).then_some(beside);
-                if !self.is_hidden((at, len)) {
-                    return;
-                }
-                let other = beside.map(|range| self.prepare(range));
-                let dropped = self.prepare((at, len));
-                put(&*self.layer, &dropped.extents, JUNK);
-                drop(dropped);
-                if let (Some(other), Some(range)) = (other, beside) {
-                    put(&*self.layer, &other.extents, fill);
-                    self.layer.commit(other).expect("commit");
-                    self.set(range, fill);
-                }
-            }
-            Op::Flush => self.layer.flush().expect("flush"),
-            Op::Reopen { close } => {
-                if close {
-                    self.layer.close().expect("close");
-                } else {
-                    self.layer.flush().expect("flush");
-                }
-                self.layer = open(&self.sim, "child.vhdx", Mode::Write).expect("open");
-            }
-        }
-    }
-
-    fn check(&self, layer: &dyn Layer) {
-        let size = self.model.len() as u64;
-        let found = read(layer, 0, size, self.absent).expect("read");
-        if found != self.model {
-            let at = (0..found.len()).find(|at| found[*at] != self.model[*at]).expect("they differ");
-            panic!("byte {at} of {size} is {:#x} and should be {:#x}", found[at], self.model[at]);
-        }
-    }
-}
-
 fn shapes() -> impl Strategy<Value = (Kind, u64, u32, u32)> {
     let kind = prop_oneof![3 => Just(Kind::Differencing), 2 => Just(Kind::Dynamic), 1 => Just(Kind::Fixed)];
     // The last block is cut off by the disk's end.
@@ -199,19 +50,9 @@ proptest! {
     #[test]
     fn a_layer_is_a_byte_array((shape, ops) in shapes().prop_flat_map(|shape| (Just(shape), ops(shape.1)))) {
         let (kind, sectors, block, sector) = shape;
-        let mut pair = Pair::new(kind, sectors, block, sector);
-        for op in &ops {
-            pair.run(op);
-            if matches!(op, Op::Reopen { .. } | Op::Drop { .. }) {
-                pair.check(&*pair.layer);
-            }
-        }
-        pair.check(&*pair.layer);
-        pair.layer.flush().expect("flush");
-        // The log is in use: a reader replays it in memory.
-        pair.check(&*open(&pair.sim, "child.vhdx", Mode::Read).expect("open"));
-        pair.layer.close().expect("close");
-        pair.check(&*open(&pair.sim, "child.vhdx", Mode::Read).expect("open"));
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, sectors * u64::from(sector), block, sector);
+        Pair::new(layer, move |mode| open(&sim, "child.vhdx", mode).expect("open")).live(&ops);
     }
 }
 
@@ -377,52 +218,11 @@ fn options_out_of_range_are_refused() {
     }
 }
 
-/// Threads that each own every fourth sector write, zero and read theirs, while one flushes; at the end, and in the file, each finds
-/// what it wrote last.
 #[test]
 fn threads_do_not_disturb_each_other() {
-    const THREADS: u64 = 4;
-    const SECTORS: u64 = 12 * MIB / 512;
     for kind in [Kind::Differencing, Kind::Dynamic] {
         let sim = Sim::new();
-        let layer = new_layer(&sim, kind, 12 * MIB, 1 << 20, 512);
-        let absent = if kind == Kind::Differencing { PARENT } else { 0 };
-        let worker = |thread: u64| {
-            let mut random = thread + 1;
-            let mut own = vec![absent; (SECTORS / THREADS) as usize];
-            for step in 0..3000u64 {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-                let index = (random >> 33) % (SECTORS / THREADS);
-                let offset = (index * THREADS + thread) * 512;
-                let fill = (step % 200) as u8 + 1;
-                match (random >> 20) % 8 {
-                    0 => {
-                        zero(&*layer, offset, 512).expect("zero");
-                        own[index as usize] = 0;
-                    }
-                    1 => assert_eq!(read(&*layer, offset, 512, absent).expect("read"), [own[index as usize]; 512]),
-                    _ => {
-                        write(&*layer, offset, &[fill; 512]).expect("write");
-                        own[index as usize] = fill;
-                    }
-                }
-                if thread == 0 && step % 50 == 0 {
-                    layer.flush().expect("flush");
-                }
-            }
-            own
-        };
-        let owned: Vec<Vec<u8>> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..THREADS).map(|thread| scope.spawn(move || worker(thread))).collect();
-            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
-        });
-        layer.flush().expect("flush");
-        for layer in [layer, open(&sim, "child.vhdx", Mode::Read).expect("open")] {
-            for sector in 0..SECTORS {
-                let expected = owned[(sector % THREADS) as usize][(sector / THREADS) as usize];
-                let found = read(&*layer, sector * 512, 512, absent).expect("read");
-                assert_eq!(found, [expected; 512], "sector {sector} of a {kind:?} disk");
-            }
-        }
+        let layer: Arc<dyn Layer> = new_layer(&sim, kind, 12 * MIB, 1 << 20, 512);
+        model::threads(&layer, |mode| open(&sim, "child.vhdx", mode).expect("open"));
     }
 }

@@ -22,7 +22,7 @@ pub(crate) use resize::resize;
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;
-use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhdx};
+use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
 use machine::plan::quoted;
 use machine::request::Problem;
 use rustix::fs::{CWD, RenameFlags};
@@ -56,9 +56,6 @@ impl Place {
                 let words = [quoted(&file.to_string()), quoted(&new.display().to_string())].join(" ");
                 Err(Problem::refused(format!("{file} is a qcow2 image, which can only be converted"))
                     .hint(format!("tenby disk convert {words}")))
-            }
-            Some(image::open::Signature::Foreign("VHD")) if format != Some(Format::Raw) => {
-                Err(crate::cli::later(&format!("{}: the format VHD", path.display())))
             }
             _ => Ok(Self { path: path.to_owned(), format }),
         }
@@ -165,6 +162,7 @@ impl Info {
             format: match info.format {
                 Format::Raw => "raw",
                 Format::Vhdx => "vhdx",
+                Format::Vhd => "vhd",
             },
             r#type: match info.kind {
                 Kind::Fixed => "fixed",
@@ -244,6 +242,9 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
         Format::Vhdx => {
             vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| problem(&error))?
         }
+        Format::Vhd => {
+            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| problem(&error))?
+        }
     };
     layer.close().map_err(|error| problem(&error))?;
     drop(layer);
@@ -253,12 +254,31 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
 
 fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
     let mut options = match &new.parent {
-        Some(parent) => over(path, parent)?,
+        Some(parent) => {
+            let (parent, name) = parent_of(path, parent)?;
+            vhdx::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
+        }
         None => vhdx::Options { kind: new.kind, ..vhdx::Options::dynamic(new.size.unwrap_or(0)) },
     };
     options.size = new.size.unwrap_or(options.size);
     options.block_size = new.block_size.unwrap_or(options.block_size);
     options.sector_size = new.sector_size.unwrap_or(options.sector_size);
+    Ok(options)
+}
+
+fn vhd_options(path: &Path, new: &New) -> Result<vhd::Options, Problem> {
+    if new.sector_size.is_some_and(|size| size != 512) {
+        return Err(Problem::usage("a VHD has sectors of 512 bytes; end its name in .vhdx for others"));
+    }
+    let mut options = match &new.parent {
+        Some(parent) => {
+            let (parent, name) = parent_of(path, parent)?;
+            vhd::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
+        }
+        None => vhd::Options { kind: new.kind, ..vhd::Options::dynamic(new.size.unwrap_or(0)) },
+    };
+    options.size = new.size.unwrap_or(options.size);
+    options.block_size = new.block_size.unwrap_or(options.block_size);
     Ok(options)
 }
 
@@ -280,13 +300,13 @@ fn beside(path: &Path, parent: &Path) -> Result<String, Problem> {
     name.map(str::to_owned).ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))
 }
 
-/// A differencing image over `parent`.
-fn over(path: &Path, parent: &Path) -> Result<vhdx::Options, Problem> {
+/// The image that another one at `path` is to stand on, and its name.
+fn parent_of(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Problem> {
     let place = Place::of(parent, None)?;
     let name = beside(path, parent)?;
     let parent =
         place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
-    vhdx::Options::differencing(&*parent, &name).map_err(|error| problem(&error))
+    Ok((parent, name))
 }
 
 /// A hash. The contract's `disk hash`.
@@ -347,6 +367,10 @@ fn blank(
         Format::Vhdx => {
             let kind = kind.unwrap_or(Kind::Dynamic);
             vhdx::create(store, &vhdx::Options { kind, sector_size, ..vhdx::Options::dynamic(size) })?
+        }
+        Format::Vhd => {
+            let kind = kind.unwrap_or(Kind::Dynamic);
+            vhd::create(store, &vhd::Options { kind, ..vhd::Options::dynamic(size) })?
         }
     };
     Chain::new(vec![layer], Access::Write)

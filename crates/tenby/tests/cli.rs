@@ -66,7 +66,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
         &["job", "resume", "x"],
         &["job", "throttle", "x", "1M"],
         &["disk", "check", "a.img"],
-        &["disk", "create", "a.vhd", "--size", "1M"],
         &["disk", "create", "a.qcow2", "--size", "1M"],
         &["serve"],
         &["token", "list"],
@@ -307,6 +306,19 @@ fn disks_without_any_machine() {
     assert_eq!(info["size"], raw.len());
     assert_eq!(info["chain"].as_array().unwrap().len(), 2);
     assert_eq!(info["parent"]["id"], info["chain"][0]["id"]);
+
+    place.tenby(&["disk", "convert", "a.vhdx", "a.vhd"]).well();
+    place.tenby(&["disk", "convert", "a.vhd", "fixed.vhd", "--type", "fixed"]).well();
+    assert_eq!(std::fs::metadata(place.path("fixed.vhd")).unwrap().len(), raw.len() as u64 + 512);
+    place.tenby(&["disk", "create", "child.avhd", "--parent", "fixed.vhd"]).well();
+    for file in ["a.vhd", "fixed.vhd", "child.avhd"] {
+        assert_eq!(hash(file), hash("a.raw"), "{file}");
+    }
+    let info = place.tenby(&["disk", "info", "child.avhd", "--json"]).well().json();
+    assert_eq!((&info["format"], &info["type"]), (&"vhd".into(), &"differencing".into()));
+    assert_eq!(info["parent"]["path"], ".\\fixed.vhd");
+    place.tenby(&["disk", "create", "x.vhd", "--size", "1M", "--sector-size", "4096"]).with(2);
+    place.tenby(&["disk", "create", "x.vhd", "--size", "3T"]).with(2);
 
     // Bad input: refused, and nothing is made or changed.
     let before = content(place.dir.path());

@@ -104,7 +104,7 @@ fn create_fixed(store: Arc<dyn Store>, size: u64) -> Result<Arc<VhdLayer>> {
     let footer = Footer::new(Kind::Fixed, size, Uuid::new_v4(), NOWHERE);
     store.write_at(footer.bytes(), size)?;
     store.sync()?;
-    Ok(layer(store, footer, Kind::Fixed, None, Bat::new(0), Space::new(size, size, 0, 0)))
+    Ok(layer(store, &footer, Kind::Fixed, None, Bat::new(0), Space::new(size, size, 0, 0)))
 }
 
 fn create_sparse(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdLayer>> {
@@ -129,19 +129,19 @@ fn create_sparse(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdLaye
     store.sync()?;
     let mut space = Space::new(end, end, geometry.bitmap(), geometry.block);
     space.add_gap(room..table_at);
-    Ok(layer(store, footer, *kind, Some(header), bat, space))
+    Ok(layer(store, &footer, *kind, Some(header), bat, space))
 }
 
 fn layer(
     store: Arc<dyn Store>,
-    footer: Footer,
+    footer: &Footer,
     kind: Kind,
     header: Option<Header>,
     bat: Bat,
     space: Space,
 ) -> Arc<VhdLayer> {
     let tail = Some(space.footer_at());
-    let found = Found { footer, tail, tail_sound: true, head_sound: true, sealed: true };
+    let found = Found { footer: *footer, tail, tail_sound: true, head_sound: true, sealed: true };
     Arc::new(VhdLayer(Arc::new(Inner::new(store, true, &found, kind, header, bat, space, true))))
 }
 

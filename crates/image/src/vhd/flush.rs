@@ -41,7 +41,7 @@ impl Inner {
         let id = if session.identified { meta.footer.id() } else { Uuid::new_v4() };
         if !(session.identified && meta.head_sound && meta.tail_sound) {
             let footer = meta.footer.with(id, meta.footer.header_at());
-            self.poison_on_error(self.put_footers(&mut meta, footer))?;
+            self.poison_on_error(self.put_footers(&mut meta, &footer))?;
         }
         session.identified = true;
         lock(&self.ids).data_id = id;
@@ -61,14 +61,14 @@ impl Inner {
 
     /// Replaces the footer, durably: both copies, one after the other, so that a whole one is there at every moment. A copy that is
     /// not sound goes first. Else the one at the end does: it counts.
-    fn put_footers(&self, meta: &mut Meta, footer: Footer) -> Result<()> {
+    fn put_footers(&self, meta: &mut Meta, footer: &Footer) -> Result<()> {
         let (head, tail) = (0, meta.space.footer_at());
         let both = if meta.tail_sound && !meta.head_sound { [head, tail] } else { [tail, head] };
         for at in both.into_iter().filter(|at| *at == tail || self.geometry.kind != Kind::Fixed) {
             self.store.write_at(footer.bytes(), at)?;
             self.store.sync()?;
         }
-        (meta.footer, meta.head_sound, meta.tail_sound) = (footer, true, true);
+        (meta.footer, meta.head_sound, meta.tail_sound) = (*footer, true, true);
         Ok(())
     }
 
@@ -124,11 +124,11 @@ impl Inner {
 
     /// See [`crate::Layer::relink`]. A new header is written beside the old one; the footer that names it is the step from which all of
     /// it holds, own id and link to the parent.
-    pub(crate) fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
+    pub(crate) fn relink(&self, data_id: Option<Uuid>, parent: Option<&ParentLink>) -> Result<()> {
         self.check_writable()?;
         let mut session = lock(&self.session);
         let mut header = session.header.clone();
-        if let Some(link) = &parent {
+        if let Some(link) = parent {
             let header = header.as_mut().filter(|_| self.geometry.differencing());
             let header = header
                 .ok_or_else(|| self.error(ErrorKind::Invalid, "only a differencing image has a parent to name"))?;
@@ -137,15 +137,15 @@ impl Inner {
         let mut meta = lock(&self.meta);
         let id = data_id.unwrap_or(meta.footer.id());
         let mut header_at = meta.footer.header_at();
-        if let (Some(header), Some(_)) = (&mut header, &parent) {
+        if let (Some(header), Some(_)) = (&mut header, parent) {
             let footer = meta.footer;
-            header_at = meta.space.header(&*self.store, &footer, header.length())?;
+            header_at = self.poison_on_fault(meta.space.header(&*self.store, &footer, header.length()))?;
             let written = self.store.write_at(&header.encode(header_at), header_at).and_then(|()| self.store.sync());
             self.poison_on_error(written.map_err(Into::into))?;
         }
         let footer = meta.footer.with(id, header_at);
         if footer != meta.footer || parent.is_some() {
-            self.poison_on_error(self.put_footers(&mut meta, footer))?;
+            self.poison_on_error(self.put_footers(&mut meta, &footer))?;
         }
         if parent.is_some() {
             let old = std::mem::replace(&mut session.header, header);

@@ -139,6 +139,14 @@ impl Inner {
         }
         result
     }
+
+    /// Passes on what finding a place came to. No space, or no room in the format, is an answer and no fault.
+    fn poison_on_fault<T>(&self, result: Result<T>) -> Result<T> {
+        match &result {
+            Err(Error { kind: ErrorKind::NoSpace | ErrorKind::Unsupported, .. }) => result,
+            _ => self.poison_on_error(result),
+        }
+    }
 }
 
 impl fmt::Debug for VhdLayer {
@@ -189,7 +197,7 @@ impl Layer for VhdLayer {
     }
 
     fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
-        self.0.relink(data_id, parent)
+        self.0.relink(data_id, parent.as_ref())
     }
 
     fn settle(&self) -> Result<()> {

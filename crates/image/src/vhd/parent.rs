@@ -71,7 +71,7 @@ impl Header {
             let message = format!("its header is of version {:#x}, not 1.0", raw.version.get());
             return Err(fault((ErrorKind::Unsupported, message)));
         }
-        let mut header = Self { raw, locators: Vec::new(), places: Vec::from([at..at + HEADER_BYTES]) };
+        let mut header = Self { raw, locators: Vec::new(), places: std::iter::once(at..at + HEADER_BYTES).collect() };
         for locator in raw.locators.iter().filter(|locator| locator.code != [0; 4] && locator.length.get() != 0) {
             let (at, bytes) = (locator.offset.get(), u64::from(locator.length.get()));
             if locator.length.get() > MAX_LOCATOR || !inside(at, bytes) {
@@ -185,7 +185,7 @@ impl Header {
         }
         self.raw.checksum = checksum(self.raw.as_bytes(), HEADER_CHECKSUM).into();
         bytes[..HEADER_BYTES as usize].copy_from_slice(self.raw.as_bytes());
-        self.places = Vec::from([at..at + bytes.len() as u64]);
+        self.places = std::iter::once(at..at + bytes.len() as u64).collect();
         bytes
     }
 }

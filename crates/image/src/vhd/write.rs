@@ -161,7 +161,7 @@ impl Inner {
 
     /// A place for a block, all zeros.
     fn new_block(&self, meta: &mut Meta) -> Result<u64> {
-        let place = meta.space.block(&*self.store, &meta.footer)?;
+        let place = self.poison_on_fault(meta.space.block(&*self.store, &meta.footer))?;
         if place.stale
             && let Err(error) = self.store.punch(place.at, self.geometry.bitmap() + self.geometry.block)
         {

@@ -199,7 +199,7 @@ impl FormatArg {
         match self {
             Self::Raw => Ok(Format::Raw),
             Self::Vhdx => Ok(Format::Vhdx),
-            Self::Vhd => Err(later("the format VHD")),
+            Self::Vhd => Ok(Format::Vhd),
             Self::Qcow2 => Err(later("the format qcow2")),
         }
     }
@@ -335,7 +335,7 @@ fn format(said: Option<FormatArg>) -> Result<Option<Format>, Problem> {
 fn new_format(said: Option<FormatArg>, file: &std::path::Path) -> Result<Format, Problem> {
     let wrong = || {
         Problem::usage(format!("{}: its ending says no format", file.display()))
-            .hint("end it in .vhdx, .avhdx, .raw or .img, or say --to")
+            .hint("end it in .vhdx, .avhdx, .vhd, .avhd, .raw or .img, or say --to")
     };
     said.or_else(|| FormatArg::of(file)).ok_or_else(wrong)?.known()
 }

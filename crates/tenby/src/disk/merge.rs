@@ -7,7 +7,7 @@ use crate::session::cancelled;
 use image::layer::{Layer, ParentLink};
 use image::merge::{self, FoldError, Outcome};
 use image::siblings::{Siblings, file_name};
-use image::{ErrorKind, gate};
+use image::{ErrorKind, Format, gate};
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
@@ -102,8 +102,11 @@ fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, 
     let bytes = merge::plan(&pair.child, &pair.parent).map_err(|error| problem(&error))?;
     let free = parent.parent().and_then(free_space);
     let free = free.map(|free| format!(" ({} is free)", draw::size(free))).unwrap_or_default();
+    // A block of a VHD stays where it is once it has a place.
+    let gives_back = pair.child.info().format == Format::Vhdx;
+    let space = if gives_back { "space is given back as it goes" } else { "space is given back at the end" };
     out.note(&format!(
-        "{} to copy from {} into {}; space is given back as it goes{free}",
+        "{} to copy from {} into {}; {space}{free}",
         draw::size(bytes),
         child.display(),
         parent.display()

@@ -4,7 +4,7 @@ use super::{Info, Place, edit, info, interruptible, problem};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
-use image::{Access, Chain};
+use image::{Access, Chain, ErrorKind};
 use machine::plan::quoted;
 use machine::request::Problem;
 
@@ -13,7 +13,18 @@ pub(crate) async fn resize(place: Place, size: u64, out: &Out) -> Result<Info, P
     edit::check_owner(&place.path)?;
     let layers = place.layers(store::Mode::Write)?;
     let leaf = layers.last().expect("an image is a chain of one at least");
-    leaf.check_resize(size).map_err(|error| problem(&error))?;
+    leaf.check_resize(size).map_err(|error| match error.kind {
+        ErrorKind::Unsupported => {
+            let (file, new) =
+                (place.path.display().to_string(), place.path.with_extension("vhdx").display().to_string());
+            Problem::refused(problem(&error).message).hint(format!(
+                "tenby disk convert {} {}",
+                quoted(&file),
+                quoted(&new)
+            ))
+        }
+        _ => problem(&error),
+    })?;
     edit::check_leaf(&place, leaf, out)?;
     let what = format!("looking at what {} would lose", place.path.display());
     let file = place.path.clone();

@@ -1,14 +1,15 @@
-//! One VHDX layer, cut off at every operation: what was flushed is there, and every sector is an old one or a new one of its own.
+//! One layer of each format, cut off at every operation: what was flushed is there, and every sector is an old one or a new one of its own.
 
 mod layer;
 
-use image::vhdx::{self, VhdxLayer};
-use image::{Kind, Layer};
+use image::vhdx;
+use image::{Format, Kind, Layer, ParentLink, vhd};
 use layer::{read, write, zero};
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use store::Mode;
 use store::sim::{At, Crash, Sim};
+use store::{Lock, Mode};
+use uuid::Uuid;
 
 const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
@@ -92,27 +93,33 @@ impl Random {
     }
 }
 
-fn open(sim: &Sim, mode: Mode) -> image::Result<Arc<VhdxLayer>> {
-    vhdx::open(sim.root().open("disk.vhdx", mode)?, mode)
+fn open(sim: &Sim, mode: Mode) -> image::Result<Arc<dyn Layer>> {
+    image::open(sim.root().open("disk", mode)?, None, mode)
 }
 
-fn create(sim: &Sim, kind: Kind) -> Arc<VhdxLayer> {
+fn create(sim: &Sim, format: Format, kind: Kind) -> Arc<dyn Layer> {
     let root = sim.root();
     let size = SECTORS * SECTOR;
-    let parent = (kind == Kind::Differencing).then(|| {
-        let base = vhdx::create(root.create("base.vhdx").expect("new"), &vhdx::Options::dynamic(size)).expect("a base");
-        vhdx::Parent::of(&*base, Some("base.vhdx")).expect("a parent")
-    });
-    let options = vhdx::Options { size, block_size: BLOCK as u32, kind, parent, ..vhdx::Options::default() };
-    let layer = vhdx::create(root.create("disk.vhdx").expect("new"), &options).expect("a layer");
+    let parent = (kind == Kind::Differencing)
+        .then(|| vhdx::create(root.create("base").expect("new"), &vhdx::Options::dynamic(size)).expect("a base"));
+    let file = root.create("disk").expect("new");
+    let layer: image::Result<Arc<dyn Layer>> = if format == Format::Vhd {
+        let parent = parent.map(|base| vhd::Parent::of(&*base, Some("base")).expect("a parent"));
+        let options = vhd::Options { size, block_size: BLOCK as u32, kind, parent };
+        vhd::create(file, &options).map(|layer| layer as _)
+    } else {
+        let parent = parent.map(|base| vhdx::Parent::of(&*base, Some("base")).expect("a parent"));
+        let options = vhdx::Options { size, block_size: BLOCK as u32, kind, parent, ..vhdx::Options::default() };
+        vhdx::create(file, &options).map(|layer| layer as _)
+    };
     root.sync().expect("sync");
-    layer
+    layer.expect("a layer")
 }
 
 /// Writes, zeroes, flushes and reopens until the disk is cut off or `steps` are done.
-fn work(sim: &Sim, kind: Kind, seed: u64, steps: u64, allowed: &mut Allowed) -> image::Result<()> {
+fn work(sim: &Sim, format: Format, kind: Kind, seed: u64, steps: u64, allowed: &mut Allowed) -> image::Result<()> {
     let mut random = Random(seed);
-    let mut layer = create(sim, kind);
+    let mut layer = create(sim, format, kind);
     for step in 0..steps {
         let stamp = 1000 * (seed + 1) + step;
         match random.below(10) {
@@ -146,6 +153,7 @@ fn work(sim: &Sim, kind: Kind, seed: u64, steps: u64, allowed: &mut Allowed) -> 
             _ => {
                 layer.close()?;
                 allowed.flushed();
+                layer.store().lock(Lock::None)?;
                 layer = open(sim, Mode::Write)?;
             }
         }
@@ -153,17 +161,17 @@ fn work(sim: &Sim, kind: Kind, seed: u64, steps: u64, allowed: &mut Allowed) -> 
     Ok(())
 }
 
-fn after_every_cut(kind: Kind, seed: u64, steps: u64, crashes: u64) {
+fn after_every_cut(format: Format, kind: Kind, seed: u64, steps: u64, crashes: u64) {
     let absent = if kind == Kind::Differencing { PARENTS } else { ZEROS };
     let fill = if kind == Kind::Differencing { PARENT } else { 0 };
     let made = {
         let sim = Sim::new();
-        create(&sim, kind);
+        create(&sim, format, kind);
         sim.counts().operations
     };
     let all = {
         let sim = Sim::new();
-        work(&sim, kind, seed, steps, &mut Allowed::new(absent)).expect("nothing fails");
+        work(&sim, format, kind, seed, steps, &mut Allowed::new(absent)).expect("nothing fails");
         sim.counts().operations
     };
     let mut seen = BTreeSet::new();
@@ -171,7 +179,7 @@ fn after_every_cut(kind: Kind, seed: u64, steps: u64, crashes: u64) {
         let sim = Sim::new();
         sim.cut(At::Operation(cut));
         let mut allowed = Allowed::new(absent);
-        let _ = work(&sim, kind, seed, steps, &mut allowed);
+        let _ = work(&sim, format, kind, seed, steps, &mut allowed);
         for crash in Crash::several(seed.wrapping_mul(cut + 1), crashes) {
             let after = sim.after_crash(crash);
             if !seen.insert((cut, after.digest())) {
@@ -199,45 +207,125 @@ fn after_every_cut(kind: Kind, seed: u64, steps: u64, crashes: u64) {
 }
 
 #[test]
-fn differencing() {
+fn differencing_vhdx() {
     for seed in 0..4 {
-        after_every_cut(Kind::Differencing, seed, 24, 4);
+        after_every_cut(Format::Vhdx, Kind::Differencing, seed, 24, 4);
     }
 }
 
 #[test]
-fn dynamic() {
+fn differencing_vhd() {
+    for seed in 0..4 {
+        after_every_cut(Format::Vhd, Kind::Differencing, seed, 24, 4);
+    }
+}
+
+#[test]
+fn dynamic_vhdx() {
     for seed in 10..13 {
-        after_every_cut(Kind::Dynamic, seed, 24, 4);
+        after_every_cut(Format::Vhdx, Kind::Dynamic, seed, 24, 4);
+    }
+}
+
+#[test]
+fn dynamic_vhd() {
+    for seed in 10..13 {
+        after_every_cut(Format::Vhd, Kind::Dynamic, seed, 24, 4);
     }
 }
 
 #[test]
 fn fixed() {
-    after_every_cut(Kind::Fixed, 20, 20, 3);
+    for format in [Format::Vhdx, Format::Vhd] {
+        after_every_cut(format, Kind::Fixed, 20, 20, 3);
+    }
 }
 
 /// A cut while the file is made leaves one that opens empty, or one that is refused.
 #[test]
 fn while_it_is_made() {
-    let all = {
-        let sim = Sim::new();
-        create(&sim, Kind::Differencing);
-        sim.counts().operations
+    for format in [Format::Vhdx, Format::Vhd] {
+        for kind in [Kind::Dynamic, Kind::Fixed] {
+            while_one_is_made(format, kind);
+        }
+    }
+}
+
+fn while_one_is_made(format: Format, kind: Kind) {
+    let make = |sim: &Sim| -> image::Result<()> {
+        let (root, size) = (sim.root(), SECTORS * SECTOR);
+        let file = root.create("disk")?;
+        root.sync()?;
+        if format == Format::Vhd {
+            vhd::create(file, &vhd::Options { kind, ..vhd::Options::dynamic(size) }).map(drop)
+        } else {
+            vhdx::create(file, &vhdx::Options { kind, ..vhdx::Options::dynamic(size) }).map(drop)
+        }
     };
-    for cut in 0..all {
+    let sim = Sim::new();
+    make(&sim).expect("nothing fails");
+    for cut in 0..sim.counts().operations {
         let sim = Sim::new();
         sim.cut(At::Operation(cut));
-        let root = sim.root();
-        let made = root.create("disk.vhdx").map_err(image::Error::from).and_then(|file| {
-            root.sync()?;
-            vhdx::create(file, &vhdx::Options::dynamic(SECTORS * SECTOR))
-        });
-        drop(made);
+        assert!(make(&sim).is_err());
         for crash in Crash::several(cut, 6) {
             let after = sim.after_crash(crash);
             if let Ok(layer) = open(&after, Mode::Write) {
                 assert!(read(&*layer, 0, SECTORS * SECTOR, 0).expect("read").iter().all(|byte| *byte == 0));
+            }
+        }
+    }
+}
+
+/// A VHD whose link and ids change, cut off all along: it has the old ones or the new ones, all of them.
+#[test]
+fn while_it_is_linked_anew() {
+    let link = |step: u128| {
+        let second = (!step.is_multiple_of(3)).then_some(Uuid::from_u128(1000 + step));
+        let name = format!(r".\{}{step}", "n".repeat(step as usize * 40));
+        let (linkage, relative_path) = (Uuid::from_u128(step), Some(name));
+        (Uuid::from_u128(2000 + step), ParentLink { linkage, linkage2: second, relative_path, absolute_path: None })
+    };
+    let work = |sim: &Sim, done: &mut u128| -> image::Result<()> {
+        let layer = create(sim, Format::Vhd, Kind::Differencing);
+        write(&*layer, SECTOR, &stamped(5))?;
+        layer.flush()?;
+        for step in 0..8 {
+            let (id, parent) = link(step);
+            layer.relink(Some(id), Some(parent))?;
+            *done = step + 1;
+        }
+        layer.close()
+    };
+    let (made, all) = {
+        let sim = Sim::new();
+        create(&sim, Format::Vhd, Kind::Differencing);
+        let made = sim.counts().operations;
+        let sim = Sim::new();
+        work(&sim, &mut 0).expect("nothing fails");
+        (made + 4, sim.counts().operations)
+    };
+    for cut in made..all {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let mut done = 0;
+        let _ = work(&sim, &mut done);
+        for crash in Crash::several(cut, 8) {
+            for mode in [Mode::Read, Mode::Write] {
+                let layer =
+                    open(&sim.after_crash(crash), mode).unwrap_or_else(|error| panic!("{error}, {cut}, {crash:?}"));
+                let info = layer.info();
+                let is = |step: u128| {
+                    (info.data_id, info.parent.clone()) == {
+                        let (id, link) = link(step);
+                        (id, Some(link))
+                    }
+                };
+                let first = done == 0 && info.data_id != link(0).0;
+                assert!(first || is(done) || (done > 0 && is(done - 1)), "{cut} of {all}, {crash:?}: {info:?}");
+                if done > 0 {
+                    assert_eq!(read(&*layer, SECTOR, SECTOR, PARENT).expect("read"), stamped(5));
+                }
             }
         }
     }
@@ -248,11 +336,11 @@ fn while_it_is_made() {
 fn in_a_flush_of_several_entries() {
     const STRIDE: u64 = 16 * MIB;
     const PLACES: u64 = 280;
-    let fill = |sim: &Sim| -> image::Result<Arc<VhdxLayer>> {
+    let fill = |sim: &Sim| -> image::Result<Arc<dyn Layer>> {
         let root = sim.root();
-        let base = vhdx::create(root.create("base.vhdx")?, &vhdx::Options::dynamic(PLACES * STRIDE))?;
-        let options = vhdx::Options { block_size: BLOCK as u32, ..vhdx::Options::differencing(&*base, "base.vhdx")? };
-        let layer = vhdx::create(root.create("disk.vhdx")?, &options)?;
+        let base = vhdx::create(root.create("base")?, &vhdx::Options::dynamic(PLACES * STRIDE))?;
+        let options = vhdx::Options { block_size: BLOCK as u32, ..vhdx::Options::differencing(&*base, "base")? };
+        let layer = vhdx::create(root.create("disk")?, &options)?;
         root.sync()?;
         for place in 0..PLACES {
             write(&*layer, place * STRIDE + SECTOR, &stamped(100 + place))?;
@@ -261,7 +349,7 @@ fn in_a_flush_of_several_entries() {
         layer.close()?;
         drop(layer);
         // The second block is taken out of the table, as others' tools may do it: its bits stay.
-        let file = root.open("disk.vhdx", Mode::Write)?;
+        let file = root.open("disk", Mode::Write)?;
         for block in (0..PLACES).map(|place| place * STRIDE / BLOCK + 5) {
             file.write_at(&[0; 8], 3 * MIB + (block + block / 4096) * 8)?;
         }

@@ -1,0 +1,404 @@
+//! One VHD layer against a plain byte array, and what its file looks like.
+
+mod layer;
+mod model;
+
+use image::vhd::{self, Options, Parent, VhdLayer};
+use image::{ErrorKind, Kind, Layer, ParentLink};
+use layer::{read, write, zero};
+use model::{PARENT, Pair, ops};
+use proptest::prelude::*;
+use std::sync::Arc;
+use store::sim::{At, Sim, Times};
+use store::{Mode, Store};
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+
+fn new_file(sim: &Sim, name: &str) -> Arc<dyn Store> {
+    sim.root().create(name).expect("a new file")
+}
+
+fn try_open(sim: &Sim, mode: Mode) -> image::Result<Arc<VhdLayer>> {
+    vhd::open(sim.root().open("disk.vhd", mode).expect("the file"), mode)
+}
+
+fn open(sim: &Sim, mode: Mode) -> Arc<VhdLayer> {
+    try_open(sim, mode).expect("open")
+}
+
+/// A layer `disk.vhd` of this shape.
+fn new_layer(sim: &Sim, kind: Kind, size: u64, block_size: u32) -> Arc<VhdLayer> {
+    let parent = (kind == Kind::Differencing).then(|| {
+        let base = vhd::create(new_file(sim, "base.vhd"), &Options::dynamic(size)).expect("a base");
+        Parent::of(&*base, Some("base.vhd")).expect("a parent")
+    });
+    vhd::create(new_file(sim, "disk.vhd"), &Options { size, block_size, kind, parent }).expect("a layer")
+}
+
+fn bytes(store: &dyn Store) -> Vec<u8> {
+    let mut bytes = vec![0; store.len().expect("length") as usize];
+    store.read_at(&mut bytes, 0).expect("read");
+    bytes
+}
+
+fn shapes() -> impl Strategy<Value = (Kind, u64, u32)> {
+    let kind = prop_oneof![3 => Just(Kind::Differencing), 2 => Just(Kind::Dynamic), 1 => Just(Kind::Fixed)];
+    // The last block is cut off by the disk's end.
+    (kind, 8000..10_000u64, prop_oneof![Just(512u32 << 10), Just(1 << 20), Just(2 << 20), Just(4 << 20)])
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, max_shrink_iters: 100, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_layer_is_a_byte_array((shape, ops) in shapes().prop_flat_map(|shape| (Just(shape), ops(shape.1)))) {
+        let (kind, sectors, block) = shape;
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, sectors * 512, block);
+        Pair::new(layer, move |mode| open(&sim, mode)).live(&ops);
+    }
+}
+
+#[test]
+fn threads_do_not_disturb_each_other() {
+    for kind in [Kind::Differencing, Kind::Dynamic] {
+        let sim = Sim::new();
+        let layer: Arc<dyn Layer> = new_layer(&sim, kind, 12 * MIB, 1 << 20);
+        model::threads(&layer, |mode| open(&sim, mode));
+    }
+}
+
+#[test]
+fn many_allocations_cost_two_syncs() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Differencing, 1 << 30, 2 << 20);
+    write(&*layer, 0, &[1; 512]).expect("write");
+    layer.flush().expect("flush");
+    for block in 1..200 {
+        write(&*layer, block * 2 * MIB + 4096, &[block as u8; 512]).expect("write");
+    }
+    let before = sim.counts().syncs;
+    layer.flush().expect("flush");
+    assert_eq!(sim.counts().syncs - before, 2, "one for the data and new bitmaps, one for the table");
+    write(&*layer, 0, &[2; 512]).expect("write");
+    layer.flush().expect("flush");
+    assert_eq!(sim.counts().syncs - before, 3, "what lies in its place already needs one");
+    let before = sim.counts().operations;
+    layer.flush().expect("flush");
+    assert_eq!(sim.counts().operations, before, "nothing to do");
+}
+
+#[test]
+fn zeros_over_a_parent_stay_zeros_and_cost_no_space() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Differencing, 64 * MIB, 2 << 20);
+    let before = layer.store().allocated().expect("allocated");
+    zero(&*layer, 512, 40 * MIB).expect("zero");
+    layer.flush().expect("flush");
+    assert!(layer.store().allocated().expect("allocated") - before < MIB / 4);
+    drop(layer);
+    let layer = open(&sim, Mode::Write);
+    let found = read(&*layer, 0, 64 * MIB, PARENT).expect("read");
+    let zeros = 512..(512 + 40 * MIB) as usize;
+    assert!(found[zeros.clone()].iter().all(|byte| *byte == 0));
+    assert!(found[..512].iter().chain(&found[zeros.end..]).all(|byte| *byte == PARENT));
+}
+
+#[test]
+fn zeroed_data_becomes_a_hole() {
+    for kind in [Kind::Dynamic, Kind::Differencing, Kind::Fixed] {
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, 16 * MIB, 2 << 20);
+        write(&*layer, 0, &vec![3; 8 << 20]).expect("write");
+        layer.flush().expect("flush");
+        let full = layer.store().allocated().expect("allocated");
+        zero(&*layer, 0, 8 * MIB).expect("zero");
+        layer.flush().expect("flush");
+        assert!(layer.store().allocated().expect("allocated") + 7 * MIB < full, "{kind:?}");
+    }
+}
+
+#[test]
+fn the_file_is_as_others_expect_it() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Differencing, 5 * MIB + 512, 2 << 20);
+    write(&*layer, 4 * MIB, &[7; 1024]).expect("write");
+    layer.close().expect("close");
+    let file = bytes(&**layer.store());
+    let word = |at: usize| u32::from_be_bytes(file[at..at + 4].try_into().unwrap());
+    assert_eq!(file[..512], file[file.len() - 512..], "two footers");
+    assert_eq!((&file[28..32], &file[36..40]), (&b"tnby"[..], &b"Wi2k"[..]));
+    assert_eq!(&file[512..520], b"cxsparse", "the header is where every reader finds it");
+    assert_eq!((word(512 + 28), word(512 + 32)), (3, 2 << 20), "entries, block size");
+    assert_eq!(&file[576..580], &[0, b'b', 0, b'a'], "the name in the header is big-endian");
+    assert_eq!(&file[512 + 576..][..4], b"W2ru");
+    let name = word(512 + 576 + 20) as usize;
+    assert_eq!(&file[name..name + 4], b".\0\\\0", "the name in the locator is little-endian");
+    let table = word(512 + 20) as usize;
+    assert_eq!((word(table), word(table + 4)), (u32::MAX, u32::MAX));
+    let place = word(table + 8) as usize * 512;
+    assert!((place + 512).is_multiple_of(4096));
+    assert_eq!(file[place..place + 2], [0xC0, 0]);
+    assert_eq!(file[place + 512..][..1025], [vec![7; 1024], vec![0]].concat()[..]);
+    assert_eq!(file.len(), place + 512 + (2 << 20) + 512, "nothing is left of what it grew ahead of need");
+
+    let fixed = vhd::create(new_file(&sim, "fixed.vhd"), &Options { kind: Kind::Fixed, ..Options::dynamic(3 * MIB) });
+    let file = bytes(&**fixed.expect("made").store());
+    assert_eq!(file.len() as u64, 3 * MIB + 512);
+    assert_eq!(file[3 * MIB as usize + 16..][..8], [0xFF; 8]);
+
+    let dynamic = vhd::create(new_file(&sim, "dynamic.vhd"), &Options::dynamic(3 * MIB)).expect("made");
+    write(&*dynamic, 512, &[7; 512]).expect("write");
+    dynamic.flush().expect("flush");
+    let file = bytes(&**dynamic.store());
+    let place = u32::from_be_bytes(file[1536..1540].try_into().unwrap()) as usize * 512;
+    assert_eq!(file[place..][..512], [0xFF; 512], "without a parent all of a block is here");
+}
+
+#[test]
+fn ids_change_when_the_content_may_change_and_not_before() {
+    for kind in [Kind::Dynamic, Kind::Fixed] {
+        let sim = Sim::new();
+        let first = new_layer(&sim, kind, 4 * MIB, 2 << 20);
+        let made = first.info().data_id;
+        write(&*first, 0, &[1; 512]).expect("write");
+        first.close().expect("close");
+        assert_eq!(first.info().data_id, made, "a new file's id is of this session");
+        let again = open(&sim, Mode::Write);
+        again.close().expect("close");
+        assert_eq!(open(&sim, Mode::Read).info().data_id, made);
+        // Also when the write goes to a place that is known.
+        let again = open(&sim, Mode::Write);
+        again.wrote();
+        let changed = again.info().data_id;
+        assert_ne!(changed, made);
+        drop(again);
+        let settled = open(&sim, Mode::Write);
+        assert_eq!(settled.info().data_id, changed);
+        Parent::of(&*settled, Some("disk.vhd")).expect("a parent");
+        write(&*settled, 0, &[3; 512]).expect("write");
+        assert_eq!(settled.info().data_id, changed, "a child was told this id");
+    }
+}
+
+#[test]
+fn the_link_to_the_parent_is_changed_in_one_step() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Differencing, 4 * MIB, 2 << 20);
+    write(&*layer, 0, &[9; 512]).expect("write");
+    let length = layer.store().len().expect("length");
+    let mut link = layer.info().parent.expect("a parent");
+    assert_eq!(link.relative_path.as_deref(), Some(r".\base.vhd"));
+    for round in 0..5u128 {
+        let before = layer.info();
+        link.linkage2 = (round != 4).then_some(Uuid::from_u128(round));
+        link.relative_path = Some(format!(r".\other{round}.vhd"));
+        layer.relink(Some(Uuid::from_u128(100 + round)), Some(link.clone())).expect("relink");
+        write(&*layer, 2048, &[8; 512]).expect("write");
+        layer.flush().expect("flush");
+        let read = open(&sim, Mode::Read);
+        assert_eq!(read.info().parent, Some(link.clone()));
+        assert_eq!(read.info().data_id, Uuid::from_u128(100 + round), "an id that was set stays");
+        assert_ne!(read.info().data_id, before.data_id);
+    }
+    assert_eq!(layer.store().len().expect("length"), length, "headers take turns");
+    link.relative_path = Some(format!(r".\{}", "long".repeat(500)));
+    link.absolute_path = Some(r"D:\disks\base.vhd".to_owned());
+    layer.relink(None, Some(link.clone())).expect("relink");
+    layer.close().expect("close");
+    assert_eq!(open(&sim, Mode::Read).info().parent, Some(link));
+    let root = sim.root();
+    let base = vhd::open(root.open("base.vhd", Mode::Write).expect("there"), Mode::Write).expect("open");
+    let link = ParentLink { linkage: Uuid::nil(), linkage2: None, relative_path: None, absolute_path: None };
+    assert_eq!(base.relink(None, Some(link)).expect_err("no parent").kind, ErrorKind::Invalid);
+}
+
+#[test]
+fn a_lost_footer_is_mended_by_the_first_change() {
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        for tail in [true, false] {
+            for damage in ["cut off", "zeroed", "changed"] {
+                let sim = Sim::new();
+                let layer = new_layer(&sim, kind, 8 * MIB, 2 << 20);
+                write(&*layer, MIB, &[5; 512]).expect("write");
+                layer.close().expect("close");
+                drop(layer);
+                let file = sim.root().open("disk.vhd", Mode::Write).expect("there");
+                let length = file.len().expect("length");
+                match (tail, damage) {
+                    (true, "cut off") => file.set_len(length - 512).expect("cut"),
+                    (false, "cut off") => continue,
+                    (_, "zeroed") => file.punch(if tail { length - 512 } else { 0 }, 512).expect("zeroed"),
+                    _ => file.write_at(&[0x55], if tail { length - 200 } else { 200 }).expect("changed"),
+                }
+                let before = bytes(&*file);
+                drop(file);
+                let absent = model::absent(kind);
+                let layer = open(&sim, Mode::Read);
+                assert_eq!(read(&*layer, MIB, 1024, absent).expect("read"), [[5; 512], [absent; 512]].concat());
+                drop(layer);
+                let layer = open(&sim, Mode::Write);
+                assert!(bytes(&**layer.store()) == before, "opening changes nothing");
+                write(&*layer, 5 * MIB, &[6; 512]).expect("write");
+                layer.close().expect("close");
+                let file = bytes(&**layer.store());
+                assert_eq!(file[..512], file[file.len() - 512..], "{kind:?}, {damage}");
+                drop(layer);
+                assert_eq!(read(&*open(&sim, Mode::Read), MIB, 512, absent).expect("read"), [5; 512]);
+            }
+        }
+    }
+}
+
+#[test]
+fn wrong_checksums_are_for_looking_only() {
+    let refused = |kind: Kind, change: &[u64]| {
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, 4 * MIB, 2 << 20);
+        write(&*layer, 0, &[5; 512]).expect("write");
+        layer.close().expect("close");
+        let length = layer.store().len().expect("length");
+        for at in change {
+            layer.store().write_at(&[0x55], if *at < 2048 { *at } else { length - *at % 2048 }).expect("changed");
+        }
+        drop(layer);
+        assert_eq!(read(&*open(&sim, Mode::Read), 0, 512, 0).expect("read"), [5; 512]);
+        let error = try_open(&sim, Mode::Write).expect_err("refused");
+        assert!(error.kind == ErrorKind::Damaged && error.message.contains("repair"), "{error}");
+    };
+    refused(Kind::Dynamic, &[200, 2048 + 200]);
+    refused(Kind::Fixed, &[2048 + 200]);
+    refused(Kind::Dynamic, &[512 + 900]);
+}
+
+#[test]
+fn a_fixed_disk_without_its_end_is_never_taken_for_another() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Fixed, 4 * MIB, 2 << 20);
+    // What the guest has in its first sector is no footer of ours.
+    let mut head = bytes(&**layer.store())[4 * MIB as usize..].to_vec();
+    head[63] = 3;
+    write(&*layer, 0, &head).expect("write");
+    layer.close().expect("close");
+    drop(layer);
+    assert_eq!(open(&sim, Mode::Read).info().kind, Kind::Fixed);
+    let file = sim.root().open("disk.vhd", Mode::Write).expect("there");
+    // Virtual PC before 2004 wrote one byte less.
+    file.set_len(4 * MIB + 511).expect("cut");
+    let old = open(&sim, Mode::Write);
+    assert_eq!((old.info().size, old.info().kind), (4 * MIB, Kind::Fixed));
+    write(&*old, 512, &[1; 512]).expect("write");
+    old.close().expect("close");
+    assert_eq!(file.len().expect("length"), 4 * MIB + 512, "a whole footer");
+    file.write_at(&[0; 512], 0).expect("no head");
+    for cut in [2, 100, 512, MIB] {
+        file.set_len(4 * MIB + 512 - cut).expect("cut");
+        let store = || sim.root().open("disk.vhd", Mode::Read).expect("there");
+        let refused = image::open(store(), None, Mode::Read).expect_err("no footer");
+        assert_eq!(refused.kind, ErrorKind::Unsupported, "{refused}");
+        assert!(image::open(store(), Some(image::Format::Vhd), Mode::Read).is_err());
+    }
+}
+
+#[test]
+fn what_a_crash_left_behind_is_used_again() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Dynamic, 64 * MIB, 2 << 20);
+    write(&*layer, 0, &[1; 512]).expect("write");
+    layer.flush().expect("flush");
+    for block in 1..10 {
+        write(&*layer, block * 2 * MIB, &vec![2; 2 << 20]).expect("write");
+    }
+    // Not flushed, not closed: places with data that no table names.
+    drop(layer);
+    let layer = open(&sim, Mode::Write);
+    let length = layer.store().len().expect("length");
+    for block in 1..10 {
+        write(&*layer, block * 2 * MIB, &[3; 512]).expect("write");
+        assert_eq!(read(&*layer, block * 2 * MIB, 1024, 0).expect("read"), [[3; 512], [0; 512]].concat());
+    }
+    assert_eq!(layer.store().len().expect("length"), length);
+    layer.close().expect("close");
+}
+
+#[test]
+fn without_space_nothing_changes_and_with_space_it_goes_on() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Differencing, 64 * MIB, 2 << 20);
+    write(&*layer, 0, &[1; 512]).expect("write");
+    layer.close().expect("close");
+    drop(layer);
+    let layer = open(&sim, Mode::Write);
+    layer.wrote();
+    sim.set_capacity(Some(0));
+    assert_eq!(write(&*layer, 4 * MIB, &[2; 512]).expect_err("no space").kind, ErrorKind::NoSpace);
+    sim.set_capacity(None);
+    assert_eq!(read(&*layer, 4 * MIB, 512, PARENT).expect("read"), [PARENT; 512]);
+    drop(open(&sim, Mode::Read));
+    write(&*layer, 4 * MIB, &[2; 512]).expect("write");
+    layer.flush().expect("flush");
+    assert_eq!(read(&*open(&sim, Mode::Read), 4 * MIB, 512, PARENT).expect("read"), [2; 512]);
+}
+
+#[test]
+fn a_failed_sync_poisons_the_layer() {
+    for kind in [Kind::Dynamic, Kind::Differencing, Kind::Fixed] {
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, 64 * MIB, 2 << 20);
+        write(&*layer, 0, &[1; 512]).expect("write");
+        sim.fail(At::Sync(sim.counts().syncs), store::ErrorKind::Io, Times::Once);
+        assert!(layer.flush().is_err());
+        assert_eq!(layer.flush().expect_err("poisoned").kind, ErrorKind::Poisoned);
+        assert_eq!(write(&*layer, 0, &[1; 512]).expect_err("poisoned").kind, ErrorKind::Poisoned);
+        assert_eq!(layer.relink(Some(Uuid::nil()), None).expect_err("poisoned").kind, ErrorKind::Poisoned);
+    }
+}
+
+#[test]
+fn a_table_that_ends_in_a_sector_with_others_keeps_what_is_there() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Dynamic, 4 * MIB, 2 << 20);
+    // More entries than the disk needs, as some tools write them; the header says so.
+    let store = Arc::clone(layer.store());
+    drop(layer);
+    store.write_at(&[0x12; 8], 1536 + 16).expect("write");
+    let mut header = bytes(&*store)[512..1536].to_vec();
+    header[28..32].copy_from_slice(&128u32.to_be_bytes());
+    header[36..40].fill(0);
+    let sum = !header.iter().fold(0u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
+    header[36..40].copy_from_slice(&sum.to_be_bytes());
+    store.write_at(&header, 512).expect("write");
+    let layer = open(&sim, Mode::Write);
+    write(&*layer, 0, &[1; 512]).expect("write");
+    layer.flush().expect("flush");
+    assert_eq!(bytes(&*store)[1536 + 16..][..8], [0x12; 8]);
+}
+
+#[test]
+fn options_out_of_range_are_refused() {
+    let sim = Sim::new();
+    let good = Options::dynamic(MIB);
+    let bad = [
+        Options { size: 0, ..good.clone() },
+        Options { size: 513, ..good.clone() },
+        Options { size: (2040 << 30) + 512, ..good.clone() },
+        Options { size: (64 << 40) + 512, kind: Kind::Fixed, ..good.clone() },
+        Options { block_size: 3 << 20, ..good.clone() },
+        Options { block_size: 512 << 20, ..good.clone() },
+        Options { block_size: 256 << 10, ..good.clone() },
+        Options { kind: Kind::Differencing, ..good.clone() },
+    ];
+    for (index, options) in bad.iter().enumerate() {
+        let file = new_file(&sim, &index.to_string());
+        let refused = vhd::create(Arc::clone(&file), options).expect_err("refused");
+        assert_eq!(refused.kind, ErrorKind::Invalid, "{options:?}");
+        assert!(file.is_empty().expect("length"));
+    }
+    let largest = vhd::create(new_file(&sim, "largest"), &Options::dynamic(2040 << 30)).expect("made");
+    write(&*largest, (2040 << 30) - 512, &[1; 512]).expect("write");
+    largest.close().expect("close");
+    let native = image::vhdx::Options { sector_size: 4096, ..image::vhdx::Options::dynamic(MIB) };
+    let native = image::vhdx::create(new_file(&sim, "native"), &native).expect("made");
+    assert_eq!(Parent::of(&*native, None).expect_err("refused").kind, ErrorKind::Unsupported);
+}
