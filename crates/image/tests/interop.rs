@@ -562,12 +562,12 @@ fn formats_are_told_by_their_signature() {
         ("a.qcow2", [b"QFI\xfb".as_slice(), &[0; 508]].concat(), "qcow2"),
         ("a.vmdk", [b"KDMV".as_slice(), &[0; 508]].concat(), "VMDK"),
         ("a.vdi", [&[0; 64], b"\x7f\x10\xda\xbe".as_slice(), &[0; 444]].concat(), "VDI"),
-        ("a.img", vec![1; 1024], "raw"),
+        ("a.img", vec![1; 1024], "no signature"),
     ];
     for (name, bytes, word) in files {
         fs::write(disks.path(name), bytes).expect("written");
         let refused = image::open_path(&disks.path(name), None, Mode::Read).expect_err(name);
-        let kind = if word == "raw" { image::ErrorKind::Unsigned } else { image::ErrorKind::Unsupported };
+        let kind = if word == "no signature" { image::ErrorKind::Unsigned } else { image::ErrorKind::Unsupported };
         assert_eq!(refused.kind, kind);
         assert!(refused.to_string().contains(word), "{refused}");
         let as_raw = image::open_path(&disks.path(name), Some(image::Format::Raw), Mode::Read);

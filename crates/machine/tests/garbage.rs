@@ -5,7 +5,7 @@ mod sample;
 
 use machine::garbage::{Fold, Garbage, folded, garbage};
 use machine::plan::Written;
-use machine::tree::{DiskId, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats};
+use machine::tree::{DiskId, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats};
 use proptest::prelude::*;
 use sample::{layer, leaves, take};
 use std::collections::{BTreeMap, BTreeSet};
@@ -258,7 +258,7 @@ fn a_base_taken_in_place_keeps_its_file() {
     let mut machine = sample::machine(1);
     let base = *machine.now.disks.values().next().expect("a disk");
     let row = machine.layers.get_mut(&base).expect("its row");
-    (row.file, row.in_place, row.format) = ("/srv/win.vhdx".to_owned(), true, "vhdx".to_owned());
+    (row.file, row.in_place, row.format) = ("/srv/win.vhdx".to_owned(), true, LayerFormat::Vhdx);
     let take = take("s");
     let id = take.id;
     machine.take(take, leaves(&machine.now.disks.clone()));

@@ -4,8 +4,8 @@ use jiff::Timestamp;
 use machine::plan::Take;
 use machine::request::{Job, JobState};
 use machine::tree::{
-    Accel, Boot, Bus, Config, Disk, DiskId, Firmware, JobId, LayerId, LayerKind, LayerRow, Machine, MachineId, Net,
-    NetMode, Now, Policy, SnapshotId, SnapshotState, State,
+    Accel, Boot, Bus, Config, Disk, DiskId, Firmware, JobId, LayerFormat, LayerId, LayerKind, LayerRow, Machine,
+    MachineId, Net, NetMode, Now, Policy, SnapshotId, SnapshotState, State,
 };
 use std::collections::BTreeMap;
 
@@ -61,7 +61,7 @@ fn config(disks: u32) -> Config {
 pub(crate) fn layer(kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
     let id = LayerId::new();
     let file = if kind == LayerKind::Disk { format!("disks/{id}.avhdx") } else { format!("memory/{id}.avhdx") };
-    LayerRow { id, kind, file, in_place: false, format: "vhdx".to_owned(), parent, created: Timestamp::UNIX_EPOCH }
+    LayerRow { id, kind, file, in_place: false, format: LayerFormat::Vhdx, parent, created: Timestamp::UNIX_EPOCH }
 }
 
 /// Fresh leaves over these layers.
