@@ -122,6 +122,7 @@ fn survey(store: &Arc<dyn Store>, format: Option<Format>) -> Result<Survey> {
         (None, Some(Format::Raw)) => Ok(Survey { report: Report::new(Format::Raw), plan: Plan::default() }),
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not checked here yet")),
         (Some(Signature::Vhdx), Some(_)) => refuse("its signature says VHDX".to_owned()),
+        (Some(Signature::Vhd), _) => refuse("it is a VHD image, which is not checked here yet".to_owned()),
         (None, _) => refuse("it has no signature of an image format".to_owned()),
     }
 }

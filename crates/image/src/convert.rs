@@ -4,6 +4,7 @@ use crate::chain::{Chain, RunKind};
 use crate::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
 use std::sync::Arc;
+use store::Store;
 
 /// How much is read at once, in bytes.
 const BUFFER: u64 = 2 << 20;
@@ -97,6 +98,27 @@ pub fn copy(source: &Chain, target: &Chain, progress: Progress<'_>) -> Result<bo
     })?;
     target.flush()?;
     Ok(ended)
+}
+
+/// Fills the holes of a file with zeros, so that all of it takes space, and syncs it: a file with holes is refused by Windows when it
+/// arrives there as a sparse one. Says `false` if `progress` stopped it.
+pub fn fill(store: &dyn Store, progress: Progress<'_>) -> Result<bool> {
+    let (len, zeros) = (store.len()?, vec![0; BUFFER as usize]);
+    let mut at = 0;
+    while at < len {
+        let (start, end) = store.data(at)?.unwrap_or((len, len));
+        while at < start.min(len) {
+            let piece = BUFFER.min(start.min(len) - at);
+            store.write_at(&zeros[..piece as usize], at)?;
+            at += piece;
+            if !progress(at, len) {
+                return Ok(false);
+            }
+        }
+        at = at.max(end);
+    }
+    store.sync()?;
+    Ok(true)
 }
 
 fn name(chain: &Chain) -> String {

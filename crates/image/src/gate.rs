@@ -40,7 +40,7 @@ pub fn parent_name(link: &ParentLink) -> std::result::Result<String, String> {
 ///
 /// A VHD often carries a full path of the machine that it was made on, and no other: its last part is a name like any other, since the
 /// id decides.
-fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
+pub(crate) fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
     let first = parent_name(link);
     if info.format != Format::Vhd {
         return first.map(|name| vec![name]);
@@ -96,6 +96,22 @@ pub fn open_chain_as(
     format: Option<Format>,
     mode: Mode,
 ) -> Result<Vec<Arc<dyn Layer>>> {
+    open_some(folder, name, format, mode, usize::from(mode == Mode::Write))
+}
+
+/// [`open_chain`] with the image and its parent open for writing: for a merge.
+pub fn open_to_merge(folder: &Arc<dyn Folder>, name: &str, format: Option<Format>) -> Result<Vec<Arc<dyn Layer>>> {
+    open_some(folder, name, format, Mode::Write, 2)
+}
+
+/// Opens a chain; the image for `mode`, the first `writable` layers from it on for writing.
+fn open_some(
+    folder: &Arc<dyn Folder>,
+    name: &str,
+    format: Option<Format>,
+    mode: Mode,
+    writable: usize,
+) -> Result<Vec<Arc<dyn Layer>>> {
     let mut layers = vec![open::open(folder.open(name, mode)?, format, mode)?];
     let mut names = vec![name.to_owned()];
     while let Some(link) = layers.last().and_then(|child| child.info().parent) {
@@ -110,7 +126,8 @@ pub fn open_chain_as(
         if names.contains(&name) {
             return Err(refuse(format!("it is its own ancestor, by {name}")));
         }
-        let parent = open::open(folder.open(&name, Mode::Read)?, None, Mode::Read)?;
+        let mode = if layers.len() < writable { Mode::Write } else { Mode::Read };
+        let parent = open::open(folder.open(&name, mode)?, None, mode)?;
         check_link(&**child, &*parent)?;
         names.push(name);
         layers.push(parent);
@@ -128,7 +145,7 @@ pub fn open_path(path: &Path, format: Option<Format>, mode: Mode) -> Result<Vec<
 
 /// The file of this name in the folder; if there is none, the only one whose name differs in upper and lower case alone, for names
 /// that were written on Windows.
-fn find(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
+pub fn find(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
     let all = folder.list()?;
     if all.iter().any(|found| found == name) {
         return Ok(Some(name.to_owned()));

@@ -218,6 +218,45 @@ pub trait Layer: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Whether the disk may be made `size` bytes: what this refuses, [`Layer::resize`] refuses too, before anything has changed.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for a size that the format does not know, [`ErrorKind::Unsupported`] if no size can be changed.
+    fn check_resize(&self, _size: u64) -> Result<()> {
+        let message = "the size of an image of this format cannot be changed";
+        Err(Error::new(ErrorKind::Unsupported, self.store().name(), message))
+    }
+
+    /// Makes the disk `size` bytes. What is cut off is gone; what is added reads as zeros, whatever a parent holds there. Durable and
+    /// atomic when it returns. What was not flushed is. Nobody may use what is cut off meanwhile; the rest may be read and mapped.
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_resize(size)
+    }
+
+    /// What this layer holds of the range is the parent's as well, durably: whole blocks of it may become [`Source::Absent`], and their
+    /// places free with the next flush. A layer need not do it.
+    fn forget(&self, _offset: u64, _len: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Moves what lies at the file's end into holes, so that [`Layer::close`] can cut the file. Nobody may use the layer meanwhile, for
+    /// places change. `progress` is told bytes done and to do; if it says `false`, what was moved stays moved, and this returns `false`.
+    /// A layer need not do it.
+    fn pack(&self, _progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool> {
+        Ok(true)
+    }
+
+    /// [`Layer::relink`] to a parent that is not the one this image was made over, because somebody insists. Where the format has a
+    /// place for it the image remembers that: see [`Layer::forced`].
+    fn force_parent(&self, parent: ParentLink) -> Result<()> {
+        self.relink(None, Some(parent))
+    }
+
+    /// The id of the parent that this image was made over, if another one was forced on it.
+    fn forced(&self) -> Option<Uuid> {
+        None
+    }
+
     /// Whether what is committed outlives this process, flushed or not, as long as the host lives.
     fn survives(&self) -> bool {
         false

@@ -5,15 +5,15 @@
 //!                  Layer ──────────────┼─► Chain     prepare ► data ► commit: where they go
 //!                  Layer ──────────────┘             flush: data, then the metadata that exposes it
 //!                                          ▲
-//!                            merge, convert, the servers
+//!                            merge, convert, compare, resize, compact, the servers
 //! ```
 //!
 //! Read [`layer`] first: the contract between a format and everything else. A format never moves guest data; [`chain`] does.
 //!
 //! Life of a disk: [`open_path`] (or [`gate::open_chain`], or the layers that a ledger names, opened with [`open()`] and checked with
 //! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
-//! snapshot, [`merge`] for its deletion → [`Chain::close`]. New files come from [`vhdx::create`], [`vhd::create`] and
-//! [`raw::create`]; what is wrong with one is said, and mended, by [`check`].
+//! snapshot, [`merge`] for its deletion → [`Chain::close`]. [`siblings`] says what stands on an image, [`reconnect`] mends a link.
+//! New files come from [`vhdx::create`], [`vhd::create`] and [`raw::create`]; what is wrong with one is said, and mended, by [`check`].
 //!
 //! Rules:
 //! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
@@ -23,12 +23,17 @@
 
 pub mod chain;
 pub mod check;
+pub mod compact;
+pub mod compare;
 pub mod convert;
 pub mod gate;
 pub mod layer;
 pub mod merge;
 pub mod open;
 pub mod raw;
+pub mod reconnect;
+pub mod resize;
+pub mod siblings;
 pub mod vhd;
 pub mod vhdx;
 
@@ -43,6 +48,8 @@ pub use open::open;
 pub enum ErrorKind {
     /// The file is damaged, or not what it claims to be.
     Damaged,
+    /// The file has no signature of an image format, and nobody said that it is raw.
+    Unsigned,
     /// The file is sound but uses something that is not supported here.
     Unsupported,
     /// The parent is missing, is another one than the child names, or may not be named like this.

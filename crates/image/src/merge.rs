@@ -31,14 +31,27 @@
 //! In every row the child accepts the parent, so a crash between two steps leaves a chain that opens. Each step is one
 //! [`Layer::relink`], which every format makes atomic: VHDX by its log, VHD by a second header and a locator of our own for the second
 //! id (`docs/formats/vhd.md`). So the two may stand on each other.
+//!
+//! # Sizes
+//!
+//! A layer cuts off what lies under it beyond its own end. So after step 2, where nobody but the child looks at the parent any more, the
+//! parent gets the child's size: what it loses the child hides, and what it gains reads as zeros ([`Layer::resize`]), as it did through
+//! the child.
+//!
+//! # Space
+//!
+//! [`move_down`] lets go of what the child holds as soon as the parent holds it durably, so that both together never need much
+//! more than before. The child alone is not the truth then, but child and parent are, and nobody else stands on the parent.
 
 use crate::chain::{Access, Chain, Slot, Stack, invalid};
-use crate::{Error, ErrorKind, Format, Layer, ParentLink, Result, Run, Source};
+use crate::{Error, Format, Layer, ParentLink, Result, Run, Source};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
+/// [`move_down`] lets go of no more than this at a time, bytes (or of one block, if that is larger). A power of two.
+const MOVED: u64 = 64 << 20;
 /// Data moves in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
 /// A layer is looked at in windows of this many bytes, a multiple of every block size.
@@ -99,7 +112,7 @@ pub fn plan(child: &Arc<dyn Layer>, parent: &Arc<dyn Layer>) -> Result<u64> {
 /// that was begun before goes on with the id it finds. `progress` is called after each piece. `commit` runs once, when all is
 /// durable; neither it nor `progress` may use the chain, for requests may be held. Ends with neither layer closed; the child's file is the caller's to remove.
 ///
-/// Refused with [`ErrorKind::Unsupported`]: layers of different sizes.
+/// Refused: a child whose size the parent cannot have ([`Layer::check_resize`]).
 pub fn fold_down<E>(
     chain: Option<&Chain>,
     child: &Arc<dyn Layer>,
@@ -117,6 +130,25 @@ pub fn fold_down<E>(
     };
     let _one = chain.folding();
     let mut fold = Fold::begin(chain, child, parent, progress)?;
+    fold.run(Some(g), commit)
+}
+
+/// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
+/// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
+///
+/// About `room` bytes may be taken twice for a moment; the child's block at least. Less room means more syncs.
+pub fn move_down<E>(
+    child: &Arc<dyn Layer>,
+    parent: &Arc<dyn Layer>,
+    room: u64,
+    g: Uuid,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    commit: impl FnOnce() -> Result<(), E>,
+) -> Result<Outcome, FoldError<E>> {
+    let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
+    let _one = chain.folding();
+    let mut fold = Fold::begin(&chain, child, parent, progress)?;
+    fold.step = Some((room.clamp(1, MOVED) / 2 + 1).next_power_of_two().max(fold.child.block()));
     fold.run(Some(g), commit)
 }
 
@@ -158,6 +190,8 @@ struct Fold<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
+    /// The child gives up what was copied whenever so many bytes, a multiple of its blocks, have been looked at.
+    step: Option<u64>,
 }
 
 impl Drop for Fold<'_> {
@@ -180,7 +214,8 @@ impl<'a> Fold<'a> {
         check_pair(&child, &parent)?;
         child.touched().start();
         drop(stack);
-        Ok(Self { chain, child, parent, report, progress: Progress::default(), buffer: vec![0; PIECE as usize] })
+        let (progress, buffer) = (Progress::default(), vec![0; PIECE as usize]);
+        Ok(Self { chain, child, parent, report, progress, buffer, step: None })
     }
 
     fn run<E>(&mut self, g: Option<Uuid>, commit: impl FnOnce() -> Result<(), E>) -> Result<Outcome, FoldError<E>> {
@@ -209,9 +244,15 @@ impl<'a> Fold<'a> {
         if let Some(g) = g {
             self.take_apart(g)?;
         }
+        if self.parent.size() != self.child.size() {
+            self.parent.resize(self.child.size())?;
+        }
         self.progress.total = plan(self.child.layer(), self.parent.layer())?;
         self.tell()?;
-        self.copy(0, self.child.size())?;
+        match self.step {
+            Some(step) => self.copy_and_forget(step)?,
+            None => self.copy(0, self.child.size())?,
+        }
         for _ in 0..PASSES {
             if self.child.touched().bytes() <= SMALL {
                 break;
@@ -285,6 +326,21 @@ impl<'a> Fold<'a> {
         self.child.layer().info().parent.filter(|_| !raw)
     }
 
+    /// Copies all, and lets the child forget what the parent holds durably, stretch by stretch of whole blocks.
+    fn copy_and_forget(&mut self, step: u64) -> Result<(), Stop> {
+        let size = self.child.size();
+        for at in (0..size).step_by(step as usize) {
+            let (len, before) = (step.min(size - at), self.progress.done);
+            self.copy(at, len)?;
+            if self.progress.done != before {
+                self.parent.sync()?;
+                self.child.layer().forget(at, len)?;
+                self.child.sync()?;
+            }
+        }
+        Ok(())
+    }
+
     fn copy_touched(&mut self) -> Result<(), Stop> {
         let ranges = self.child.touched().take();
         self.progress.total += ranges.iter().map(|(_, len)| len).sum::<u64>();
@@ -355,13 +411,9 @@ impl<'a> Fold<'a> {
     }
 }
 
-/// A child that ends elsewhere would have to move its parent's end, which needs a resize of the parent first.
+/// After the fold the parent has the child's size.
 fn check_pair(child: &Slot, parent: &Slot) -> Result<()> {
-    if child.size() != parent.size() {
-        let message = format!("a layer of {} bytes cannot be folded into one of {} yet", child.size(), parent.size());
-        return Err(Error::new(ErrorKind::Unsupported, "disk chain", message));
-    }
-    Ok(())
+    if child.size() == parent.size() { Ok(()) } else { parent.layer().check_resize(child.size()) }
 }
 
 fn each_window<E: From<Error>>(

@@ -54,11 +54,16 @@ pub fn probe(store: &dyn Store) -> Result<Option<Signature>> {
 /// without a signature is opened only if `format` says [`Format::Raw`].
 ///
 /// # Errors
-/// [`ErrorKind::Locked`] if somebody else uses the file, [`ErrorKind::Unsupported`] if the signature is of another format (named),
-/// if it is not of the `format` that was asked for, or if there is none and `format` does not say raw.
+/// [`ErrorKind::Locked`] if somebody else uses the file, [`ErrorKind::Unsigned`] if there is no signature and `format` does not say
+/// raw, [`ErrorKind::Unsupported`] if the signature is of another format (named), or is not of the `format` that was asked for.
 pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result<Arc<dyn Layer>> {
-    let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, store.name(), message));
     store.lock(if mode == Mode::Write { Lock::Exclusive } else { Lock::Shared })?;
+    open_unlocked(store, format, mode)
+}
+
+/// [`open`] without a lock: for a look at what an image says of itself while others may be using it, or by who keeps others out.
+pub fn open_unlocked(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result<Arc<dyn Layer>> {
+    let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, store.name(), message));
     match (probe(&*store)?, format) {
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => Ok(vhdx::open(store, mode)?),
         (Some(Signature::Vhd), None | Some(Format::Vhd)) => Ok(vhd::open(store, mode)?),
@@ -75,8 +80,11 @@ pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not read here yet")),
         (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
         (None, Some(Format::Vhd)) => refuse("it is no VHD: there is no footer, nor a copy of one".to_owned()),
-        (None, _) => {
-            refuse("it has no signature of an image format; a raw disk is read only if it is said to be one (and a fixed VHD whose end was lost looks like it)".to_owned())
-        }
+        (None, _) => Err(Error::new(
+            ErrorKind::Unsigned,
+            store.name(),
+            "it has no signature of an image format; a raw disk is read only if it is said to be one (and a fixed VHD whose end was lost \
+             looks like it)",
+        )),
     }
 }

@@ -3,12 +3,14 @@
 use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket, push_run};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use store::{Lock, Mode, Store};
 use uuid::Uuid;
 
 /// Bytes in a sector of a raw disk.
 const SECTOR: u64 = 512;
+/// The largest raw disk, bytes: what a file's length can be.
+const MAX_SIZE: u64 = i64::MAX as u64;
 
 /// One raw file. Its disk has the file's length, rounded up to whole sectors; what the file lacks of the last one reads as zeros.
 #[derive(Debug)]
@@ -16,7 +18,7 @@ pub struct RawLayer {
     store: Arc<dyn Store>,
     writable: bool,
     /// Bytes of the disk.
-    size: u64,
+    size: AtomicU64,
     wrote: AtomicBool,
     poisoned: AtomicBool,
 }
@@ -25,7 +27,7 @@ pub struct RawLayer {
 pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<RawLayer>> {
     let length = store.len()?;
     let size = length.checked_next_multiple_of(SECTOR).filter(|size| *size != 0);
-    let size = size.ok_or_else(|| Error::new(ErrorKind::Invalid, store.name(), "an empty file is no disk"))?;
+    let size = size.ok_or_else(|| Error::new(ErrorKind::Damaged, store.name(), "it is empty, and no disk"))?;
     let store = match mode {
         _ if size == length => store,
         Mode::Write => {
@@ -37,7 +39,7 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<RawLayer>> {
     Ok(Arc::new(RawLayer {
         store,
         writable: mode == Mode::Write,
-        size,
+        size: AtomicU64::new(size),
         wrote: AtomicBool::new(false),
         poisoned: AtomicBool::new(false),
     }))
@@ -123,23 +125,28 @@ impl Store for Padded {
 }
 
 impl RawLayer {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::Acquire)
+    }
+
     /// The next stretch of whole sectors at `at` or after it that is not a hole; at the disk's end, an empty one. Of a file that is
     /// written holes are not asked for: they come and go.
     fn data(&self, at: u64) -> Result<(u64, u64)> {
         if self.writable {
-            return Ok((at, self.size));
+            return Ok((at, self.size()));
         }
-        let data = self.store.data(at)?.filter(|(start, _)| *start < self.size);
-        let sectors = |(start, end): (u64, u64)| (start / SECTOR * SECTOR, end.next_multiple_of(SECTOR).min(self.size));
-        Ok(data.map_or((self.size, self.size), sectors))
+        let data = self.store.data(at)?.filter(|(start, _)| *start < self.size());
+        let sectors =
+            |(start, end): (u64, u64)| (start / SECTOR * SECTOR, end.next_multiple_of(SECTOR).min(self.size()));
+        Ok(data.map_or((self.size(), self.size()), sectors))
     }
 
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size);
+        let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
         if inside && offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR) {
             return Ok(());
         }
-        let message = format!("{len} bytes at {offset} are no sectors of a disk of {} bytes", self.size);
+        let message = format!("{len} bytes at {offset} are no sectors of a disk of {} bytes", self.size());
         Err(Error::new(ErrorKind::Invalid, self.store.name(), message))
     }
 
@@ -163,7 +170,7 @@ impl Layer for RawLayer {
         LayerInfo {
             format: Format::Raw,
             kind: Kind::Fixed,
-            size: self.size,
+            size: self.size(),
             sector_size: SECTOR as u32,
             block_size: SECTOR as u32,
             data_id: Uuid::nil(),
@@ -229,6 +236,23 @@ impl Layer for RawLayer {
 
     fn relink(&self, _data_id: Option<Uuid>, _parent: Option<ParentLink>) -> Result<()> {
         Err(Error::new(ErrorKind::Unsupported, self.store.name(), "a raw file has no ids"))
+    }
+
+    fn check_resize(&self, size: u64) -> Result<()> {
+        if size == 0 || size > MAX_SIZE || !size.is_multiple_of(SECTOR) {
+            let message = format!("a raw disk has whole sectors of {SECTOR} bytes, not {size} bytes");
+            return Err(Error::new(ErrorKind::Invalid, self.store.name(), message));
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.check_writable()?;
+        self.check_resize(size)?;
+        self.store.set_len(size)?;
+        self.size.store(size, Ordering::Release);
+        self.wrote();
+        self.flush()
     }
 
     /// There is nothing but data, and that is in the file.

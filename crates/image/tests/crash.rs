@@ -17,8 +17,8 @@ use store::{Folder, Mode, Store};
 use uuid::Uuid;
 
 const SECTOR: u64 = 512;
-const SIZE: u64 = 3 << 20;
-const SECTORS: u64 = SIZE / SECTOR;
+/// Sizes of disks: in the middle of a block, at its end, and in other blocks.
+const SIZES: [u64; 4] = [3 << 20, (2 << 20) + 777 * SECTOR, (5 << 20) + SECTOR, 4 << 20];
 
 /// What each sector may hold: a version, 0 for zeros.
 #[derive(Clone)]
@@ -33,6 +33,16 @@ impl Model {
         for sector in from..from + count {
             self.since.entry(sector).or_default().push(version);
         }
+    }
+
+    fn sectors(&self) -> u64 {
+        self.flushed.len() as u64
+    }
+
+    /// A leaf of this size is on top.
+    fn resize(&mut self, size: u64) {
+        self.flushed.resize((size / SECTOR) as usize, 0);
+        self.since.retain(|sector, _| *sector < size / SECTOR);
     }
 
     fn flush(&mut self) {
@@ -104,6 +114,14 @@ impl Layer for Lazy {
         self.layer.settle()
     }
 
+    fn check_resize(&self, size: u64) -> Result<()> {
+        self.layer.check_resize(size)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.layer.resize(size)
+    }
+
     fn close(&self) -> Result<()> {
         self.layer.close()
     }
@@ -148,7 +166,7 @@ fn bytes(version: u32, sectors: u64) -> Vec<u8> {
 impl World {
     fn new(sim: &Sim, formats: &'static [Format], fault: Fault, seed: u64) -> Self {
         let folder = sim.root();
-        let base = create(folder.create("0").unwrap(), formats[0], 1 << 20, None);
+        let base = create(folder.create("0").unwrap(), formats[0], SIZES[0], 1 << 20, None);
         folder.sync().unwrap();
         let omits = Arc::<Omits>::default();
         let layer = Arc::new(Lazy { layer: base.unwrap(), omits: Arc::clone(&omits) });
@@ -159,7 +177,7 @@ impl World {
             chain: Arc::new(Chain::new(vec![layer], Access::Write).unwrap()),
             omits: vec![omits],
             names: vec!["0".into()],
-            model: Model { flushed: vec![0; SECTORS as usize], since: BTreeMap::new() },
+            model: Model { flushed: vec![0; (SIZES[0] / SECTOR) as usize], since: BTreeMap::new() },
             sealed: BTreeMap::new(),
             folding: None,
             versions: 0,
@@ -174,9 +192,10 @@ impl World {
     }
 
     fn range(&mut self) -> (u64, u64) {
-        let from = self.next(SECTORS);
-        let most = if self.next(6) == 0 { SECTORS } else { 20 };
-        (from, 1 + self.next(most.min(SECTORS - from)))
+        let sectors = self.model.sectors();
+        let from = self.next(sectors);
+        let most = if self.next(6) == 0 { sectors } else { 20 };
+        (from, 1 + self.next(most.min(sectors - from)))
     }
 
     fn live(&mut self, steps: u32) -> Result<()> {
@@ -221,7 +240,7 @@ impl World {
     }
 
     /// Makes the next leaf and commits it, before it is switched to.
-    fn new_leaf(&mut self) -> Result<Arc<dyn Layer>> {
+    fn new_leaf(&mut self, size: u64) -> Result<Arc<dyn Layer>> {
         self.files += 1;
         let name = self.files.to_string();
         let layers = self.chain.layers();
@@ -230,9 +249,10 @@ impl World {
         let format =
             self.formats[if self.formats.len() > 1 { self.next(self.formats.len() as u64) as usize } else { 0 }];
         let parent = Some((&**below, self.names.last().unwrap().as_str()));
-        let layer = create(self.folder.create(&name)?, format, block_size, parent)?;
+        let layer = create(self.folder.create(&name)?, format, size, block_size, parent)?;
         self.folder.sync()?;
         self.names.push(name);
+        self.model.resize(size);
         let omits = Arc::<Omits>::default();
         self.omits.push(Arc::clone(&omits));
         Ok(Arc::new(Lazy { layer, omits }))
@@ -240,16 +260,19 @@ impl World {
 
     fn push(&mut self) -> Result<()> {
         let position = self.names.len() - 1;
-        let leaf = self.new_leaf()?;
+        // The size of a VHD stays.
+        let size = if self.formats.contains(&Format::Vhd) { 0 } else { self.next(4) as usize };
+        let (then, size) = (self.model.latest(), SIZES[size]);
+        let leaf = self.new_leaf(size)?;
         self.chain.push(leaf)?;
         self.flush()?;
-        self.sealed.insert(position, self.model.latest());
+        self.sealed.insert(position, then);
         Ok(())
     }
 
     fn push_ambiguous(&mut self) -> Result<()> {
         let position = self.names.len() - 1;
-        let leaf = self.new_leaf()?;
+        let leaf = self.new_leaf(self.chain.size())?;
         let mut ambiguous = self.chain.push_ambiguous(leaf, u64::MAX)?;
         for _ in 0..self.next(4) {
             self.write()?;
@@ -373,16 +396,17 @@ impl World {
 fn create(
     file: Arc<dyn Store>,
     format: Format,
+    size: u64,
     block_size: u32,
     parent: Option<(&dyn Layer, &str)>,
 ) -> Result<Arc<dyn Layer>> {
     let kind = if parent.is_some() { Kind::Differencing } else { Kind::Dynamic };
     if format == Format::Vhd {
         let parent = parent.map(|(layer, name)| vhd::Parent::of(layer, Some(name))).transpose()?;
-        return Ok(vhd::create(file, &vhd::Options { block_size, kind, parent, ..vhd::Options::dynamic(SIZE) })?);
+        return Ok(vhd::create(file, &vhd::Options { block_size, kind, parent, ..vhd::Options::dynamic(size) })?);
     }
     let parent = parent.map(|(layer, name)| vhdx::Parent::of(layer, Some(name))).transpose()?;
-    Ok(vhdx::create(file, &vhdx::Options { block_size, kind, parent, ..vhdx::Options::dynamic(SIZE) })?)
+    Ok(vhdx::create(file, &vhdx::Options { block_size, kind, parent, ..vhdx::Options::dynamic(size) })?)
 }
 
 /// A commit to the ledger of this test.
@@ -418,7 +442,7 @@ fn open_all(sim: &Sim, names: &[String], mode: Mode) -> std::result::Result<Vec<
 
 fn compare(layers: &[Arc<dyn Layer>], allows: impl Fn(usize, u32) -> bool) -> std::result::Result<(), String> {
     let chain = Chain::new(layers.to_vec(), Access::Read).map_err(|error| error.to_string())?;
-    let mut content = vec![0; SIZE as usize];
+    let mut content = vec![0; chain.size() as usize];
     chain.read(&mut content, 0).map_err(|error| error.to_string())?;
     for (sector, bytes) in content.chunks(SECTOR as usize).enumerate() {
         let version = u32::from_le_bytes(bytes[..4].try_into().unwrap());

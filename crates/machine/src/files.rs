@@ -290,7 +290,10 @@ fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
 /// A failed operation on an image, as a problem.
 pub fn image_problem(error: &image::Error) -> Problem {
     let kind = match error.kind {
-        image::ErrorKind::Damaged | image::ErrorKind::Parent | image::ErrorKind::Unsupported => ProblemKind::Damaged,
+        image::ErrorKind::Damaged
+        | image::ErrorKind::Parent
+        | image::ErrorKind::Unsupported
+        | image::ErrorKind::Unsigned => ProblemKind::Damaged,
         image::ErrorKind::Invalid => ProblemKind::Usage,
         image::ErrorKind::Locked => ProblemKind::Refused,
         image::ErrorKind::NotFound => ProblemKind::NotFound,

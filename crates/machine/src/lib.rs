@@ -27,6 +27,7 @@ pub mod job;
 pub mod ledger;
 mod live;
 pub mod log;
+pub mod mark;
 mod ops;
 pub mod plan;
 mod ram;

@@ -11,6 +11,7 @@
 
 use crate::files::{Files, file_problem, image_problem};
 use crate::ledger::{Ledger, State as Rows};
+use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
 use crate::tree::{
@@ -224,10 +225,20 @@ impl Root {
             self.check_free(&spec.name, None)?;
             self.folder.rename(&name, &id.to_string()).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
         });
-        if made.is_err() {
-            remove_tree(&self.folder, &name);
+        match made {
+            Ok(()) => self.mark(id, &spec.disks),
+            Err(_) => remove_tree(&self.folder, &name),
         }
         made.map(|()| id)
+    }
+
+    /// Marks the files that a machine has taken in place.
+    pub(crate) fn mark(&self, id: MachineId, disks: &[DiskSpec]) {
+        for disk in disks {
+            if let DiskSource::InPlace { path, .. } = &disk.source {
+                mark::set(Path::new(path), &self.path, id);
+            }
+        }
     }
 
     fn build(
@@ -345,7 +356,12 @@ fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Probl
         Some("vhd") => Some(image::Format::Vhd),
         Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx, vhd and raw are"))),
     };
-    let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| image_problem(&e))?;
+    let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| match e.kind {
+        image::ErrorKind::Unsigned => {
+            image_problem(&e).hint(format!("--disk {}", quoted(&format!("{},format=raw", e.file))))
+        }
+        _ => image_problem(&e),
+    })?;
     image::Chain::new(layers, image::Access::Read).map_err(|e| image_problem(&e))
 }
 

@@ -1,4 +1,23 @@
-//! Disk image files, without any machine: made, looked at, hashed, copied, served.
+//! Disk image files, without any machine: made, looked at, hashed, copied, served. What is longer has a file of its own, a verb each.
+
+mod chain;
+mod compact;
+mod compare;
+mod edit;
+mod map;
+mod merge;
+mod qemu;
+mod reconnect;
+mod resize;
+
+pub(crate) use chain::chain;
+pub(crate) use compact::compact;
+pub(crate) use compare::compare;
+pub(crate) use map::map;
+pub(crate) use merge::merge;
+pub(crate) use qemu::{convert_from, convert_to, is_qcow2};
+pub(crate) use reconnect::reconnect;
+pub(crate) use resize::resize;
 
 pub(crate) mod check;
 
@@ -6,6 +25,7 @@ use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;
 use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
+use machine::plan::quoted;
 use machine::request::Problem;
 use rustix::fs::{CWD, RenameFlags};
 use serde::Serialize;
@@ -33,8 +53,11 @@ impl Place {
         let format = said.or(raw.then_some(Format::Raw));
         let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
         match image::open::probe(&*store).map_err(|error| problem(&error))? {
-            Some(image::open::Signature::Foreign(name @ "qcow2")) if format != Some(Format::Raw) => {
-                Err(crate::cli::later(&format!("{}: the format {name}", path.display())))
+            Some(image::open::Signature::Foreign("qcow2")) if format != Some(Format::Raw) => {
+                let (file, new) = (path.display(), path.with_extension("vhdx"));
+                let words = [quoted(&file.to_string()), quoted(&new.display().to_string())].join(" ");
+                Err(Problem::refused(format!("{file} is a qcow2 image, which can only be converted"))
+                    .hint(format!("tenby disk convert {words}")))
             }
             _ => Ok(Self { path: path.to_owned(), format }),
         }
@@ -63,16 +86,41 @@ fn problem(error: &Error) -> Problem {
         }
         cause = source.source();
     }
+    let wrong_type = error.source.as_ref().is_some_and(|cause| cause.kind == store::ErrorKind::WrongType);
     match error.kind {
+        // These verbs are about images that raw files are not.
+        ErrorKind::Unsigned if std::env::args().any(|word| ["create", "merge", "reconnect"].contains(&&*word)) => {
+            Problem::damaged(text)
+        }
+        ErrorKind::Unsigned => Problem::damaged(text).hint(format!("{} --from raw      (if it is)", words())),
         ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Parent => Problem::damaged(text),
+        _ if wrong_type => Problem::damaged(text),
         ErrorKind::Invalid => Problem::usage(text),
         ErrorKind::Locked => {
             Problem::refused(format!("{} is in use: a machine or another process has it open", file.display()))
         }
         ErrorKind::Exists => Problem::refused(text),
         ErrorKind::NotFound => Problem::not_found(format!("{}: no such file", file.display())),
+        ErrorKind::NoSpace => {
+            let free = file.parent().and_then(free_space).map(|free| format!(" ({} left)", draw::size(free)));
+            Problem::failed(format!("{text}{}", free.unwrap_or_default()))
+                .hint("free some space on that file system, then try again")
+        }
         _ => Problem::failed(text),
     }
+}
+
+/// The command as it was typed, ready to be pasted.
+fn words() -> String {
+    let words = std::env::args_os().skip(1).map(|word| quoted(&word.to_string_lossy()));
+    std::iter::once("tenby".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
+}
+
+/// Bytes that are left to us on the file system of a folder.
+fn free_space(folder: &Path) -> Option<u64> {
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let stat = rustix::fs::statvfs(folder).ok()?;
+    Some(stat.f_bavail * stat.f_frsize)
 }
 
 /// A file's name as its user wrote it.
@@ -93,8 +141,11 @@ pub(crate) struct Info {
     parent: Option<Parent>,
     /// Bytes that the file occupies on the host.
     bytes: u64,
+    /// The id of the parent that it was made over, if another one was forced on it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    chain: Option<Vec<Info>>,
+    forced: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chain: Option<Vec<chain::Link>>,
 }
 
 /// The parent as an image names it.
@@ -128,14 +179,17 @@ impl Info {
                 .parent
                 .map(|link| Parent { id: link.linkage.to_string(), path: link.relative_path.or(link.absolute_path) }),
             bytes,
+            forced: layer.forced().map(|id| id.to_string()),
             chain: None,
         })
     }
 
     /// For people: a block for each file.
-    pub(crate) fn draw(&self) -> String {
-        let files = self.chain.as_deref().unwrap_or(std::slice::from_ref(self));
-        files.iter().map(Self::block).collect::<Vec<_>>().join("\n")
+    pub(crate) fn draw(&self, look: &draw::Look) -> String {
+        match &self.chain {
+            Some(files) => files.iter().map(|link| link.block(look)).collect::<Vec<_>>().join("\n"),
+            None => self.block(),
+        }
     }
 
     fn block(&self) -> String {
@@ -155,19 +209,13 @@ impl Info {
             let path = parent.path.as_deref().map_or("not named".to_owned(), plain);
             format!("  parent    {path} ({})", parent.id)
         }));
+        lines.extend(self.forced.as_ref().map(|id| format!("  forced    it was made over {id}")));
         lines.join("\n") + "\n"
     }
 }
 
-/// What the file is; with `chain`, all that it stands on, base first.
-pub(crate) fn info(place: &Place, chain: bool) -> Result<Info, Problem> {
-    if chain {
-        let files = place.layers(Mode::Read)?.iter().map(|layer| Info::of(&**layer)).collect::<Result<Vec<_>, _>>()?;
-        let leaf =
-            place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
-        return Ok(Info { chain: Some(files), ..Info::of(&*leaf)? });
-    }
-    // The file alone: a missing parent is no reason not to say what it is.
+/// What the file is. The file alone: a missing parent is no reason not to say it.
+pub(crate) fn info(place: &Place) -> Result<Info, Problem> {
     let store = store::host::open_file(&place.path, Mode::Read).map_err(|error| problem(&error.into()))?;
     Info::of(&*image::open(store, place.format, Mode::Read).map_err(|error| problem(&error))?)
 }
@@ -203,13 +251,13 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
     layer.close().map_err(|error| problem(&error))?;
     drop(layer);
     making.finish()?;
-    info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) }, false)
+    info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) })
 }
 
 fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
     let mut options = match &new.parent {
         Some(parent) => {
-            let (parent, name) = beside(path, parent)?;
+            let (parent, name) = parent_of(path, parent)?;
             vhdx::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
         }
         None => vhdx::Options { kind: new.kind, ..vhdx::Options::dynamic(new.size.unwrap_or(0)) },
@@ -226,7 +274,7 @@ fn vhd_options(path: &Path, new: &New) -> Result<vhd::Options, Problem> {
     }
     let mut options = match &new.parent {
         Some(parent) => {
-            let (parent, name) = beside(path, parent)?;
+            let (parent, name) = parent_of(path, parent)?;
             vhd::Options::differencing(&*parent, &name).map_err(|error| problem(&error))?
         }
         None => vhd::Options { kind: new.kind, ..vhd::Options::dynamic(new.size.unwrap_or(0)) },
@@ -236,13 +284,12 @@ fn vhd_options(path: &Path, new: &New) -> Result<vhd::Options, Problem> {
     Ok(options)
 }
 
-/// The image that another one at `path` is to stand on, and its name. It must lie beside it: a parent elsewhere would never be opened.
-fn beside(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Problem> {
+/// The name of `parent`, which must lie beside `path`: a parent elsewhere would never be opened.
+fn beside(path: &Path, parent: &Path) -> Result<String, Problem> {
     let folder = |path: &Path| {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         std::fs::canonicalize(folder).map_err(|error| Problem::not_found(format!("{}: {error}", folder.display())))
     };
-    let place = Place::of(parent, None)?;
     if folder(path)? != folder(parent)? {
         let message = format!(
             "{} must lie in the same folder as {}: no image names a parent elsewhere",
@@ -252,10 +299,16 @@ fn beside(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Proble
         return Err(Problem::usage(message));
     }
     let name = parent.file_name().and_then(|name| name.to_str());
-    let name = name.ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))?;
+    name.map(str::to_owned).ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))
+}
+
+/// The image that another one at `path` is to stand on, and its name.
+fn parent_of(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Problem> {
+    let place = Place::of(parent, None)?;
+    let name = beside(path, parent)?;
     let parent =
         place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
-    Ok((parent, name.to_owned()))
+    Ok((parent, name))
 }
 
 /// A hash. The contract's `disk hash`.
@@ -279,49 +332,74 @@ pub(crate) async fn hash(place: Place, out: &Out) -> Result<Hash, Problem> {
     Ok(Hash { sha256 })
 }
 
-/// Copies an image into a new file. Nothing is left if it fails or is cancelled.
-pub(crate) async fn convert(
-    source: Place,
-    target: &Path,
+/// A new image to copy into.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Target<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) format: Format,
+    /// Dynamic, unless something else is said.
+    pub(crate) kind: Option<Kind>,
+    /// All of the file takes space.
+    pub(crate) dense: bool,
+}
+
+impl Target<'_> {
+    /// What the finished file is.
+    fn info(&self) -> Result<Info, Problem> {
+        let format = (self.format == Format::Raw).then_some(Format::Raw);
+        info(&Place { path: self.path.to_owned(), format })
+    }
+
+    fn cancelled(&self) -> Problem {
+        cancelled(format!("the copy was cancelled; {} was not made", self.path.display()))
+    }
+}
+
+/// An empty image in an empty file, to be copied into.
+fn blank(
+    store: &Arc<dyn Store>,
     format: Format,
     kind: Option<Kind>,
-    out: &Out,
-) -> Result<Info, Problem> {
-    let making = Making::begin(target)?;
+    size: u64,
+    sector_size: u32,
+) -> Result<Chain, Error> {
+    let store = Arc::clone(store);
+    let layer: Arc<dyn Layer> = match format {
+        Format::Raw => image::raw::create(store, size)?,
+        Format::Vhdx => {
+            let kind = kind.unwrap_or(Kind::Dynamic);
+            vhdx::create(store, &vhdx::Options { kind, sector_size, ..vhdx::Options::dynamic(size) })?
+        }
+        Format::Vhd => {
+            let kind = kind.unwrap_or(Kind::Dynamic);
+            vhd::create(store, &vhd::Options { kind, ..vhd::Options::dynamic(size) })?
+        }
+    };
+    Chain::new(vec![layer], Access::Write)
+}
+
+/// Copies an image into a new file. Nothing is left if it fails or is cancelled.
+pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
+    let making = Making::begin(target.path)?;
     let store = Arc::clone(&making.store);
     let what = format!("copying {}", source.path.display());
+    let Target { format, kind, dense, .. } = target;
+    let file = target.path.to_owned();
     let complete = interruptible(out, what, move |progress| {
         let source = source.chain(Access::Read)?;
-        let size = source.size();
-        let layer: Result<Arc<dyn Layer>, Error> = match format {
-            Format::Raw => image::raw::create(store, size).map(|layer| layer as Arc<dyn Layer>),
-            Format::Vhdx => {
-                let options = vhdx::Options {
-                    kind: kind.unwrap_or(Kind::Dynamic),
-                    sector_size: source.sector_size(),
-                    ..vhdx::Options::dynamic(size)
-                };
-                vhdx::create(store, &options).map(|layer| layer as Arc<dyn Layer>)
-            }
-            Format::Vhd => {
-                let options = vhd::Options { kind: kind.unwrap_or(Kind::Dynamic), ..vhd::Options::dynamic(size) };
-                vhd::create(store, &options).map(|layer| layer as Arc<dyn Layer>)
-            }
-        };
-        let copied = layer.and_then(|layer| {
-            let target = Chain::new(vec![layer], Access::Write)?;
+        let copied = blank(&store, format, kind, source.size(), source.sector_size()).and_then(|target| {
             let complete = image::convert::copy(&source, &target, progress)?;
             target.close()?;
-            Ok(complete)
+            Ok(complete && (!dense || image::convert::fill(&*store, progress)?))
         });
-        copied.map_err(|error| problem(&error))
+        copied.map_err(|error| edit::copy_problem(&error, &source, &*store, &file))
     })
     .await?;
     if !complete {
-        return Err(cancelled(format!("the copy was cancelled; {} was not made", target.display())));
+        return Err(target.cancelled());
     }
     making.finish()?;
-    info(&Place { path: target.to_owned(), format: (format == Format::Raw).then_some(Format::Raw) }, false)
+    target.info()
 }
 
 /// Does something long with a progress that says `false` after Ctrl-C.

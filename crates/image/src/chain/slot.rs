@@ -15,7 +15,7 @@ pub(crate) struct Slot {
     layer: Arc<dyn Layer>,
     store: Arc<dyn Store>,
     /// Virtual size, bytes.
-    size: u64,
+    size: AtomicU64,
     /// Allocation unit, bytes.
     block: u64,
     sector: u32,
@@ -36,7 +36,7 @@ impl Slot {
         Self {
             store: Arc::clone(layer.store()),
             layer,
-            size,
+            size: AtomicU64::new(size),
             block: u64::from(block_size),
             sector: sector_size,
             differencing: kind == Kind::Differencing,
@@ -57,7 +57,15 @@ impl Slot {
     }
 
     pub(crate) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::SeqCst)
+    }
+
+    /// Makes the layer's disk `size` bytes; see [`Layer::resize`].
+    pub(crate) fn resize(&self, size: u64) -> Result<()> {
+        self.trusted()?;
+        self.layer.resize(size)?;
+        self.size.store(size, Ordering::SeqCst);
+        Ok(())
     }
 
     pub(crate) fn block(&self) -> u64 {
@@ -84,8 +92,8 @@ impl Slot {
     /// Whether everything is still the parent's.
     pub(crate) fn is_empty(&self) -> Result<bool> {
         let mut runs = Vec::new();
-        if self.size > 0 {
-            self.map(0, self.size, &mut runs)?;
+        if self.size() > 0 {
+            self.map(0, self.size(), &mut runs)?;
         }
         Ok(runs.iter().all(|run| run.source == Source::Absent))
     }

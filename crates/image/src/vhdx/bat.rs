@@ -1,8 +1,8 @@
 //! The block allocation table: where each block lies, and how much of it counts.
 
+use super::cells::Cells;
 use super::format::{CHUNK_SECTORS, MIB, PAGE_BYTES};
 use super::page::{Page, PageBytes, WORDS};
-use std::sync::OnceLock;
 
 /// How the virtual disk is cut into blocks and chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +103,11 @@ impl Entry {
         Self(state | (at / MIB) << 20)
     }
 
+    /// Nothing: the parent's, or zeros where there is none. Also a bitmap block that is not there.
+    pub(crate) fn absent() -> Self {
+        Self(Self::NOT_PRESENT)
+    }
+
     /// A block of zeros without a place.
     pub(crate) fn zero() -> Self {
         Self(Self::ZERO)
@@ -140,48 +145,46 @@ impl Entry {
         (self.0 >> 20) * MIB
     }
 
+    /// The same state at another place.
+    pub(crate) fn moved(self, at: u64) -> Self {
+        Self::placed(self.state_number(), at)
+    }
+
     /// Where the block lies, in a state that has a place.
     pub(crate) fn place(self) -> Option<u64> {
         matches!(self.state(), Some(State::Full | State::Partial)).then(|| self.offset())
     }
 }
 
-/// The table in memory. It is the truth; pages of it that are all zero take no memory.
+/// The table in memory. It is the truth; pages of it that are all zero take no memory. It has as many entries as are asked for.
 pub(crate) struct Bat {
-    pages: Box<[OnceLock<Page>]>,
+    pages: Cells<Page>,
 }
 
 impl Bat {
-    /// A table of `entries` zero entries.
-    pub(crate) fn new(entries: u64) -> Self {
-        let pages = entries.div_ceil(WORDS as u64);
-        Self { pages: (0..pages).map(|_| OnceLock::new()).collect() }
-    }
-
-    /// How many pages the table has.
-    pub(crate) fn pages(&self) -> u64 {
-        self.pages.len() as u64
+    /// A table of zero entries.
+    pub(crate) fn new() -> Self {
+        Self { pages: Cells::new() }
     }
 
     /// Takes over page `page` as it lies in the file.
     pub(crate) fn load(&self, page: u64, bytes: &[u8]) {
         if bytes.iter().any(|byte| *byte != 0) {
             // A page is loaded once, before the layer is used.
-            let _ = self.pages[page as usize].set(Page::from_bytes(bytes));
+            self.pages.get_or_init(page, || Page::from_bytes(bytes));
         }
     }
 
     /// The entry at `index`.
     pub(crate) fn get(&self, index: u64) -> Entry {
-        let page = self.pages[(index / WORDS as u64) as usize].get();
+        let page = self.pages.get(index / WORDS as u64);
         Entry(page.map_or(0, |page| page.get((index % WORDS as u64) as usize)))
     }
 
     /// All entries that are not zero, with their indices.
     pub(crate) fn entries(&self) -> impl Iterator<Item = (u64, Entry)> {
-        let loaded = self.pages.iter().enumerate().filter_map(|(number, page)| Some((number, page.get()?)));
-        let all = loaded.flat_map(|(number, page)| {
-            (0..WORDS).map(move |index| ((number * WORDS + index) as u64, Entry(page.get(index))))
+        let all = self.pages.filled().flat_map(|(number, page)| {
+            (0..WORDS).map(move |index| (number * WORDS as u64 + index as u64, Entry(page.get(index))))
         });
         all.filter(|(_, entry)| entry.0 != 0)
     }
@@ -189,13 +192,18 @@ impl Bat {
     /// Replaces the entry at `index` and says which page that changed. Under the metadata lock only.
     pub(crate) fn set(&self, index: u64, entry: Entry) -> u64 {
         let page = index / WORDS as u64;
-        self.pages[page as usize].get_or_init(Page::zeroed).set((index % WORDS as u64) as usize, entry.0);
+        self.pages.get_or_init(page, Page::zeroed).set((index % WORDS as u64) as usize, entry.0);
         page
     }
 
     /// A page's bytes and its offset inside the table's region.
     pub(crate) fn page(&self, page: u64) -> (u64, PageBytes) {
-        (page * PAGE_BYTES, self.pages[page as usize].get_or_init(Page::zeroed).to_bytes())
+        (page * PAGE_BYTES, self.pages.get_or_init(page, Page::zeroed).to_bytes())
+    }
+
+    /// The pages that hold anything, or ever did.
+    pub(crate) fn loaded(&self) -> impl Iterator<Item = u64> {
+        self.pages.filled().map(|(number, _)| number)
     }
 }
 

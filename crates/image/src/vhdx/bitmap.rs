@@ -4,6 +4,7 @@
 //! is bounded by the bitmap blocks that the file has.
 
 use super::bat::Geometry;
+use super::cells::Cells;
 use super::format::PAGE_BYTES;
 use super::page::{Page, PageBytes};
 use std::collections::BTreeSet;
@@ -27,15 +28,15 @@ type ChunkPages = Box<[OnceLock<Page>]>;
 
 /// The bitmaps in memory. They are the truth for every page that is loaded.
 pub(crate) struct Bitmaps {
+    /// For what does not change when the disk is resized.
     geometry: Geometry,
-    chunks: Box<[OnceLock<ChunkPages>]>,
+    chunks: Cells<ChunkPages>,
 }
 
 impl Bitmaps {
     /// Bitmaps of which nothing is loaded.
     pub(crate) fn new(geometry: Geometry) -> Self {
-        let chunks = if geometry.differencing { geometry.chunks() } else { 0 };
-        Self { geometry, chunks: (0..chunks).map(|_| OnceLock::new()).collect() }
+        Self { geometry, chunks: Cells::new() }
     }
 
     /// The bits, counted from the chunk's first, of the sectors `sectors` (counted from the block's first) of `block`.
@@ -52,7 +53,7 @@ impl Bitmaps {
 
     /// A loaded page.
     fn get(&self, at: BitmapPage) -> Option<&Page> {
-        self.chunks[at.chunk as usize].get()?[at.page as usize].get()
+        self.chunks.get(at.chunk)?[at.page as usize].get()
     }
 
     /// Whether a page is in memory.
@@ -62,7 +63,7 @@ impl Bitmaps {
 
     /// Takes a page over from the file, unless it is in memory already: then what is in memory is newer.
     pub(crate) fn load(&self, at: BitmapPage, bytes: &[u8]) {
-        let chunk = self.chunks[at.chunk as usize].get_or_init(|| (0..CHUNK_PAGES).map(|_| OnceLock::new()).collect());
+        let chunk = self.chunks.get_or_init(at.chunk, || (0..CHUNK_PAGES).map(|_| OnceLock::new()).collect());
         let _ = chunk[at.page as usize].set(Page::from_bytes(bytes));
     }
 

@@ -130,7 +130,7 @@ fn create_with(store: Arc<dyn Store>, options: &Options, carry: Option<Carry>) -
     for at in REGION_TABLE_AT {
         store.write_at(&regions, at)?;
     }
-    let bat = Bat::new(geometry.entries());
+    let bat = Bat::new();
     if options.kind == Kind::Fixed {
         place_all(&*store, &bat, &geometry, data_at)?;
     }
@@ -192,7 +192,7 @@ fn place_all(store: &dyn Store, bat: &Bat, geometry: &Geometry, data_at: u64) ->
     for block in 0..geometry.blocks() {
         bat.set(geometry.payload_index(block), Entry::full(data_at + block * geometry.block));
     }
-    for page in 0..bat.pages() {
+    for page in bat.loaded() {
         let (offset, bytes) = bat.page(page);
         store.write_at(&bytes[..], BAT_AT + offset)?;
     }

@@ -7,7 +7,7 @@ use super::journal::Journal;
 use super::metadata::{self, Fault, Locator};
 use super::page::PageBytes;
 use super::write::Freed;
-use super::{Inner, lock};
+use super::{Inner, Meta, lock};
 use crate::layer::ParentLink;
 use crate::{ErrorKind, Result};
 use std::sync::atomic::Ordering;
@@ -117,7 +117,7 @@ impl Inner {
     fn redo_bits(&self, edits: &[Edit]) -> Result<()> {
         for edit in edits {
             let Edit::Bits { block, sectors, set } = edit else { continue };
-            if self.bitmap_place(block / self.geometry.ratio()).is_some() {
+            if self.bitmap_place(block / self.geometry().ratio()).is_some() {
                 self.load_bitmaps(*block, sectors)?;
                 self.bitmaps.put(*block, sectors, *set, &mut lock(&self.meta).dirty_bitmaps);
             }
@@ -130,6 +130,17 @@ impl Inner {
     fn capture(&self) -> Capture {
         let mut meta = lock(&self.meta);
         self.reclaim(&mut meta);
+        let pages = self.take_pages(&mut meta);
+        Capture {
+            pages,
+            freed: std::mem::take(&mut meta.freed),
+            file_length: meta.space.len(),
+            carried: meta.carry.as_ref().map(carry::Writer::mark),
+        }
+    }
+
+    /// The pages that were changed since they were last taken, and their file offsets, in an order of which every prefix is sound.
+    pub(super) fn take_pages(&self, meta: &mut Meta) -> Vec<(u64, PageBytes)> {
         let bitmaps = std::mem::take(&mut meta.dirty_bitmaps);
         let bat = std::mem::take(&mut meta.dirty_bat);
         // Bits first, then the entries that make them count; and backwards through the table, where a chunk's bitmap entry stands
@@ -140,15 +151,9 @@ impl Inner {
         });
         let bat = bat.into_iter().rev().map(|page| {
             let (offset, bytes) = self.bat.page(page);
-            (self.bat_region.offset + offset, bytes)
+            (meta.bat_region.offset + offset, bytes)
         });
-        let pages = bitmaps.chain(bat).collect();
-        Capture {
-            pages,
-            freed: std::mem::take(&mut meta.freed),
-            file_length: meta.space.len(),
-            carried: meta.carry.as_ref().map(carry::Writer::mark),
-        }
+        bitmaps.chain(bat).collect()
     }
 
     /// Makes a capture durable, and the places free that it gave up.
@@ -162,26 +167,43 @@ impl Inner {
     }
 
     /// Gives the space of places that no entry in the file names any more back to the file system.
-    fn release(&self, freed: Vec<Freed>) {
+    pub(crate) fn release(&self, freed: Vec<Freed>) {
         // A place that cannot be punched is lost until the image is opened again; nothing else depends on it.
-        let punched = freed.into_iter().filter(|freed| self.store.punch(freed.at, self.geometry.block).is_ok());
-        let punched: Vec<_> = punched.collect();
+        let (block, end) = (self.geometry().block, self.store.len().unwrap_or(0));
+        // The last block may be cut off by the file's end.
+        let punch = |at: u64| self.store.punch(at, block.min(end.saturating_sub(at)));
+        let punched: Vec<_> = freed.into_iter().filter(|freed| punch(freed.at).is_ok()).collect();
         lock(&self.meta).draining.extend(punched);
     }
 
     /// Makes places free that were given up before the last flush, and to which no ticket can write any more.
-    fn reclaim(&self, meta: &mut super::Meta) {
+    fn reclaim(&self, meta: &mut Meta) {
         let (free, busy): (Vec<_>, Vec<_>) = std::mem::take(&mut meta.draining)
             .into_iter()
             .partition(|freed| self.users(freed.block).load(Ordering::SeqCst) == 0);
         meta.draining = busy;
         for freed in free {
-            meta.space.give(freed.at, self.geometry.block);
+            meta.space.give(freed.at, self.geometry().block);
         }
     }
 
     /// See [`crate::Layer::relink`].
     pub(crate) fn relink(&self, data_id: Option<Uuid>, parent: Option<ParentLink>) -> Result<()> {
+        self.relink_with(data_id, parent, |_| ())
+    }
+
+    /// See [`crate::Layer::force_parent`].
+    pub(crate) fn force_parent(&self, parent: ParentLink) -> Result<()> {
+        self.relink_with(None, Some(parent), Locator::mark_forced)
+    }
+
+    /// Changes the ids; `before` is done to the old locator first.
+    fn relink_with(
+        &self,
+        data_id: Option<Uuid>,
+        parent: Option<ParentLink>,
+        before: impl FnOnce(&mut Locator),
+    ) -> Result<()> {
         self.check_writable()?;
         let mut session = lock(&self.session);
         if let Some(link) = parent {
@@ -189,9 +211,10 @@ impl Inner {
                 .parent
                 .clone()
                 .ok_or_else(|| self.error(ErrorKind::Invalid, "only a differencing image has a parent to name"))?;
+            before(&mut locator);
             locator.relink(&link);
             // What cannot be written is refused before anything has changed.
-            let pages = self.locator_pages(&locator)?;
+            let pages = self.metadata_pages(|region| metadata::replace_locator(region, &locator))?;
             self.poison_on_error(self.identify(&mut session, None))?;
             let file_length = lock(&self.meta).space.len();
             self.poison_on_error(self.write_metadata(&mut session.journal, file_length, &pages))?;
@@ -204,19 +227,27 @@ impl Inner {
         Ok(())
     }
 
-    fn write_metadata(&self, journal: &mut Journal, file_length: u64, pages: &[(u64, PageBytes)]) -> Result<()> {
+    pub(crate) fn write_metadata(
+        &self,
+        journal: &mut Journal,
+        file_length: u64,
+        pages: &[(u64, PageBytes)],
+    ) -> Result<()> {
         // What the pages expose comes first; and the entry says how long the file is known to be.
         journal.sync(&*self.store)?;
         journal.write(&*self.store, file_length, pages)
     }
 
-    /// The pages of the metadata region that a new locator changes: one log entry holds them all.
-    fn locator_pages(&self, locator: &Locator) -> Result<Vec<(u64, PageBytes)>> {
+    /// The pages of the metadata region that a change of it changes: one log entry holds them all.
+    pub(crate) fn metadata_pages(
+        &self,
+        change: impl FnOnce(&mut [u8]) -> std::result::Result<(), Fault>,
+    ) -> Result<Vec<(u64, PageBytes)>> {
         let fault = |(kind, message): Fault| self.error(kind, message);
         let region = self.metadata_region;
         let old = read(&*self.store, region.offset, region.length as usize)?;
         let mut new = old.clone();
-        metadata::replace_locator(&mut new, locator).map_err(fault)?;
+        change(&mut new).map_err(fault)?;
         let pages: Vec<_> = (0..region.length / PAGE_BYTES)
             .filter_map(|index| {
                 let bytes = index as usize * PAGE..(index as usize + 1) * PAGE;
@@ -243,7 +274,9 @@ impl Inner {
         }
         if session.file_identified {
             // Only now: a log that counts on the file's length must not be left behind a shorter file.
-            lock(&self.meta).space.trim(&*self.store)?;
+            let mut meta = lock(&self.meta);
+            self.reclaim(&mut meta);
+            meta.space.trim(&*self.store)?;
         }
         Ok(())
     }

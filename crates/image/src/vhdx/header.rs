@@ -181,6 +181,26 @@ fn decode_regions(bytes: &[u8], count: u32) -> Result<Regions, Fault> {
     }
 }
 
+/// A sound copy of the region table in which the block table lies elsewhere; all else in it stays.
+pub(crate) fn with_bat_at(store: &dyn Store, bat: Region) -> Result<Vec<u8>, crate::Error> {
+    let damaged = || crate::Error::new(ErrorKind::Damaged, store.name(), "neither region table is valid");
+    for at in REGION_TABLE_AT {
+        let mut bytes = read(store, at, TABLE_BYTES)?;
+        let Some(table) = parse::<RawRegionTable>(&bytes, 0) else { continue };
+        if table.signature != REGION_SIGNATURE || table.checksum.get() != checksum(&bytes) {
+            continue;
+        }
+        let places = (0..table.count.get().min(MAX_REGIONS) as usize)
+            .map(|index| size_of::<RawRegionTable>() + index * size_of::<RawRegion>());
+        let found = places.filter_map(|place| Some((place, parse::<RawRegion>(&bytes, place)?)));
+        let (place, raw) = found.into_iter().find(|(_, raw)| Uuid::from(raw.id) == REGION_BAT).ok_or_else(damaged)?;
+        put(&mut bytes, place, &RawRegion { offset: bat.offset.into(), length: (bat.length as u32).into(), ..raw });
+        seal(&mut bytes);
+        return Ok(bytes);
+    }
+    Err(damaged())
+}
+
 /// A region table for a new file.
 pub(crate) fn encode_regions(bat: Region, metadata: Region) -> Vec<u8> {
     let mut bytes = vec![0; TABLE_BYTES];

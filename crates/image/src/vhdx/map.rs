@@ -18,7 +18,7 @@ pub(crate) struct Piece {
 impl Inner {
     /// Refuses a range that is not inside the disk or not made of sectors.
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
-        let geometry = &self.geometry;
+        let geometry = self.geometry();
         let aligned = offset.is_multiple_of(geometry.sector) && len.is_multiple_of(geometry.sector);
         if aligned && offset.checked_add(len).is_some_and(|end| end <= geometry.size) {
             return Ok(());
@@ -31,7 +31,7 @@ impl Inner {
 
     /// The range, block by block.
     pub(crate) fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = Piece> + use<> {
-        let (size, end) = (self.geometry.block, offset + len);
+        let (size, end) = (self.geometry().block, offset + len);
         let blocks = if len == 0 { 0..0 } else { offset / size..(end - 1) / size + 1 };
         blocks.map(move |block| {
             let start = block * size;
@@ -41,12 +41,12 @@ impl Inner {
 
     /// The sectors that a piece covers, counted from its block's first.
     pub(crate) fn sectors(&self, bytes: &Range<u64>) -> Range<u64> {
-        bytes.start / self.geometry.sector..bytes.end / self.geometry.sector
+        bytes.start / self.geometry().sector..bytes.end / self.geometry().sector
     }
 
     /// The block's entry as it stands now.
     pub(crate) fn entry(&self, block: u64) -> Entry {
-        self.bat.get(self.geometry.payload_index(block))
+        self.bat.get(self.geometry().payload_index(block))
     }
 
     /// Loads the bitmap pages of these sectors. Pages of a bitmap block that has no place yet are zeros.
@@ -66,7 +66,7 @@ impl Inner {
 
     /// Where a chunk's bitmap block lies.
     pub(crate) fn bitmap_place(&self, chunk: u64) -> Option<u64> {
-        self.bat.get(self.geometry.bitmap_index(chunk)).place()
+        self.bat.get(self.geometry().bitmap_index(chunk)).place()
     }
 
     /// Where a bitmap page lies.
@@ -79,7 +79,7 @@ impl Inner {
         self.check_range(offset, len)?;
         let first = out.len();
         for piece in self.pieces(offset, len) {
-            let virtual_offset = piece.block * self.geometry.block + piece.bytes.start;
+            let virtual_offset = piece.block * self.geometry().block + piece.bytes.start;
             let length = piece.bytes.end - piece.bytes.start;
             let entry = self.entry(piece.block);
             let mut push = |run| push_run(out, first, run);
@@ -103,9 +103,13 @@ impl Inner {
         let mut at = sectors.start;
         while at < sectors.end {
             let (present, count) = self.bitmaps.run(piece.block, &(at..sectors.end));
-            let start = at * self.geometry.sector;
+            let start = at * self.geometry().sector;
             let source = if present { Source::Data(place + start) } else { Source::Absent };
-            push(Run { offset: piece.block * self.geometry.block + start, len: count * self.geometry.sector, source });
+            push(Run {
+                offset: piece.block * self.geometry().block + start,
+                len: count * self.geometry().sector,
+                source,
+            });
             at += count;
         }
         Ok(())

@@ -55,6 +55,8 @@ const LINKAGE2: &str = "parent_linkage2";
 const RELATIVE: &str = "relative_path";
 const ABSOLUTE: &str = "absolute_win32_path";
 const VOLUME: &str = "volume_path";
+/// A key of ours: which parent the image named before somebody insisted on another one.
+const FORCED: &str = "tenby_forced";
 
 impl Locator {
     /// The locator that says this.
@@ -87,6 +89,19 @@ impl Locator {
         self.put(LINKAGE2, link.linkage2.map(|id| id.braced().to_string()));
         self.put(RELATIVE, link.relative_path.clone());
         self.put(ABSOLUTE, link.absolute_path.clone());
+    }
+
+    /// Writes down which parent the image was made over, before another one is forced on it. The first one stays.
+    pub(crate) fn mark_forced(&mut self) {
+        if self.get(FORCED).is_none() {
+            let linkage = self.get(LINKAGE).map(str::to_owned);
+            self.put(FORCED, linkage);
+        }
+    }
+
+    /// The id of the parent that the image was made over, if another one was forced on it.
+    pub(crate) fn forced(&self) -> Option<Uuid> {
+        Uuid::try_parse(self.get(FORCED)?.trim()).ok()
     }
 
     /// What the locator says. Windows writes an all-zero second linkage, which says nothing.
@@ -331,6 +346,16 @@ pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<()
     item.length = (bytes.len() as u32).into();
     put(region, (index + 1) * size_of::<RawItem>(), &item);
     put(region, start, bytes.as_slice());
+    Ok(())
+}
+
+/// Replaces the disk's size inside a region's bytes.
+pub(crate) fn replace_size(region: &mut [u8], size: u64) -> Result<(), Fault> {
+    let items = items(region)?;
+    let is_size = |item: &&RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_DISK_SIZE;
+    let item = items.iter().find(is_size).filter(|item| item.length.get() as usize >= size_of::<u64>());
+    let item = item.ok_or_else(|| damaged("the image does not say its size"))?;
+    put(region, item.offset.get() as usize, &size.to_le_bytes());
     Ok(())
 }
 

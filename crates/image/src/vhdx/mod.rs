@@ -24,6 +24,7 @@ mod alloc;
 mod bat;
 mod bitmap;
 mod carry;
+mod cells;
 pub(crate) mod check;
 mod create;
 mod flush;
@@ -34,8 +35,10 @@ mod log;
 mod map;
 mod metadata;
 mod open;
+mod pack;
 mod page;
 mod replay;
+mod resize;
 mod write;
 
 pub use carry::Carry;
@@ -50,7 +53,7 @@ use flush::Session;
 use header::Region;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use store::Store;
 use uuid::Uuid;
@@ -63,10 +66,12 @@ pub(crate) struct Inner {
     store: Arc<dyn Store>,
     file: String,
     writable: bool,
-    geometry: Geometry,
+    /// For all but the size, which may change: see [`Inner::geometry`].
+    shape: Geometry,
+    /// Virtual size in bytes.
+    size: AtomicU64,
     kind: Kind,
     disk_id: Uuid,
-    bat_region: Region,
     metadata_region: Region,
     bat: Bat,
     bitmaps: Bitmaps,
@@ -87,6 +92,8 @@ pub(crate) struct Inner {
 #[derive(Debug)]
 struct Meta {
     space: alloc::Space,
+    /// Where the table lies.
+    bat_region: Region,
     /// Pages of the table that differ from the file's.
     dirty_bat: BTreeSet<u64>,
     /// Pages of bitmaps that differ from the file's.
@@ -97,6 +104,8 @@ struct Meta {
     pending_bitmaps: HashMap<u64, u64>,
     /// Places that the table in memory has given up, and the table in the file may not have.
     freed: Vec<write::Freed>,
+    /// Places of bitmap blocks that were moved since the last flush.
+    freed_bitmaps: Vec<u64>,
     /// Places that the table in the file has given up too.
     draining: Vec<write::Freed>,
     next_ticket: u64,
@@ -121,6 +130,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Inner {
+    /// How the disk, as large as it is now, is cut into blocks.
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.size.load(Ordering::Acquire), ..self.shape }
+    }
+
     fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
         Error::new(kind, self.file.clone(), message)
     }
@@ -169,9 +183,9 @@ impl Layer for VhdxLayer {
         LayerInfo {
             format: Format::Vhdx,
             kind: inner.kind,
-            size: inner.geometry.size,
-            sector_size: inner.geometry.sector as u32,
-            block_size: inner.geometry.block as u32,
+            size: inner.geometry().size,
+            sector_size: inner.geometry().sector as u32,
+            block_size: inner.geometry().block as u32,
             data_id: ids.data_id,
             disk_id: inner.disk_id,
             parent: ids.link.clone(),
@@ -209,6 +223,30 @@ impl Layer for VhdxLayer {
     fn settle(&self) -> Result<()> {
         lock(&self.0.session).data_identified = true;
         Ok(())
+    }
+
+    fn check_resize(&self, size: u64) -> Result<()> {
+        self.0.check_resize(size)
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        self.0.resize(size)
+    }
+
+    fn forget(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.forget(offset, len)
+    }
+
+    fn pack(&self, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool> {
+        self.0.pack(progress)
+    }
+
+    fn force_parent(&self, parent: ParentLink) -> Result<()> {
+        self.0.force_parent(parent)
+    }
+
+    fn forced(&self) -> Option<Uuid> {
+        lock(&self.0.ids).parent.as_ref().and_then(metadata::Locator::forced)
     }
 
     fn survives(&self) -> bool {

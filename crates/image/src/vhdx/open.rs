@@ -14,7 +14,7 @@ use super::{Ids, Inner, Meta, USERS, VhdxLayer, lock};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
 use std::collections::{BTreeSet, HashMap};
-use std::sync::atomic::{AtomicBool, AtomicU32};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 use store::{Mode, Store};
 use uuid::Uuid;
@@ -138,11 +138,13 @@ impl Inner {
         let ids = Ids { data_id: session.journal.header().data_write, parent: metadata.locator.clone(), link };
         let meta = Meta {
             space,
+            bat_region: regions.bat,
             dirty_bat: BTreeSet::new(),
             dirty_bitmaps: BTreeSet::new(),
             pending: HashMap::new(),
             pending_bitmaps: HashMap::new(),
             freed: Vec::new(),
+            freed_bitmaps: Vec::new(),
             draining: Vec::new(),
             next_ticket: 0,
             carry: None,
@@ -151,14 +153,14 @@ impl Inner {
             file: store.name(),
             store,
             writable,
-            geometry,
+            shape: geometry,
+            size: AtomicU64::new(geometry.size),
             kind: match (&metadata.locator, metadata.leave_allocated) {
                 (Some(_), _) => Kind::Differencing,
                 (None, true) => Kind::Fixed,
                 (None, false) => Kind::Dynamic,
             },
             disk_id: metadata.disk_id,
-            bat_region: regions.bat,
             metadata_region: regions.metadata,
             bat,
             bitmaps: Bitmaps::new(geometry),
@@ -181,7 +183,7 @@ fn read_table(store: &dyn Store, region: Region, geometry: &Geometry) -> Result<
         let message = format!("its block table has {} bytes of {bytes}", region.length);
         return Err(Error::new(ErrorKind::Damaged, store.name(), message));
     }
-    let bat = Bat::new(geometry.entries());
+    let bat = Bat::new();
     for start in (0..bytes).step_by(TABLE_STEP as usize) {
         let step = read(store, region.offset + start, TABLE_STEP.min(bytes - start) as usize)?;
         for (page, bytes) in step.chunks(PAGE).enumerate() {

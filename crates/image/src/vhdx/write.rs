@@ -90,7 +90,7 @@ pub(crate) fn prepare(inner: &Arc<Inner>, offset: u64, len: u64, change: Change)
     let mut extents = Vec::new();
     let zero = change == Change::Zero;
     for piece in inner.pieces(offset, len) {
-        if zero && inner.kind != Kind::Fixed && piece.bytes == (0..inner.geometry.inside(piece.block)) {
+        if zero && inner.kind != Kind::Fixed && piece.bytes == (0..inner.geometry().inside(piece.block)) {
             let start = if pin.zeros.is_empty() { piece.block } else { pin.zeros.start };
             pin.zeros = start..piece.block + 1;
         } else if !(zero && inner.reads_as_zeros(piece.block)) {
@@ -105,7 +105,7 @@ pub(crate) fn prepare(inner: &Arc<Inner>, offset: u64, len: u64, change: Change)
             part.punch = !fresh;
             continue;
         }
-        let offset = part.piece.block * inner.geometry.block + part.piece.bytes.start;
+        let offset = part.piece.block * inner.geometry().block + part.piece.bytes.start;
         extents.push(Extent { offset, at: part.place + part.piece.bytes.start, len: length });
     }
     Ok(Ticket { offset, len, change, extents, pin: Some(Box::new(pin)) })
@@ -120,9 +120,9 @@ impl VhdxPin {
         let part = self.parts.last_mut().expect("just pushed");
         if let Some(place) = self.inner.exposed_at(&part.piece)? {
             (part.place, part.exposed) = (place, true);
-        } else if self.inner.geometry.differencing {
+        } else if self.inner.geometry().differencing {
             // The commit must not read: all bits that it may touch are loaded here.
-            self.inner.load_bitmaps(block, &(0..self.inner.geometry.block_sectors()))?;
+            self.inner.load_bitmaps(block, &(0..self.inner.geometry().block_sectors()))?;
         }
         Ok(())
     }
@@ -151,7 +151,7 @@ impl VhdxPin {
 impl Inner {
     /// Whether too much waits for a flush.
     fn must_flush(&self, meta: &Meta) -> bool {
-        meta.freed.len() as u64 * self.geometry.block > MAX_FREED
+        meta.freed.len() as u64 * self.geometry().block > MAX_FREED
             || meta.carry.as_ref().is_some_and(|carry| carry.bytes() > MAX_CARRIED)
     }
 
@@ -174,7 +174,7 @@ impl Inner {
     fn reads_as_zeros(&self, block: u64) -> bool {
         match self.entry(block).state() {
             Some(State::Zero) => true,
-            Some(State::NotPresent) => !self.geometry.differencing,
+            Some(State::NotPresent) => !self.geometry().differencing,
             _ => false,
         }
     }
@@ -186,8 +186,8 @@ impl Inner {
             part.place = place;
             return Ok(false);
         }
-        if self.geometry.differencing {
-            self.find_bitmap_place(meta, block / self.geometry.ratio())?;
+        if self.geometry().differencing {
+            self.find_bitmap_place(meta, block / self.geometry().ratio())?;
         }
         let place = match meta.pending.get(&block) {
             Some(pending) => pending.place,
@@ -200,19 +200,19 @@ impl Inner {
     }
 
     /// A place for a block, all zeros.
-    fn new_block(&self, meta: &mut Meta) -> Result<u64> {
+    pub(super) fn new_block(&self, meta: &mut Meta) -> Result<u64> {
         let place = meta.space.block(&*self.store)?;
         if place.stale
-            && let Err(error) = self.store.punch(place.at, self.geometry.block)
+            && let Err(error) = self.store.punch(place.at, self.geometry().block)
         {
-            meta.space.give(place.at, self.geometry.block);
+            meta.space.give(place.at, self.geometry().block);
             return Err(error.into());
         }
         Ok(place.at)
     }
 
     /// Makes sure that the chunk's bitmap block has a place, all zeros if it is new.
-    fn find_bitmap_place(&self, meta: &mut Meta, chunk: u64) -> Result<()> {
+    pub(super) fn find_bitmap_place(&self, meta: &mut Meta, chunk: u64) -> Result<()> {
         if self.bitmap_place(chunk).is_some() || meta.pending_bitmaps.contains_key(&chunk) {
             return Ok(());
         }
@@ -235,7 +235,7 @@ impl Inner {
         if pending.tickets.is_empty() {
             let place = pending.place;
             meta.pending.remove(&block);
-            meta.space.give(place, self.geometry.block);
+            meta.space.give(place, self.geometry().block);
             return;
         }
         // What other tickets write is theirs.
@@ -255,9 +255,9 @@ impl Inner {
         let block = part.piece.block;
         let entry = self.entry(block);
         let sectors = self.sectors(&part.piece.bytes);
-        let whole = 0..self.geometry.block_sectors();
-        let inside = 0..self.geometry.inside(block) / self.geometry.sector;
-        let index = self.geometry.payload_index(block);
+        let whole = 0..self.geometry().block_sectors();
+        let inside = 0..self.geometry().inside(block) / self.geometry().sector;
+        let index = self.geometry().payload_index(block);
         let bits = |sectors: &Range<u64>, set| Edit::Bits { block, sectors: sectors.clone(), set };
         match entry.state() {
             Some(State::Partial) if entry.offset() == part.place => {
@@ -271,13 +271,13 @@ impl Inner {
                 if meta.pending.get(&block).is_none_or(|pending| pending.place != part.place) {
                     return;
                 }
-                let parents_stay = self.geometry.differencing && entry.state() == Some(State::NotPresent);
+                let parents_stay = self.geometry().differencing && entry.state() == Some(State::NotPresent);
                 if parents_stay && sectors != inside {
                     // Bits from an earlier life of the block may be set.
                     edits.extend([bits(&whole, false), bits(&sectors, true)]);
-                    let chunk = block / self.geometry.ratio();
+                    let chunk = block / self.geometry().ratio();
                     if let Some(place) = meta.pending_bitmaps.get(&chunk) {
-                        let index = self.geometry.bitmap_index(chunk);
+                        let index = self.geometry().bitmap_index(chunk);
                         edits.push(Edit::Place { index, entry: Entry::full(*place) });
                     }
                     edits.push(Edit::Place { index, entry: Entry::partial(part.place) });
@@ -320,9 +320,9 @@ impl Inner {
         match edit {
             Edit::Bits { block, sectors, set } => self.bitmaps.put(block, &sectors, set, &mut meta.dirty_bitmaps),
             Edit::Place { index, entry } => {
-                match self.geometry.block_of(index) {
+                match self.geometry().block_of(index) {
                     Some(block) => drop(meta.pending.remove(&block)),
-                    None => drop(meta.pending_bitmaps.remove(&(index / (self.geometry.ratio() + 1)))),
+                    None => drop(meta.pending_bitmaps.remove(&(index / (self.geometry().ratio() + 1)))),
                 }
                 self.set_entry(meta, index, entry);
             }
@@ -330,7 +330,7 @@ impl Inner {
         }
     }
 
-    fn set_entry(&self, meta: &mut Meta, index: u64, entry: Entry) {
+    pub(super) fn set_entry(&self, meta: &mut Meta, index: u64, entry: Entry) {
         let page = self.bat.set(index, entry);
         meta.dirty_bat.insert(page);
     }
@@ -338,7 +338,7 @@ impl Inner {
     /// Makes a whole block zeros. Its place is free once that is durable.
     fn zero_block(&self, meta: &mut Meta, block: u64) {
         let entry = self.entry(block);
-        self.set_entry(meta, self.geometry.payload_index(block), Entry::zero());
+        self.set_entry(meta, self.geometry().payload_index(block), Entry::zero());
         if let Some(at) = entry.place() {
             meta.freed.push(Freed { block, at });
         }

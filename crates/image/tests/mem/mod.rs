@@ -319,6 +319,20 @@ impl Layer for MemLayer {
         Ok(())
     }
 
+    fn check_resize(&self, _size: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn resize(&self, size: u64) -> Result<()> {
+        let mut state = self.state.lock().unwrap();
+        let sectors = (size / state.sector()) as usize;
+        // What is new is zeros; without a parent that need not be said.
+        let new = if state.info.kind == Kind::Differencing { Sector::Zero } else { Sector::Absent };
+        state.sectors.resize(sectors, new);
+        state.info.size = size;
+        Ok(())
+    }
+
     fn close(&self) -> Result<()> {
         self.flush()
     }

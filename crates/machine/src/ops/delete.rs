@@ -44,11 +44,15 @@ impl Owner {
         if in_place && !alone && !discard {
             self.merge_now_into_base(task).await?;
         }
+        let rows = self.machine();
         self.deleted = true;
         let removed = self.shared.root.remove(self.shared.id);
         if let Err(problem) = removed {
             self.deleted = false;
             return Err(problem);
+        }
+        for row in rows.machine.layers.values().filter(|row| row.in_place) {
+            crate::mark::clear(std::path::Path::new(&row.file));
         }
         Ok(Value::Null)
     }

@@ -66,6 +66,7 @@ impl Owner {
                 add_disk(machine, made, spec);
             }
         })?;
+        self.shared.root.mark(self.shared.id, &settings.add_disks);
         Ok(Value::Null)
     }
 

@@ -21,9 +21,12 @@ pub(crate) enum Verb {
     Info {
         /// The image file
         file: PathBuf,
-        /// With all its parents
+        /// With all its parents, and which of the files something stands on
         #[arg(long)]
         chain: bool,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
     },
     /// The sha256 of the virtual content, as of the raw disk
     #[command(after_help = "Example:\n  tenby disk hash data.vhdx")]
@@ -59,21 +62,27 @@ pub(crate) enum Verb {
         #[arg(long, value_name = "UNDO-FILE", conflicts_with = "repair")]
         undo: Option<PathBuf>,
     },
-    /// Where an image's content lies (not there yet)
+    /// Where an image's content lies
     #[command(after_help = "Example:\n  tenby disk map data.vhdx --json")]
     Map {
         /// The image file
         file: PathBuf,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
     },
-    /// Compare the content of two images (not there yet)
+    /// Compare the content of two images; ends with 1 if they differ
     #[command(after_help = "Example:\n  tenby disk compare a.vhdx b.raw")]
     Compare {
         /// One
         a: PathBuf,
         /// The other
         b: PathBuf,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
     },
-    /// Change an image's size (not there yet)
+    /// Change an image's size
     #[command(after_help = "Example:\n  tenby disk resize data.vhdx 40G")]
     Resize {
         /// The image file
@@ -81,30 +90,36 @@ pub(crate) enum Verb {
         /// The new size
         #[arg(value_parser = words::some_size)]
         size: u64,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
     },
-    /// Give unused space back (not there yet)
+    /// Give unused space back
     #[command(after_help = "Example:\n  tenby disk compact data.vhdx")]
     Compact {
         /// The image file
         file: PathBuf,
+        /// The format of a file without signature: raw
+        #[arg(long, value_enum, value_name = "FORMAT")]
+        from: Option<FormatArg>,
     },
-    /// Tell a child where its parent is (not there yet)
+    /// Tell a child where its parent is
     #[command(after_help = "Example:\n  tenby disk reconnect child.avhdx data.vhdx")]
     Reconnect {
         /// The child
         child: PathBuf,
         /// Its parent
         parent: PathBuf,
-        /// Even if the ids differ
+        /// Even if the ids differ; the child remembers it
         #[arg(long)]
         force: bool,
     },
-    /// Merge a child into its parent, or into a new file (not there yet)
+    /// Merge a child into its parent, or into a new file
     #[command(after_help = "Example:\n  tenby disk merge child.avhdx")]
     Merge {
         /// The child
         child: PathBuf,
-        /// A new file, instead of the parent
+        /// A new file, instead of the parent; the child stays then
         #[arg(long)]
         into: Option<PathBuf>,
     },
@@ -148,7 +163,7 @@ pub(crate) struct ConvertArgs {
     /// How the new file holds its blocks
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     kind: Option<KindArg>,
-    /// Zeros are written, too
+    /// The new file has no holes: all of it takes space
     #[arg(long)]
     dense: bool,
 }
@@ -232,9 +247,10 @@ impl Verb {
     pub(crate) async fn run(self, out: &Out) -> Result<(), Problem> {
         match self {
             Self::Create(args) => create(args, out),
-            Self::Info { file, chain } => {
-                let info = disk::info(&Place::of(&file, None)?, chain)?;
-                out.show(&info, |_| info.draw());
+            Self::Info { file, chain, from } => {
+                let place = Place::of(&file, format(from)?)?;
+                let info = if chain { disk::chain(&place)? } else { disk::info(&place)? };
+                out.show(&info, |look| info.draw(look));
                 Ok(())
             }
             Self::Hash { file, from } => {
@@ -253,14 +269,68 @@ impl Verb {
                 disk::serve(&place, at, args.read_only, out).await
             }
             Self::Check { file, repair, undo } => check(&file, repair, undo.as_deref(), out),
-            Self::Map { .. } => Err(later("`tenby disk map`")),
-            Self::Compare { .. } => Err(later("`tenby disk compare`")),
-            Self::Resize { .. } => Err(later("`tenby disk resize`")),
-            Self::Compact { .. } => Err(later("`tenby disk compact`")),
-            Self::Reconnect { .. } => Err(later("`tenby disk reconnect`")),
-            Self::Merge { .. } => Err(later("`tenby disk merge`")),
+            Self::Map { file, from } => {
+                let map = disk::map(&Place::of(&file, format(from)?)?)?;
+                out.show(&map, |_| map.draw());
+                Ok(())
+            }
+            Self::Compare { a, b, from } => {
+                let places = (Place::of(&a, format(from)?)?, Place::of(&b, format(from)?)?);
+                compare(places, out).await
+            }
+            Self::Resize { file, size, from } => {
+                let info = disk::resize(Place::of(&file, format(from)?)?, size, out).await?;
+                let done = format!("{} has {} now", file.display(), crate::draw::size(size));
+                made(&info, &done, out);
+                Ok(())
+            }
+            Self::Compact { file, from } => {
+                let compacted = disk::compact(Place::of(&file, format(from)?)?, out).await?;
+                let (before, after) = (compacted.bytes_before, compacted.bytes);
+                let (given, left) = (crate::draw::size(before.saturating_sub(after)), crate::draw::size(after));
+                made(&compacted, &format!("{} given back; {} takes {left}", given, file.display()), out);
+                Ok(())
+            }
+            Self::Reconnect { child, parent, force } => {
+                let reconnected = disk::reconnect(&child, &parent, force)?;
+                out.show(&reconnected, |look| reconnected.draw(look));
+                Ok(())
+            }
+            Self::Merge { child, into } => merge(&child, into.as_deref(), out).await,
         }
     }
+}
+
+/// Something was done: its document, or a line.
+fn made(document: &impl serde::Serialize, line: &str, out: &Out) {
+    if out.json() {
+        out.document(document);
+    }
+    out.done(line);
+}
+
+async fn compare((one, other): (Place, Place), out: &Out) -> Result<(), Problem> {
+    let comparison = disk::compare(one, other, out).await?;
+    out.show(&comparison, |_| comparison.draw());
+    if !comparison.equal {
+        // That they differ is an answer, not a failure: all has been said.
+        std::process::exit(1);
+    }
+    Ok(())
+}
+
+async fn merge(child: &std::path::Path, into: Option<&std::path::Path>, out: &Out) -> Result<(), Problem> {
+    let Some(target) = into else {
+        let merged = disk::merge(child, out).await?;
+        let line = format!("{} holds all now; {} is gone", merged.file.display(), merged.removed.display());
+        made(&merged, &line, out);
+        return Ok(());
+    };
+    let source = Place::of(child, None)?;
+    let target = disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false };
+    let info = disk::convert(source, target, out).await?;
+    made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
+    Ok(())
 }
 
 fn format(said: Option<FormatArg>) -> Result<Option<Format>, Problem> {
@@ -325,18 +395,38 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
 }
 
 async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
-    if args.dense {
-        return Err(later("`--dense`"));
-    }
     if args.kind == Some(KindArg::Differencing) {
         return Err(Problem::usage("a converted image stands on nothing: --type fixed or dynamic"));
     }
-    let source = Place::of(&args.source, format(args.from)?)?;
-    let format = new_format(args.to, &args.target)?;
-    let info = disk::convert(source, &args.target, format, args.kind.map(Into::into), out).await?;
-    if out.json() {
-        out.document(&info);
+    let done = format!("{} is made", args.target.display());
+    let to_qcow2 = args.to.or_else(|| FormatArg::of(&args.target)) == Some(FormatArg::Qcow2);
+    let from_qcow2 = match args.from {
+        Some(said) => said == FormatArg::Qcow2,
+        None => disk::is_qcow2(&args.source)?,
+    };
+    if to_qcow2 {
+        if from_qcow2 {
+            return Err(Problem::usage(format!("{} is a qcow2 image already", args.source.display())));
+        }
+        if args.kind == Some(KindArg::Fixed) {
+            return Err(Problem::usage("a qcow2 image is dynamic; --dense fills the file"));
+        }
+        let source = Place::of(&args.source, format(args.from)?)?;
+        let made_file = disk::convert_to(source, &args.target, args.dense, out).await?;
+        made(&made_file, &done, out);
+        return Ok(());
     }
-    out.done(&format!("{} is made", args.target.display()));
+    let target = disk::Target {
+        path: &args.target,
+        format: new_format(args.to, &args.target)?,
+        kind: args.kind.map(Into::into),
+        dense: args.dense,
+    };
+    let info = if from_qcow2 {
+        disk::convert_from(&args.source, target, out).await?
+    } else {
+        disk::convert(Place::of(&args.source, format(args.from)?)?, target, out).await?
+    };
+    made(&info, &done, out);
     Ok(())
 }

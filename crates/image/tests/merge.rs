@@ -1,0 +1,182 @@
+//! Merging offline, comparing and reconnecting: images in a folder, without anybody who knows them.
+
+use image::merge::{FoldError, Outcome, move_down};
+use image::reconnect::{examine, reconnect};
+use image::siblings::Siblings;
+use image::vhdx::{self, Options};
+use image::{Access, Chain, Error, ErrorKind, Layer, compare, gate};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use store::sim::{At, Crash, Sim};
+use store::{Folder, Mode};
+use uuid::Uuid;
+
+const MIB: u64 = 1 << 20;
+const SECTOR: u64 = 512;
+
+fn create(folder: &Arc<dyn Folder>, name: &str, below: Option<&str>, size: u64) -> Arc<dyn Layer> {
+    let options = match below {
+        None => Options::dynamic(size),
+        Some(below) => {
+            let parent = vhdx::open(folder.open(below, Mode::Read).unwrap(), Mode::Read).unwrap();
+            Options { size, ..Options::differencing(&*parent, below).unwrap() }
+        }
+    };
+    let layer = vhdx::create(folder.create(name).unwrap(), &Options { block_size: MIB as u32, ..options }).unwrap();
+    folder.sync().unwrap();
+    layer
+}
+
+/// Writes through a chain: (offset, length, byte); the byte 0 zeroes.
+fn fill(folder: &Arc<dyn Folder>, name: &str, parts: &[(u64, u64, u8)]) {
+    let chain = Chain::new(gate::open_chain(folder, name, Mode::Write).unwrap(), Access::Write).unwrap();
+    for &(at, len, byte) in parts {
+        match byte {
+            0 => chain.zero(at, len).unwrap(),
+            _ => chain.write(&vec![byte; len as usize], at).unwrap(),
+        }
+    }
+    chain.close().unwrap();
+}
+
+fn content(folder: &Arc<dyn Folder>, name: &str) -> Result<Vec<u8>, Error> {
+    let chain = Chain::new(gate::open_chain(folder, name, Mode::Read)?, Access::Read)?;
+    let mut bytes = vec![0xAA; chain.size() as usize];
+    chain.read(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// A base, and a child of another size that has data, zeros and nothing.
+fn pair(sim: &Sim, sizes: (u64, u64)) -> Vec<u8> {
+    let folder = sim.root();
+    drop(create(&folder, "base", None, sizes.0));
+    fill(&folder, "base", &[(0, sizes.0, 1)]);
+    drop(create(&folder, "child", Some("base"), sizes.1));
+    fill(&folder, "child", &[(SECTOR, 2 * SECTOR, 2), (MIB, MIB, 3), (2 * MIB + 5 * SECTOR, 300 * SECTOR, 0)]);
+    content(&folder, "child").unwrap()
+}
+
+fn merge(sim: &Sim) -> Result<(), Error> {
+    let folder = sim.root();
+    let layers = gate::open_to_merge(&folder, "child", None)?;
+    let [base, child] = layers.as_slice() else { panic!("two layers") };
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let outcome = move_down(child, base, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    let outcome = outcome.map_err(|error| match error {
+        FoldError::Image(error) | FoldError::Commit(error) => error,
+    })?;
+    assert_eq!(outcome, Outcome::Folded);
+    base.close()
+}
+
+#[test]
+fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
+    for sizes in [(4 * MIB, 4 * MIB), (4 * MIB, 3 * MIB - SECTOR), (3 * MIB + 7 * SECTOR, 5 * MIB)] {
+        let (first, last) = {
+            let sim = Sim::new();
+            let before = pair(&sim, sizes);
+            let first = sim.counts().operations;
+            merge(&sim).unwrap();
+            assert!(content(&sim.root(), "base").unwrap() == before);
+            (first, sim.counts().operations)
+        };
+        for cut in first..last {
+            let sim = Sim::new();
+            let before = pair(&sim, sizes);
+            sim.cut(At::Operation(cut));
+            assert!(merge(&sim).is_err());
+            for crash in Crash::several(cut, 3) {
+                let after = sim.after_crash(crash);
+                let what = format!("{sizes:?}, cut at {cut} of {last}, {crash:?}");
+                let now = content(&after.root(), "child").unwrap_or_else(|error| panic!("{error} ({what})"));
+                assert!(now == before, "{what}");
+                merge(&after).unwrap_or_else(|error| panic!("{error} ({what})"));
+                let now = content(&after.root(), "base").unwrap_or_else(|error| panic!("{error} ({what})"));
+                assert!(now == before, "merged again, {what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_merge_does_not_need_the_space_twice() {
+    const SIZE: u64 = 512 * MIB;
+    let sim = Sim::new();
+    let folder = sim.root();
+    drop(create(&folder, "base", None, SIZE));
+    drop(create(&folder, "child", Some("base"), SIZE));
+    fill(&folder, "child", &[(0, SIZE, 5)]);
+    sim.set_capacity(Some(SIZE + 200 * MIB));
+    merge(&sim).unwrap();
+    assert!(content(&folder, "base").unwrap().iter().all(|byte| *byte == 5));
+}
+
+#[test]
+fn disks_are_compared_by_what_was_written_over_their_base() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    drop(create(&folder, "base", None, 64 * MIB));
+    fill(&folder, "base", &[(0, 64 * MIB, 1)]);
+    for name in ["one", "other"] {
+        drop(create(&folder, name, Some("base"), 64 * MIB));
+    }
+    // Different, the same in two ways, and zeros against data.
+    fill(&folder, "one", &[(MIB, SECTOR, 2), (5 * MIB, 4096, 3), (9 * MIB, MIB, 0)]);
+    fill(&folder, "other", &[(5 * MIB, 4096, 3), (20 * MIB + SECTOR, SECTOR, 9)]);
+    let open = |name: &str| Chain::new(gate::open_chain(&folder, name, Mode::Read).unwrap(), Access::Read).unwrap();
+    let (one, other) = (open("one"), open("other"));
+    let before = sim.counts().reads;
+    let mut found = Vec::new();
+    assert!(compare::compare(&one, &other, &mut |_, _| true, |at, len| found.push((at, len))).unwrap());
+    assert_eq!(found, [(MIB, SECTOR), (9 * MIB, MIB), (20 * MIB + SECTOR, SECTOR)]);
+    assert!(sim.counts().reads - before < 40, "what they share is not read");
+    let stopped = compare::compare(&one, &other, &mut |_, _| false, |_, _| ());
+    assert!(!stopped.unwrap());
+}
+
+#[test]
+fn siblings_know_who_stands_on_whom() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    drop(create(&folder, "base.vhdx", None, 4 * MIB));
+    drop(create(&folder, "child.avhdx", Some("base.vhdx"), 4 * MIB));
+    folder.create("notes.txt").unwrap().write_at(b"not an image", 0).unwrap();
+    folder.create("broken.vhdx").unwrap().write_at(b"vhdxfile", 0).unwrap();
+    let siblings = Siblings::of(&*folder).unwrap();
+    assert_eq!(siblings.unread, ["broken.vhdx"]);
+    let id = |name: &str| siblings.images.iter().find(|image| image.name == name).unwrap().info.data_id;
+    let children =
+        |name: &'static str| siblings.children(name, id(name)).map(|child| child.name.as_str()).collect::<Vec<_>>();
+    assert_eq!(children("base.vhdx"), ["child.avhdx"]);
+    assert_eq!(children("child.avhdx"), [""; 0]);
+    // By its id also under another name.
+    let renamed: Vec<_> = siblings.children("moved.vhdx", id("base.vhdx")).map(|child| child.name.as_str()).collect();
+    assert_eq!(renamed, ["child.avhdx"]);
+}
+
+#[test]
+fn another_parent_is_taken_by_force_only_and_is_remembered() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    let base = create(&folder, "base", None, 4 * MIB);
+    let first = base.info().data_id;
+    drop(base);
+    drop(create(&folder, "other", None, 4 * MIB));
+    drop(create(&folder, "child", Some("base"), 4 * MIB));
+    let open = |name: &str, mode| vhdx::open(folder.open(name, mode).unwrap(), mode).unwrap();
+    let other = open("other", Mode::Read);
+    let child = open("child", Mode::Write);
+    assert!(examine(&*child, &*open("base", Mode::Read)).unwrap().fits);
+    assert_eq!(reconnect(&*child, &*other, "other", false).unwrap_err().kind, ErrorKind::Parent);
+    assert_eq!((child.info().parent.unwrap().linkage, child.forced()), (first, None));
+    assert!(!reconnect(&*child, &*other, "other", true).unwrap().fits);
+    drop(child);
+    let child = open("child", Mode::Write);
+    let link = child.info().parent.unwrap();
+    assert_eq!((link.linkage, child.forced()), (other.info().data_id, Some(first)));
+    assert_eq!(gate::parent_name(&link).unwrap(), "other");
+    // The other way round it is the first one that is remembered.
+    reconnect(&*child, &*open("base", Mode::Read), "base", true).unwrap();
+    assert_eq!(open("child", Mode::Read).forced(), Some(first));
+    assert_eq!(examine(&*other, &*child).unwrap_err().kind, ErrorKind::Parent);
+}

@@ -1,0 +1,59 @@
+//! The mark on a file that was taken in place: whose it is, as an extended attribute that whoever meets the file elsewhere can read.
+//!
+//! A mark is a help, not a lock: file systems without extended attributes have none, and one that its machine has left behind counts for
+//! nothing.
+
+use crate::root::Root;
+use crate::tree::MachineId;
+use rustix::fs::{XattrFlags, getxattr, removexattr, setxattr};
+use std::ffi::OsStr;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+/// The attribute's name. Its value is the machine's id, a space, and the path of the root.
+const MARK: &str = "user.tenby.machine";
+/// The folders of a machine's own images.
+const OWN: [&str; 2] = ["disks", "memory"];
+
+/// Says on a file that a machine of `root` owns it.
+pub(crate) fn set(file: &Path, root: &Path, id: MachineId) {
+    let root = std::path::absolute(root).unwrap_or_else(|_| root.to_owned());
+    let value = [id.to_string().as_bytes(), b" ", root.as_os_str().as_bytes()].concat();
+    // Without it the file's owner is found out later, by its lock.
+    let _ = setxattr(file, MARK, &value, XattrFlags::empty());
+}
+
+/// Takes the mark off.
+pub(crate) fn clear(file: &Path) {
+    // A mark that stays names a machine that is not there.
+    let _ = removexattr(file, MARK);
+}
+
+/// The name of the machine that owns this file: by the machine's folder that it lies in, else by its mark. `None` if there is no such
+/// machine.
+pub fn owner(file: &Path) -> Option<String> {
+    let file = std::fs::canonicalize(file).ok()?;
+    let (root, id) = by_place(&file).or_else(|| by_mark(&file))?;
+    let machines = Root::open(&root).ok()?.list().ok()?;
+    machines.into_iter().find(|found| found.id == id).map(|found| found.name)
+}
+
+/// `ROOT/ID/disks/FILE`
+fn by_place(file: &Path) -> Option<(PathBuf, MachineId)> {
+    let folder = file.parent()?;
+    let machine = folder.parent()?;
+    let own = OWN.iter().any(|name| folder.file_name() == Some(OsStr::new(name))) && machine.join("ledger").is_file();
+    let id = machine.file_name()?.to_str()?.parse().ok().map(MachineId)?;
+    own.then_some((machine.parent()?.to_owned(), id))
+}
+
+fn by_mark(file: &Path) -> Option<(PathBuf, MachineId)> {
+    let mut value = vec![0; 4200];
+    let len = getxattr(file, MARK, &mut value[..]).ok()?;
+    value.truncate(len);
+    let space = value.iter().position(|byte| *byte == b' ')?;
+    let id = std::str::from_utf8(&value[..space]).ok()?.parse().ok().map(MachineId)?;
+    let root = PathBuf::from(std::ffi::OsString::from_vec(value.split_off(space + 1)));
+    // A root that is not there is not made for the sake of a mark.
+    (root.is_absolute() && root.join(id.to_string()).is_dir()).then_some((root, id))
+}

@@ -1,0 +1,480 @@
+//! `tenby disk`: every verb, run as a process, with good input and bad, in little memory.
+
+mod place;
+
+use place::{Ended, Place, content};
+use serde_json::Value;
+use std::fs;
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+
+/// Runs a command in no more than two gigabytes of address space.
+fn tenby(place: &Place, words: &[&str]) -> Ended {
+    let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
+    let line = format!("ulimit -v 2000000; exec '{}' {}", env!("CARGO_BIN_EXE_tenby"), quoted.join(" "));
+    let output = Command::new("sh")
+        .args(["-c", &line])
+        .env("TENBY_ROOT", place.root())
+        .env("TENBY_RUNTIME", place.dir.path().join("run"))
+        .env("LC_ALL", "C.UTF-8")
+        .env("TZ", "UTC")
+        .current_dir(place.dir.path())
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    output.into()
+}
+
+fn json(place: &Place, words: &[&str]) -> Value {
+    let words: Vec<&str> = words.iter().copied().chain(["--json"]).collect();
+    tenby(place, &words).well().json()
+}
+
+fn hash(place: &Place, file: &str) -> String {
+    json(place, &["disk", "hash", file])["sha256"].as_str().unwrap().to_owned()
+}
+
+/// Writes into an image as anybody else would: through a raw copy.
+fn raw(place: &Place, name: &str, size: u64, parts: &[(u64, &[u8])]) {
+    let file = fs::File::create(place.path(name)).unwrap();
+    file.set_len(size).unwrap();
+    for (at, bytes) in parts {
+        file.write_all_at(bytes, *at).unwrap();
+    }
+}
+
+/// Whether a tool is here; tests that need it pass politely where it is not.
+fn has(tool: &str) -> bool {
+    let there = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
+    if !there {
+        println!("SKIPPED: no {tool}");
+    }
+    there
+}
+
+/// Writes into a served image. Needs `qemu-io`.
+fn write(place: &Place, file: &str, commands: &[&str]) {
+    let socket = place.path("s.sock");
+    let mut serving =
+        place.command(&["disk", "serve", file, "--socket", &socket]).stdout(Stdio::piped()).spawn().unwrap();
+    place::eventually("the socket", || Path::new(&socket).exists());
+    let mut io = Command::new("qemu-io");
+    io.args(["-f", "raw", &format!("nbd+unix:///?socket={socket}")]);
+    for command in commands.iter().chain(&["flush"]) {
+        io.args(["-c", command]);
+    }
+    let done = io.output().unwrap();
+    assert!(done.status.success(), "{done:?}");
+    rustix::process::kill_process(rustix::process::Pid::from_child(&serving), rustix::process::Signal::TERM).unwrap();
+    assert!(serving.wait().unwrap().success());
+}
+
+/// base.vhdx (8 MiB) with data, and child.avhdx over it with other data.
+fn pair(place: &Place) {
+    raw(place, "base.raw", 8 * MIB, &[(0, &[1; 4096]), (5 * MIB, &vec![2; 100_000])]);
+    tenby(place, &["disk", "convert", "base.raw", "base.vhdx"]).well();
+    tenby(place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
+    write(place, "child.avhdx", &["write -P 3 4096 4096", "write -z 5M 64k", "write -P 4 7M 512"]);
+}
+
+#[test]
+fn a_map_covers_the_disk_and_names_the_layers() {
+    if !has("qemu-io") {
+        return;
+    }
+    let place = Place::new();
+    pair(&place);
+    let map = json(&place, &["disk", "map", "child.avhdx"]);
+    let runs = map["runs"].as_array().unwrap();
+    let mut at = 0;
+    for run in runs {
+        assert_eq!(run["offset"], at);
+        at += run["length"].as_u64().unwrap();
+        assert!(["data", "zero", "absent"].contains(&run["state"].as_str().unwrap()));
+        assert_eq!(run["layer"].is_null(), run["state"] == "absent");
+    }
+    assert_eq!(at, 8 * MIB);
+    let layer_at = |offset: u64| {
+        let inside = |run: &&Value| {
+            let start = run["offset"].as_u64().unwrap();
+            (start..start + run["length"].as_u64().unwrap()).contains(&offset)
+        };
+        runs.iter().find(inside).unwrap()["layer"].clone()
+    };
+    assert_eq!((layer_at(0), layer_at(4096), layer_at(7 * MIB)), (0.into(), 1.into(), 1.into()));
+    let text = tenby(&place, &["disk", "map", "child.avhdx"]).well().out;
+    assert_eq!(text.lines().count(), runs.len() + 1);
+}
+
+#[test]
+fn a_comparison_says_where_and_ends_with_1() {
+    let place = Place::new();
+    raw(&place, "a.raw", 8 * MIB, &[(MIB, &[7; 8192])]);
+    tenby(&place, &["disk", "convert", "a.raw", "a.vhdx"]).well();
+    assert_eq!(json(&place, &["disk", "compare", "a.raw", "a.vhdx"])["equal"], true);
+    tenby(&place, &["disk", "compare", "a.raw", "a.vhdx"]).well();
+    raw(&place, "b.raw", 8 * MIB, &[(MIB, &[7; 4096]), (MIB + 8192, &[1; 1])]);
+    let differs = tenby(&place, &["disk", "compare", "a.vhdx", "b.raw", "--json"]);
+    assert_eq!((differs.code, differs.err.as_str()), (1, ""));
+    let differs = differs.json();
+    assert_eq!(differs["equal"], false);
+    assert_eq!(differs["ranges"], serde_json::json!([{ "offset": MIB + 4096, "length": 4096 + 512 }]));
+    raw(&place, "c.raw", 9 * MIB, &[(MIB, &[7; 8192])]);
+    let longer = tenby(&place, &["disk", "compare", "a.raw", "c.raw", "--json"]).json();
+    assert_eq!(longer["ranges"], serde_json::json!([{ "offset": 8 * MIB, "length": MIB }]));
+}
+
+#[test]
+fn a_disk_grows_and_shrinks_as_far_as_it_is_empty() {
+    let place = Place::new();
+    raw(&place, "a.raw", 8 * MIB, &[(3 * MIB, &[9; 1000])]);
+    for file in ["a.vhdx", "a.raw"] {
+        if file == "a.vhdx" {
+            tenby(&place, &["disk", "convert", "a.raw", "a.vhdx"]).well();
+        }
+        let before = hash(&place, file);
+        assert_eq!(json(&place, &["disk", "resize", file, "100M"])["size"], 100 * MIB);
+        let refused = tenby(&place, &["disk", "resize", file, "1M"]).with(3);
+        assert!(refused.err.contains("hint: tenby disk resize"), "{refused:?}");
+        assert_eq!(json(&place, &["disk", "info", file])["size"], 100 * MIB);
+        tenby(&place, &["disk", "resize", file, "8M"]).well();
+        assert_eq!(hash(&place, file), before);
+        tenby(&place, &["disk", "resize", file, "100"]).with(2);
+    }
+    tenby(&place, &["disk", "resize", "a.vhdx", "2000G"]).well();
+    assert_eq!(json(&place, &["disk", "info", "a.vhdx"])["size"], 2000_u64 << 30);
+    tenby(&place, &["disk", "resize", "a.vhdx", "8M"]).well();
+    assert!(tenby(&place, &["disk", "compare", "a.vhdx", "a.raw"]).well().out.contains("same"));
+}
+
+#[test]
+fn only_the_leaf_changes_its_size_and_a_child_may_be_larger() {
+    if !has("qemu-io") {
+        return;
+    }
+    let place = Place::new();
+    pair(&place);
+    for words in [&["disk", "resize", "base.vhdx", "20M"][..], &["disk", "compact", "base.vhdx"]] {
+        let before = fs::read(place.path("base.vhdx")).unwrap();
+        let refused = tenby(&place, words).with(3);
+        assert!(refused.err.contains("child.avhdx"), "{refused:?}");
+        assert!(fs::read(place.path("base.vhdx")).unwrap() == before);
+    }
+    tenby(&place, &["disk", "resize", "child.avhdx", "20M"]).well();
+    tenby(&place, &["disk", "convert", "child.avhdx", "all.raw"]).well();
+    tenby(&place, &["disk", "merge", "child.avhdx"]).well();
+    assert!(!Path::new(&place.path("child.avhdx")).exists());
+    assert_eq!(json(&place, &["disk", "info", "base.vhdx"])["size"], 20 * MIB);
+    tenby(&place, &["disk", "compare", "base.vhdx", "all.raw"]).well();
+}
+
+#[test]
+fn a_compaction_gives_space_back_and_changes_nothing() {
+    let place = Place::new();
+    raw(&place, "a.raw", 64 * MIB, &[(0, &vec![1; 8 * MIB as usize]), (40 * MIB, &[2; 4096])]);
+    tenby(&place, &["disk", "convert", "a.raw", "a.vhdx", "--type", "fixed", "--dense"]).well();
+    tenby(&place, &["disk", "convert", "a.vhdx", "b.vhdx"]).well();
+    for file in ["a.vhdx", "b.vhdx"] {
+        let (before, id) = (hash(&place, file), json(&place, &["disk", "info", file])["id"].clone());
+        let compacted = json(&place, &["disk", "compact", file]);
+        assert!(compacted["bytes"].as_u64().unwrap() < 16 * MIB, "{compacted}");
+        assert_eq!(hash(&place, file), before);
+        assert_eq!(json(&place, &["disk", "info", file])["id"], id, "what stands on it still does");
+    }
+}
+
+#[test]
+fn a_merge_leaves_one_file_that_holds_all() {
+    if !has("qemu-io") {
+        return;
+    }
+    let place = Place::new();
+    pair(&place);
+    tenby(&place, &["disk", "create", "top.avhdx", "--parent", "child.avhdx"]).well();
+    write(&place, "top.avhdx", &["write -P 9 1M 4096"]);
+    let (middle, top) = (hash(&place, "child.avhdx"), hash(&place, "top.avhdx"));
+    tenby(&place, &["disk", "merge", "top.avhdx", "--into", "all.vhdx"]).well();
+    assert_eq!(hash(&place, "all.vhdx"), top);
+    assert_eq!(hash(&place, "top.avhdx"), top);
+    // The middle one goes; what stands on it stands on the base.
+    let merged = json(&place, &["disk", "merge", "child.avhdx"]);
+    assert_eq!(merged["children"], serde_json::json!(["top.avhdx"]));
+    assert_eq!((hash(&place, "base.vhdx"), hash(&place, "top.avhdx")), (middle, top.clone()));
+    let ended = tenby(&place, &["disk", "merge", "top.avhdx"]).well();
+    assert!(ended.err.contains("to copy"), "the estimate comes first: {ended:?}");
+    assert_eq!(hash(&place, "base.vhdx"), top);
+    tenby(&place, &["disk", "merge", "base.vhdx"]).with(3);
+    if has("qemu-img") {
+        tenby(&place, &["disk", "convert", "base.vhdx", "ours.raw"]).well();
+        let theirs = place.path("theirs.raw");
+        let done = Command::new("qemu-img").args(["convert", "-O", "raw", &place.path("base.vhdx"), &theirs]).output();
+        assert!(done.unwrap().status.success());
+        assert!(fs::read(theirs).unwrap() == fs::read(place.path("ours.raw")).unwrap());
+    }
+}
+
+#[test]
+fn a_merge_into_a_parent_of_others_is_refused() {
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "base.vhdx", "--size", "8M"]).well();
+    tenby(&place, &["disk", "create", "one.avhdx", "--parent", "base.vhdx"]).well();
+    tenby(&place, &["disk", "create", "two.avhdx", "--parent", "base.vhdx"]).well();
+    let before = content(place.dir.path());
+    let refused = tenby(&place, &["disk", "merge", "one.avhdx"]).with(3);
+    assert!(refused.err.contains("two.avhdx") && refused.err.contains("--into"), "{refused:?}");
+    assert!(content(place.dir.path()) == before);
+}
+
+/// Killed in the middle, as often as it takes: it goes on, and nothing is lost.
+#[test]
+fn a_merge_that_is_killed_goes_on() {
+    if !has("qemu-io") {
+        return;
+    }
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "base.vhdx", "--size", "400M"]).well();
+    tenby(&place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
+    write(&place, "child.avhdx", &["write -P 5 0 200M", "write -P 6 300M 50M"]);
+    let before = hash(&place, "child.avhdx");
+    for wait in [20, 60, 120, 250] {
+        let mut merging = place.command(&["disk", "merge", "child.avhdx", "--quiet"]).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        merging.kill().unwrap();
+        merging.wait().unwrap();
+        if !Path::new(&place.path("child.avhdx")).exists() {
+            break;
+        }
+        assert_eq!(hash(&place, "child.avhdx"), before);
+    }
+    if Path::new(&place.path("child.avhdx")).exists() {
+        tenby(&place, &["disk", "merge", "child.avhdx"]).well();
+    }
+    assert_eq!(hash(&place, "base.vhdx"), before);
+}
+
+#[test]
+fn a_merge_that_is_cancelled_says_that_it_goes_on() {
+    if !has("qemu-io") {
+        return;
+    }
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "base.vhdx", "--size", "2G"]).well();
+    tenby(&place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
+    write(&place, "child.avhdx", &["write -P 5 0 512M"]);
+    let before = hash(&place, "child.avhdx");
+    let merging =
+        place.command(&["disk", "merge", "child.avhdx"]).stderr(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_millis(150) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let pid = rustix::process::Pid::from_child(&merging);
+    // It may have ended already on a fast host.
+    let _ = rustix::process::kill_process(pid, rustix::process::Signal::INT);
+    let ended: Ended = merging.wait_with_output().unwrap().into();
+    if ended.code == 0 {
+        assert_eq!(hash(&place, "base.vhdx"), before);
+        return;
+    }
+    if ended.code == 130 {
+        assert!(ended.err.contains("hint: tenby disk merge"), "{ended:?}");
+    }
+    assert_eq!(hash(&place, "child.avhdx"), before);
+    tenby(&place, &["disk", "merge", "child.avhdx"]).well();
+    assert_eq!(hash(&place, "base.vhdx"), before);
+}
+
+#[test]
+fn a_child_is_reconnected_by_its_parents_id_or_by_force() {
+    let place = Place::new();
+    raw(&place, "base.raw", 8 * MIB, &[(0, &[1; 4096])]);
+    tenby(&place, &["disk", "convert", "base.raw", "base.vhdx"]).well();
+    tenby(&place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
+    let before = hash(&place, "child.avhdx");
+    fs::rename(place.path("base.vhdx"), place.path("moved.vhdx")).unwrap();
+    let lost = tenby(&place, &["disk", "info", "child.avhdx", "--chain"]).with(5);
+    assert!(lost.err.contains("hint: tenby disk reconnect child.avhdx moved.vhdx"), "{lost:?}");
+    let reconnected = json(&place, &["disk", "reconnect", "child.avhdx", "moved.vhdx"]);
+    assert_eq!((&reconnected["fits"], &reconnected["forced"]), (&true.into(), &false.into()));
+    assert_eq!(hash(&place, "child.avhdx"), before);
+
+    tenby(&place, &["disk", "create", "other.vhdx", "--size", "8M"]).well();
+    let unchanged = fs::read(place.path("child.avhdx")).unwrap();
+    let refused = tenby(&place, &["disk", "reconnect", "child.avhdx", "other.vhdx"]).with(3);
+    let ids = [json(&place, &["disk", "info", "moved.vhdx"]), json(&place, &["disk", "info", "other.vhdx"])];
+    assert!(ids.iter().all(|info| refused.err.contains(info["id"].as_str().unwrap())), "{refused:?}");
+    assert!(refused.err.contains("--force"));
+    assert!(fs::read(place.path("child.avhdx")).unwrap() == unchanged);
+    let forced = json(&place, &["disk", "reconnect", "child.avhdx", "other.vhdx", "--force"]);
+    assert_eq!(forced["forced"], true);
+    assert_eq!(json(&place, &["disk", "info", "child.avhdx"])["forced"], ids[0]["id"]);
+    assert_ne!(hash(&place, "child.avhdx"), before);
+
+    fs::create_dir(place.path("sub")).unwrap();
+    fs::copy(place.path("moved.vhdx"), place.path("sub/moved.vhdx")).unwrap();
+    tenby(&place, &["disk", "reconnect", "child.avhdx", "sub/moved.vhdx"]).with(2);
+    tenby(&place, &["disk", "reconnect", "child.avhdx", "child.avhdx", "--force"]).with(3);
+    tenby(&place, &["disk", "reconnect", "other.vhdx", "moved.vhdx", "--force"]).with(3);
+}
+
+#[test]
+fn a_chain_says_which_files_are_needed() {
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "base.vhdx", "--size", "8M"]).well();
+    tenby(&place, &["disk", "create", "child.avhdx", "--parent", "base.vhdx"]).well();
+    let info = json(&place, &["disk", "info", "child.avhdx", "--chain"]);
+    let chain = info["chain"].as_array().unwrap();
+    assert_eq!(chain.len(), 2);
+    assert_eq!((&chain[0]["file"], &chain[0]["deletable"]), (&"base.vhdx".into(), &false.into()));
+    assert_eq!(chain[0]["children"], serde_json::json!(["child.avhdx"]));
+    assert_eq!((&chain[1]["file"], &chain[1]["deletable"]), (&"child.avhdx".into(), &true.into()));
+    assert!(chain.iter().all(|link| link["modified"].is_string() && link["bytes"].is_u64()));
+    let text = tenby(&place, &["disk", "info", "child.avhdx", "--chain"]).well().out;
+    assert!(text.contains("needed    by child.avhdx") && text.contains("by nothing in this folder"), "{text}");
+}
+
+#[test]
+fn a_dense_copy_has_no_holes() {
+    let place = Place::new();
+    raw(&place, "a.raw", 16 * MIB, &[(MIB, &[7; 4096])]);
+    for (target, words) in [("b.raw", &[][..]), ("b.vhdx", &[]), ("c.vhdx", &["--type", "fixed"])] {
+        let words: Vec<&str> =
+            ["disk", "convert", "a.raw", target, "--dense"].into_iter().chain(words.iter().copied()).collect();
+        let info = json(&place, &words);
+        let length = fs::metadata(place.path(target)).unwrap().len();
+        assert!(info["bytes"].as_u64().unwrap() >= length, "{target}: {info}, {length}");
+        tenby(&place, &["disk", "compare", "a.raw", target]).well();
+    }
+}
+
+#[test]
+fn qcow2_comes_and_goes_by_qemu_img() {
+    if !has("qemu-img") {
+        return;
+    }
+    let place = Place::new();
+    raw(&place, "a.raw", 9 * MIB + 512, &[(MIB, &vec![7; 70_000]), (9 * MIB, &[1; 512])]);
+    let made = json(&place, &["disk", "convert", "a.raw", "a.qcow2"]);
+    assert_eq!((&made["format"], &made["size"]), (&"qcow2".into(), &(9 * MIB + 512).into()));
+    let check = Command::new("qemu-img").args(["check", "-f", "qcow2", &place.path("a.qcow2")]).output().unwrap();
+    assert!(check.status.success(), "{check:?}");
+    for target in ["b.vhdx", "b.raw"] {
+        tenby(&place, &["disk", "convert", "a.qcow2", target]).well();
+        tenby(&place, &["disk", "compare", "a.raw", target]).well();
+    }
+    let refused = tenby(&place, &["disk", "hash", "a.qcow2"]).with(3);
+    assert!(refused.err.contains("hint: tenby disk convert a.qcow2 a.vhdx"), "{refused:?}");
+    // One that names another file is not followed.
+    let over = place.path("over.qcow2");
+    let args = ["create", "-q", "-f", "qcow2", "-b", &place.path("a.qcow2"), "-F", "qcow2", &over];
+    assert!(Command::new("qemu-img").args(args).status().unwrap().success());
+    tenby(&place, &["disk", "convert", "over.qcow2", "c.vhdx"]).with(5);
+    assert!(!Path::new(&place.path("c.vhdx")).exists());
+    // Without the tool it says what to install.
+    let missing: Ended =
+        place.command(&["disk", "convert", "a.qcow2", "d.vhdx"]).env("PATH", "/nowhere").output().unwrap().into();
+    let missing = missing.with(1);
+    assert!(missing.err.contains("hint: sudo apt install qemu-utils"), "{missing:?}");
+    assert!(!Path::new(&place.path("d.vhdx")).exists());
+    let left = fs::read_dir(place.dir.path()).unwrap().flatten();
+    assert!(left.into_iter().all(|entry| !entry.file_name().to_string_lossy().contains(".part")), "nothing is left");
+}
+
+#[test]
+fn bad_input_is_refused_by_every_verb_and_stays_as_it_is() {
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "good.vhdx", "--size", "8M"]).well();
+    let good = fs::read(place.path("good.vhdx")).unwrap();
+    fs::create_dir(place.path("folder")).unwrap();
+    fs::write(place.path("empty.vhdx"), "").unwrap();
+    fs::write(place.path("empty.raw"), "").unwrap();
+    fs::write(place.path("text.vhdx"), "this is no disk\n").unwrap();
+    fs::write(place.path("text.img"), "this is no disk\n").unwrap();
+    fs::write(place.path("half.vhdx"), &good[..good.len() / 2]).unwrap();
+    fs::write(place.path("disguise.raw"), &good).unwrap();
+    let fifo = (rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR);
+    rustix::fs::mknodat(rustix::fs::CWD, place.path("pipe"), fifo.0, fifo.1, 0).unwrap();
+    let bad = [
+        "folder",
+        "pipe",
+        "/dev/null",
+        "empty.vhdx",
+        "empty.raw",
+        "text.vhdx",
+        "text.img",
+        "half.vhdx",
+        "disguise.raw",
+    ];
+    for file in bad {
+        let before = fs::metadata(place.path(file))
+            .ok()
+            .filter(fs::Metadata::is_file)
+            .map(|_| fs::read(place.path(file)).unwrap());
+        for words in [
+            &["disk", "info", file][..],
+            &["disk", "info", file, "--chain"],
+            &["disk", "hash", file],
+            &["disk", "map", file],
+            &["disk", "compare", file, "good.vhdx"],
+            &["disk", "compare", "good.vhdx", file],
+            &["disk", "resize", file, "16M"],
+            &["disk", "compact", file],
+            &["disk", "merge", file],
+            &["disk", "reconnect", file, "good.vhdx"],
+            &["disk", "reconnect", "good.vhdx", file],
+            &["disk", "convert", file, "new.vhdx"],
+        ] {
+            let ended = tenby(&place, words);
+            assert_eq!(ended.code, 5, "{words:?}: {ended:?}");
+            assert!(ended.err.starts_with("error: "), "{words:?}: {ended:?}");
+            assert!(!Path::new(&place.path("new.vhdx")).exists());
+        }
+        if let Some(before) = before {
+            assert!(fs::read(place.path(file)).unwrap() == before, "{file}");
+        }
+    }
+    let said = tenby(&place, &["disk", "hash", "text.img"]).with(5);
+    assert!(said.err.contains("hint: tenby disk hash text.img --from raw"), "{said:?}");
+    tenby(&place, &["disk", "hash", "text.img", "--from", "raw"]).well();
+    let said = tenby(&place, &["vm", "create", "x", "--disk", "text.img"]).with(5);
+    assert!(said.err.contains("text.img,format=raw"), "{said:?}");
+    assert!(fs::read(place.path("good.vhdx")).unwrap() == good);
+}
+
+#[test]
+fn a_file_without_permission_is_an_error() {
+    if rustix::process::getuid().is_root() {
+        println!("SKIPPED: root may read everything");
+        return;
+    }
+    let place = Place::new();
+    tenby(&place, &["disk", "create", "a.vhdx", "--size", "8M"]).well();
+    fs::set_permissions(place.path("a.vhdx"), fs::Permissions::from_mode(0o000)).unwrap();
+    tenby(&place, &["disk", "hash", "a.vhdx"]).with(1);
+}
+
+#[test]
+fn what_a_machine_owns_is_not_changed() {
+    let place = Place::with_machine("web");
+    let probe = rustix::fs::setxattr(place.dir.path(), "user.test", b"1", rustix::fs::XattrFlags::empty());
+    if probe.is_err() {
+        println!("SKIPPED: no extended attributes here");
+        return;
+    }
+    tenby(&place, &["disk", "create", "mine.vhdx", "--size", "8M"]).well();
+    tenby(&place, &["vm", "create", "db", "--memory", "64M", "--disk", "mine.vhdx,in-place"]).well();
+    let own = place.machine("web")["disks"][0]["file"].as_str().unwrap().to_owned();
+    for (file, name) in [(own.as_str(), "web"), ("mine.vhdx", "db")] {
+        for words in [&["disk", "resize", file, "16M"][..], &["disk", "compact", file]] {
+            let refused = tenby(&place, words).with(3);
+            assert!(refused.err.contains(name), "{refused:?}");
+        }
+        tenby(&place, &["disk", "hash", file]).well();
+    }
+    tenby(&place, &["vm", "delete", "db", "--yes"]).well();
+    tenby(&place, &["disk", "resize", "mine.vhdx", "16M"]).well();
+}
