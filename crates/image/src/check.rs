@@ -21,7 +21,7 @@ mod undo;
 pub(crate) use plan::{Plan, Planned};
 
 use crate::open::{Signature, probe};
-use crate::{Error, ErrorKind, Format, Result, vhdx};
+use crate::{Error, ErrorKind, Format, Result, vhd, vhdx};
 use std::ops::Range;
 use std::sync::Arc;
 use store::{Folder, Lock, Mode, Store};
@@ -118,12 +118,17 @@ fn survey(store: &Arc<dyn Store>, format: Option<Format>) -> Result<Survey> {
     match (probe(&**store)?, format) {
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => vhdx::check::survey(store),
         (None, None | Some(Format::Vhdx)) if vhdx::check::looks_like_one(&**store)? => vhdx::check::survey(store),
+        (Some(Signature::Vhd), None | Some(Format::Vhd)) => vhd::check::survey(store),
+        (None, None | Some(Format::Vhd)) if vhd::check::looks_like_one(&**store)? => vhd::check::survey(store),
         // Raw bytes have no rules that they could break.
         (None, Some(Format::Raw)) => Ok(Survey { report: Report::new(Format::Raw), plan: Plan::default() }),
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not checked here yet")),
         (Some(Signature::Vhdx), Some(_)) => refuse("its signature says VHDX".to_owned()),
-        (Some(Signature::Vhd), _) => refuse("it is a VHD image, which is not checked here yet".to_owned()),
-        (None, _) => refuse("it has no signature of an image format".to_owned()),
+        (Some(Signature::Vhd), _) => refuse("its signature says VHD".to_owned()),
+        (None, _) => refuse(
+            "it has no signature of an image format (and a fixed VHD whose end was lost cannot be told from raw bytes)"
+                .to_owned(),
+        ),
     }
 }
 

@@ -81,6 +81,12 @@ impl Bat {
         block / SECTOR_ENTRIES
     }
 
+    /// Takes the block's place away. Says which sector of the table this changes.
+    pub(crate) fn clear(&self, block: u64) -> u64 {
+        self.0[block as usize].store(ABSENT, Ordering::SeqCst);
+        block / SECTOR_ENTRIES
+    }
+
     /// A sector of the table as it lies in the file.
     pub(crate) fn sector(&self, sector: u64) -> Vec<u8> {
         let first = (sector * SECTOR_ENTRIES) as usize;

@@ -93,12 +93,24 @@ impl Footer {
         self.0.version.get() == VERSION
     }
 
-    fn is_sealed(&self) -> bool {
+    /// Whether a virtual machine was suspended with this disk.
+    pub(crate) fn saved_state(&self) -> bool {
+        self.0.saved_state != 0
+    }
+
+    /// Whether something else in the footer says the same size: the original size, or the geometry.
+    pub(crate) fn size_agrees(&self) -> bool {
+        let said = (self.0.cylinders.get(), self.0.heads, self.0.sectors);
+        self.0.original_size == self.0.size || geometry(self.size()) == said
+    }
+
+    /// Whether its checksum is right.
+    pub(crate) fn is_sealed(&self) -> bool {
         self.0.checksum.get() == checksum(self.bytes(), FOOTER_CHECKSUM)
     }
 
     /// A footer's bytes, all or all but the last, which old tools leave out; `None` without the signature.
-    fn parse(bytes: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(bytes: &[u8]) -> Option<Self> {
         let mut all = [0; SECTOR as usize];
         all[..bytes.len()].copy_from_slice(bytes);
         let raw = RawFooter::read_from_bytes(&all).ok()?;

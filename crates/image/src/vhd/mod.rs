@@ -27,6 +27,7 @@
 mod alloc;
 mod bat;
 mod bitmap;
+pub(crate) mod check;
 mod create;
 mod flush;
 mod footer;

@@ -153,6 +153,12 @@ fn read_table(store: &dyn Store, header: &Header, geometry: &Geometry) -> Result
         let message = format!("its block table lies at {at}, where it cannot be");
         return Err(Error::new(ErrorKind::Damaged, store.name(), message));
     }
+    load_table(store, at, geometry)
+}
+
+/// Reads the table, which lies in the file at `at`.
+pub(crate) fn load_table(store: &dyn Store, at: u64, geometry: &Geometry) -> Result<Bat> {
+    let bytes = geometry.table();
     let bat = Bat::new(geometry.blocks());
     for start in (0..bytes).step_by(TABLE_STEP as usize) {
         let mut step = vec![0; TABLE_STEP.min(bytes - start) as usize];

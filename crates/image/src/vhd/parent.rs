@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 pub(crate) type Fault = (ErrorKind, String);
 
 /// The longest locator that we read, bytes. Windows' longest path has half of it.
-const MAX_LOCATOR: u32 = 128 << 10;
+pub(crate) const MAX_LOCATOR: u32 = 128 << 10;
 /// UTF-16 units of the parent's name in the header.
 const NAME_UNITS: usize = 256;
 
@@ -191,7 +191,7 @@ impl Header {
 }
 
 /// The text up to the first zero; `None` if there is none, or if it is no UTF-16.
-fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Option<String> {
+pub(crate) fn utf16(bytes: &[u8], unit: fn([u8; 2]) -> u16) -> Option<String> {
     let (units, _) = bytes.as_chunks::<2>();
     let units: Vec<u16> = units.iter().map(|bytes| unit(*bytes)).take_while(|unit| *unit != 0).collect();
     String::from_utf16(&units).ok().filter(|text| !text.is_empty())
