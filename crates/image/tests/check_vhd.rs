@@ -340,6 +340,13 @@ fn cut_files() {
         let report = left(&bytes, "cut");
         let lost = (last * MIB + MIB / 2) as u64..((last + 1) * MIB) as u64;
         assert_eq!(in_doubt(&report), lost, "just what is behind the end is lost");
+        // A footer in the place of what is cut off would make it worse; other blocks are mended all the same.
+        let mut both = bytes.clone();
+        set(&mut both, 3, 70_000);
+        let sim = disk(&both);
+        let done = repair(&sim).unwrap();
+        assert!(done.changed && kinds(&done.after) == ["cut", "footer"], "{:#?}", done.after);
+        assert_eq!(self::bytes(&sim).len(), both.len());
         for length in [0, 8, 512, 700, 1536, 1600, 2048, 4096, 5000, 9000] {
             let sim = disk(&sound[..length.min(sound.len())]);
             let file = sim.root().open(NAME, Mode::Read).unwrap();

@@ -437,9 +437,8 @@ impl Exam {
         };
         let there = padded(&*self.store, last, SECTOR as usize)?;
         let same = there.iter().zip(footer.bytes()).take(TELLING).filter(|(one, two)| one == two).count();
-        let left = there.iter().all(|byte| *byte == 0) || same > TELLING / 2;
-        // Without any structure read, nothing is known of what lies there.
-        Ok(if left && self.end > 0 { last } else { behind })
+        // If the structures could not be read, nothing is known of what lies there.
+        Ok(if same > TELLING / 2 && self.end > 0 { last } else { behind })
     }
 
     fn end(mut self) -> Survey {
