@@ -81,14 +81,27 @@ impl Lab {
     /// # Panics
     /// If it cannot be made.
     pub fn with_base() -> Self {
+        Self::with_base_on("vhdx")
+    }
+
+    /// [`Lab::with_base`] with disks of another format: `vhdx` or `vhd`.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn with_base_on(format: &str) -> Self {
         let lab = Self::empty();
-        copy(&base(), &lab.root());
+        copy(&base(format), &lab.root());
         lab
     }
 
     /// [`Lab::with_base`], the machine running.
     pub fn running() -> (Self, Witness) {
-        let lab = Self::with_base();
+        Self::running_on("vhdx")
+    }
+
+    /// [`Lab::with_base_on`], the machine running.
+    pub fn running_on(format: &str) -> (Self, Witness) {
+        let lab = Self::with_base_on(format);
         lab.ok(&["vm", "start", BASE]);
         let mut witness = lab.witness(BASE);
         witness.resync();
@@ -163,10 +176,18 @@ impl Lab {
     /// # Panics
     /// If it cannot be made.
     pub fn create_guest(&self, name: &str) {
+        self.create_guest_on(name, ["new:64M", "new:64M"]);
+    }
+
+    /// The same with these two disks.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn create_guest_on(&self, name: &str, disks: [&str; 2]) {
         let guest = guest();
         let (kernel, initrd) = (guest.kernel.to_string_lossy(), guest.initrd.to_string_lossy());
         let files = ["--kernel", &kernel, "--initrd", &initrd, "--append", guest.append.trim()];
-        let hardware = ["--memory", BASE_MEMORY, "--accel", "tcg", "--disk", "new:64M", "--disk", "new:64M"];
+        let hardware = ["--memory", BASE_MEMORY, "--accel", "tcg", "--disk", disks[0], "--disk", disks[1]];
         self.ok(&[&["vm", "create", name], &hardware[..], &files[..]].concat());
     }
 
@@ -226,8 +247,8 @@ impl Lab {
         }
         let ledger = self.json(&["vm", "ledger", BASE]);
         let rows = ledger["machine"]["layers"].as_object().unwrap_or_else(|| panic!("no layers in {ledger}"));
-        let mut named: Vec<String> =
-            rows.values().map(|row| row["file"].as_str().expect("a name").to_owned()).collect();
+        let ours = rows.values().filter(|row| row["in_place"] == false);
+        let mut named: Vec<String> = ours.map(|row| row["file"].as_str().expect("a name").to_owned()).collect();
         named.sort();
         let there: Vec<String> = self.files().into_iter().map(|(name, _)| name).collect();
         assert_eq!(there, named, "the files of the folder, and those of the ledger");
@@ -239,7 +260,9 @@ impl Lab {
         let leaves: Vec<&Value> = leaves.as_object().into_iter().flat_map(serde_json::Map::values).collect();
         let file = |row: &Value| row["file"].as_str().expect("a name").to_owned();
         for row in rows.values() {
-            let Some(parent) = row["parent"].as_str() else { continue };
+            let Some(parent) = row["parent"].as_str().filter(|parent| rows[*parent]["in_place"] == false) else {
+                continue;
+            };
             let path = self.machine_folder().join(file(row));
             let output = self.tenby(&["--json", "disk", "info", &path.to_string_lossy()]);
             if output.code == 3 && leaves.contains(&&row["id"]) {
@@ -400,7 +423,7 @@ fn words(command: &Command) -> String {
 
 /// The saved machine that tests begin with: made by the first test that asks for it, again whenever the program, the guest or QEMU
 /// has changed, and by one process at a time.
-fn base() -> PathBuf {
+fn base(format: &str) -> PathBuf {
     let folder = place::target().join("e2e");
     std::fs::create_dir_all(&folder).expect("target can be written");
     let lock = File::create(folder.join("lock")).expect("target can be written");
@@ -409,10 +432,11 @@ fn base() -> PathBuf {
         Err(TryLockError::WouldBlock) => None,
         Err(TryLockError::Error(error)) => panic!("the base machine's lock: {error}"),
     });
-    let base = folder.join(format!("base-{:016x}", version()));
+    let version = format!("base-{:016x}-", version());
+    let base = folder.join(format!("{version}{format}"));
     if !base.exists() {
-        forget_older(&folder);
-        make_base(&base);
+        forget_others(&folder, &version);
+        make_base(&base, format);
     }
     base
 }
@@ -429,18 +453,20 @@ fn version() -> u64 {
     hash.finish()
 }
 
-fn forget_older(folder: &Path) {
+fn forget_others(folder: &Path, version: &str) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().filter_map(Result::ok) {
-        if entry.file_name().to_string_lossy().starts_with("base-") {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name.starts_with("base-") && !name.starts_with(version) {
             // What stays only takes room.
             let _ = std::fs::remove_dir_all(entry.path());
         }
     }
 }
 
-fn make_base(base: &Path) {
+fn make_base(base: &Path, format: &str) {
     let lab = Lab::empty();
-    lab.create_guest(BASE);
+    let disk = format!("new:64M,format={format}");
+    lab.create_guest_on(BASE, [&disk, &disk]);
     lab.ok(&["vm", "start", BASE]);
     let mut witness = lab.witness(BASE);
     witness.resync();

@@ -13,7 +13,16 @@ struct Scene {
 
 impl Scene {
     fn new() -> Self {
-        let (lab, mut witness) = Lab::running();
+        Self::on("vhdx")
+    }
+
+    /// The scene on disks of this format.
+    fn on(format: &str) -> Self {
+        let (lab, witness) = Lab::running_on(format);
+        Self::of(lab, witness)
+    }
+
+    fn of(lab: Lab, mut witness: Witness) -> Self {
         witness.ask("fill-ram 8 3");
         witness.ask("journal pace 1");
         let mut scene = Self { lab, witness: Some(witness) };
@@ -95,7 +104,10 @@ impl Scene {
 }
 
 fn snapshot_dies_at(step: &str) {
-    let mut scene = Scene::new();
+    snapshot_dies(Scene::new(), step);
+}
+
+fn snapshot_dies(mut scene: Scene, step: &str) {
     let output = scene.dies_at(step, &["snapshot", "create", BASE, "three"]);
     assert_eq!(scene.day(), "now");
     assert_eq!(scene.has("three"), output.code == 0, "{step}: {output:?}");
@@ -114,7 +126,10 @@ fn apply_dies_at(step: &str, keep: bool) {
 }
 
 fn delete_dies_at(step: &str, name: &str) {
-    let mut scene = Scene::new();
+    delete_dies(Scene::new(), step, name);
+}
+
+fn delete_dies(mut scene: Scene, step: &str, name: &str) {
     scene.dies_at(step, &["snapshot", "delete", BASE, name, "--wait"]);
     assert!(!scene.has(name), "what was committed is not taken back");
     assert_eq!(scene.day(), "now");
@@ -178,6 +193,51 @@ steps! {
     save_committed: save_dies_at("save:committed");
     start_up: start_dies_at("start:up");
     start_committed: start_dies_at("start:committed");
+}
+
+/// VHD keeps no log: what a worker that died leaves of its files must be whole at every moment all the same.
+#[test]
+fn vhd_snapshot() {
+    for step in ["snapshot:window", "snapshot:point", "snapshot:captured"] {
+        snapshot_dies(Scene::on("vhd"), step);
+    }
+}
+
+#[test]
+fn vhd_merge() {
+    for step in ["merge:copying", "merge:copied", "merge:committed"] {
+        delete_dies(Scene::on("vhd"), step, "two");
+    }
+    delete_dies(Scene::on("vhd"), "merge:committed", "one");
+}
+
+/// Bases that lie where their user put them: they keep their names, and take what is folded down.
+#[test]
+fn bases_taken_in_place() {
+    let lab = Lab::empty();
+    let (raw, vhd) = (lab.path("base.raw"), lab.path("base.vhd"));
+    std::fs::File::create(&raw).and_then(|file| file.set_len(64 << 20)).expect("a file");
+    lab.ok(&["disk", "create", &vhd.to_string_lossy(), "--size", "64M"]);
+    lab.create_guest_on(BASE, [&format!("{},in-place", raw.display()), &format!("{},in-place", vhd.display())]);
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.wait_ready();
+    let mut scene = Scene::of(lab, witness);
+    scene.dies_at("merge:copying", &["snapshot", "delete", BASE, "one", "--wait"]);
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+    scene.lab.ok(&["snapshot", "delete", BASE, "two", "--wait"]);
+    assert_eq!(scene.day(), "two");
+    scene.witness = None;
+    scene.lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    scene.lab.ok(&["vm", "delete", BASE, "--yes"]);
+    // What Now held is in the files.
+    let bytes = std::fs::read(raw).expect("the base");
+    assert!(bytes[4 << 20..].starts_with(b"two\0"), "{:?}", &bytes[4 << 20..][..8]);
+    assert_eq!(bytes.len(), 64 << 20);
+    let copy = scene.lab.path("copy.raw").to_string_lossy().into_owned();
+    scene.lab.ok(&["disk", "convert", &vhd.to_string_lossy(), &copy]);
+    assert!(std::fs::read(copy).expect("a copy")[8 << 20..].starts_with(b"two\0"));
 }
 
 /// Small and reproducible.

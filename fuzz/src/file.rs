@@ -148,13 +148,24 @@ pub const MAX_OPERATIONS: u64 = 200_000;
 pub struct Disk {
     name: String,
     file: Mutex<File>,
+    writable: bool,
     operations: AtomicU64,
 }
 
 impl Disk {
     /// A disk that holds `file`.
     pub fn new(name: &str, file: File) -> Arc<Self> {
-        Arc::new(Self { name: name.to_owned(), file: Mutex::new(file), operations: AtomicU64::new(0) })
+        Self::opened(name, file, true)
+    }
+
+    /// A disk that takes no changes.
+    pub fn to_read(name: &str, file: File) -> Arc<Self> {
+        Self::opened(name, file, false)
+    }
+
+    fn opened(name: &str, file: File, writable: bool) -> Arc<Self> {
+        let name = name.to_owned();
+        Arc::new(Self { name, file: Mutex::new(file), writable, operations: AtomicU64::new(0) })
     }
 
     /// What it holds now.
@@ -164,6 +175,12 @@ impl Disk {
 
     fn lock(&self) -> MutexGuard<'_, File> {
         self.file.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The file, for one change more.
+    fn change(&self, operation: &'static str) -> Result<MutexGuard<'_, File>> {
+        let denied = || self.refuse(ErrorKind::Denied, operation, "it is open for reading only".to_owned());
+        if self.writable { Ok(self.operate()) } else { Err(denied()) }
     }
 
     /// The file, for one operation more.
@@ -194,7 +211,7 @@ impl Store for Disk {
 
     fn set_len(&self, len: u64) -> Result<()> {
         self.end("resize", 0, len)?;
-        self.operate().set_len(len);
+        self.change("resize")?.set_len(len);
         Ok(())
     }
 
@@ -209,13 +226,13 @@ impl Store for Disk {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> Result<()> {
         self.end("write", offset, buf.len() as u64)?;
-        self.operate().write(offset, buf);
+        self.change("write")?.write(offset, buf);
         Ok(())
     }
 
     fn punch(&self, offset: u64, len: u64) -> Result<()> {
         let end = self.end("zero", offset, len)?;
-        let mut file = self.operate();
+        let mut file = self.change("zero")?;
         if end > file.len() {
             return Err(self.refuse(ErrorKind::Io, "zero", format!("{len} bytes at {offset} reach past the end")));
         }

@@ -1,7 +1,7 @@
 //! Fuzzes for a time: `fuzz SECONDS SEED [TARGET…]`. `cargo xtask fuzz` builds and starts it.
 
 use anyhow::{Context, Result, bail, ensure};
-use fuzz::run::{Campaign, execute, keep};
+use fuzz::run::{Campaign, Failure, execute, keep};
 use fuzz::targets::{ALL, find};
 use fuzz::{Input, Target};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,7 +62,7 @@ fn watch(target: &'static Target, current: &Current) {
             std::thread::sleep(Duration::from_secs(5));
             let now = current.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some((_, input)) = now.as_ref().filter(|(since, _)| since.elapsed() > HANGS) {
-                let failure = fuzz::run::Failure { reason: "it does not end".to_owned(), input: input.clone() };
+                let failure = Failure { reason: "it took too long".to_owned(), input: input.clone() };
                 eprintln!("{}: it does not end; kept in {:?}", target.name, keep(target, &failure));
                 std::process::exit(2);
             }

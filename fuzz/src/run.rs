@@ -1,5 +1,6 @@
 //! Executions: one input, one target, limits; and campaigns of many.
 
+use crate::file::PAGE;
 use crate::input::Input;
 use crate::random::Random;
 use crate::{Target, memory};
@@ -19,6 +20,8 @@ pub const MEMORY_PER_BYTE: u64 = 4;
 /// The longest that one execution may take. The limits that count are those on operations; this one finds loops without any, and is
 /// generous to busy machines.
 pub const TIME: Duration = Duration::from_secs(20);
+/// How the message of an execution begins that took longer.
+const TOOK: &str = "it took";
 /// The most inputs that a campaign goes on from.
 const POOL: usize = 2000;
 
@@ -89,7 +92,7 @@ pub fn execute(target: &Target, input: &Input) -> Result<Ran, Box<Failure>> {
     let reason = match &result {
         _ if !panics.is_empty() => panics.join("; "),
         Err(_) => "a panic".to_owned(),
-        Ok(_) if took > TIME => format!("it took {took:?}"),
+        Ok(_) if took > TIME => format!("{TOOK} {took:?}"),
         Ok(_) if memory > allowed => format!("it held {memory} bytes of memory, {allowed} are allowed"),
         Ok(outcome) => return Ok(Ran { outcome: outcome.clone(), memory }),
     };
@@ -181,14 +184,38 @@ impl<'a> Campaign<'a> {
     }
 }
 
-/// Keeps a failing input in `target/fuzz/TARGET/` and says where.
+/// The most executions that making a failing input smaller may cost.
+const REDUCTIONS: usize = 2000;
+
+/// The same failure with less in the input: pages that do not matter become zeros, and the pages of a single file go from its end.
+pub fn reduce(target: &Target, failure: &Failure) -> Failure {
+    let mut least = failure.clone();
+    if failure.reason.starts_with(TOOK) {
+        return least;
+    }
+    let pages = |input: &Input| -> Vec<(usize, u64)> {
+        input.0.iter().enumerate().flat_map(|(index, file)| file.pages().map(move |at| (index, at))).collect()
+    };
+    for (index, at) in pages(&failure.input).into_iter().rev().take(REDUCTIONS) {
+        let mut input = least.input.clone();
+        input.0[index].zero(at, PAGE as u64);
+        if let Err(again) = execute(target, &input)
+            && words(&again.reason) == words(&failure.reason)
+        {
+            least = *again;
+        }
+    }
+    least
+}
+
+/// Keeps a failing input in `target/fuzz/TARGET/`, made smaller, and says where.
 ///
 /// # Errors
 /// Those of the file system.
 pub fn keep(target: &Target, failure: &Failure) -> std::io::Result<PathBuf> {
     let folder = built().join("fuzz").join(target.name);
     std::fs::create_dir_all(&folder)?;
-    let bytes = failure.input.encode();
+    let bytes = reduce(target, failure).input.encode();
     let mut hasher = DefaultHasher::new();
     bytes.hash(&mut hasher);
     let path = folder.join(format!("{:016x}.input", hasher.finish()));

@@ -161,6 +161,7 @@ pub fn mutate(file: &mut File, random: &mut Random, others: &[&File]) {
             15..18 => change_table(file, &places, random),
             18 => mutate::copy_page(file, random),
             19 => mutate::resize(file, random),
+            20 if random.one_in(3) => number_alike(file, random),
             20 => add_region(file, random),
             21 => add_item(file, &places, random),
             22 => renumber(file, &places, random),
@@ -181,6 +182,16 @@ pub fn mutate(file: &mut File, random: &mut Random, others: &[&File]) {
         }
     }
     mend(file, random);
+}
+
+/// Numbers both headers alike: then they have to be alike.
+fn number_alike(file: &mut File, random: &mut Random) {
+    let number = file.number(HEADERS[0] + 8, 8);
+    file.put(HEADERS[1] + 8, 8, number);
+    if random.one_in(2) {
+        let header = file.bytes(HEADERS[0], PAGE);
+        file.write(HEADERS[1], &header);
+    }
 }
 
 /// Puts an entry into the block table: any state, with a place that may be another's.

@@ -4,7 +4,8 @@
 //!   setup   Debian packages that are missing           check   the direction of dependencies
 //!   guest   the test guest, into target/guest          test    everything that CI runs
 //!   qemu    both versions of QEMU, into target/qemu    bench   the numbers of SPECIFICATION.md
-//!   demo    a week in the life of a machine
+//!   demo    a week in the life of a machine            fuzz    the parsers, for as long as one likes
+//!                                                      coverage  what of them the fuzzer's tests reach
 //! ```
 
 mod bench;
@@ -12,6 +13,7 @@ mod check;
 mod cpio;
 mod debian;
 mod emulators;
+mod fuzz;
 mod guest;
 mod setup;
 mod suite;
@@ -31,6 +33,8 @@ usage: cargo xtask <command>
   test     format, lints, direction, unit tests and the whole system
   check    only the direction of dependencies between the crates
   bench    measure the numbers that SPECIFICATION.md promises
+  fuzz     fuzz the parsers: [TARGET...] [--seconds N] [--seed S]
+  coverage what of the parsers the fuzzer's tests reach: [--missing]
 ";
 
 fn main() -> ExitCode {
@@ -55,6 +59,8 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
         "test" => suite::run(rest),
         "check" => check::run(),
         "bench" => bench::run(rest),
+        "fuzz" => fuzz::run(rest),
+        "coverage" => fuzz::coverage(rest),
         "" | "help" | "-h" | "--help" => {
             print!("{USAGE}");
             Ok(())

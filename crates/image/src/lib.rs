@@ -13,7 +13,7 @@
 //! Life of a disk: [`open_path`] (or [`gate::open_chain`], or the layers that a ledger names, opened with [`open()`] and checked with
 //! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
 //! snapshot, [`merge`] for its deletion → [`Chain::close`]. [`siblings`] says what stands on an image, [`reconnect`] mends a link.
-//! New files come from [`vhdx::create`], [`vhd::create`] and [`raw::create`].
+//! New files come from [`vhdx::create`], [`vhd::create`] and [`raw::create`]; what is wrong with one is said, and mended, by [`check`].
 //!
 //! Rules:
 //! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
@@ -22,6 +22,7 @@
 //! - After a failed write or sync of metadata a layer takes no more changes ([`ErrorKind::Poisoned`]).
 
 pub mod chain;
+pub mod check;
 pub mod compact;
 pub mod compare;
 pub mod convert;

@@ -19,6 +19,8 @@ pub(crate) use qemu::{convert_from, convert_to, is_qcow2};
 pub(crate) use reconnect::reconnect;
 pub(crate) use resize::resize;
 
+pub(crate) mod check;
+
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;

@@ -68,6 +68,11 @@ impl Out {
         if self.json {
             self.document(&crate::json::Failure::new(problem));
         }
+        self.failure(problem);
+    }
+
+    /// The words of a failure alone, where the document is already out.
+    pub(crate) fn failure(&self, problem: &Problem) {
         put(&mut anstream::stderr().lock(), draw::problem(problem, &self.look).as_bytes());
     }
 

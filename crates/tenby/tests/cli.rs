@@ -65,7 +65,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
         &["job", "pause", "x"],
         &["job", "resume", "x"],
         &["job", "throttle", "x", "1M"],
-        &["disk", "check", "a.img"],
         &["disk", "create", "a.qcow2", "--size", "1M"],
         &["serve"],
         &["token", "list"],
@@ -337,6 +336,58 @@ fn disks_without_any_machine() {
     place.tenby(&["disk", "info", "child.avhdx", "--chain"]).with(5);
     std::fs::write(place.path("short.vhdx"), b"vhdxfile").unwrap();
     place.tenby(&["disk", "info", "short.vhdx"]).with(5);
+}
+
+#[test]
+fn a_disk_is_checked_and_mended() {
+    let place = Place::new();
+    place.tenby(&["disk", "create", "a.vhdx", "--size", "8M"]).well();
+    let sound = place.tenby(&["disk", "check", "a.vhdx", "--json"]).well().json();
+    assert_eq!(sound["clean"], true);
+    assert!(sound["findings"].as_array().unwrap().iter().all(|finding| finding["severity"] == "note"));
+    assert!(place.tenby(&["disk", "check", "a.vhdx"]).well().out.ends_with("a.vhdx is sound\n"));
+
+    // One header is destroyed, and a block lies in the log.
+    let mut bytes = std::fs::read(place.path("a.vhdx")).unwrap();
+    bytes[64 << 10..68 << 10].fill(0xA5);
+    bytes[3 << 20..(3 << 20) + 8].copy_from_slice(&(1u64 << 20 | 6).to_le_bytes());
+    std::fs::write(place.path("a.vhdx"), &bytes).unwrap();
+    let damaged = place.tenby(&["disk", "check", "a.vhdx", "--json"]).with(5).json();
+    assert_eq!(damaged["clean"], false);
+    let kinds: Vec<&Value> = damaged["findings"].as_array().unwrap().iter().map(|finding| &finding["kind"]).collect();
+    assert!(kinds.contains(&&Value::from("header")) && kinds.contains(&&Value::from("misplaced")), "{damaged}");
+    for finding in damaged["findings"].as_array().unwrap() {
+        assert!(finding["where"].is_string() && finding["effect"].is_string(), "{finding}");
+        assert!(finding["repair"].is_string() || finding["severity"] == "note", "{finding}");
+    }
+    let told = place.tenby(&["disk", "check", "a.vhdx"]).with(5);
+    assert!(told.out.contains("bytes 0 to 2097151 are lost"), "{told:?}");
+    assert_eq!(std::fs::read(place.path("a.vhdx")).unwrap(), bytes, "a check changes nothing");
+
+    let repaired = place.tenby(&["disk", "check", "a.vhdx", "--repair", "--json"]).well().json();
+    assert_eq!(repaired["clean"], true);
+    assert_eq!(repaired["repaired"].as_array().unwrap().len(), 2, "{repaired}");
+    let undo = repaired["undo"].as_str().unwrap();
+    place.tenby(&["disk", "check", "a.vhdx"]).well();
+    place.tenby(&["disk", "hash", "a.vhdx"]).well();
+    place.tenby(&["disk", "check", "a.vhdx", "--undo", undo]).well();
+    assert_eq!(std::fs::read(place.path("a.vhdx")).unwrap(), bytes, "the repair is taken back");
+    assert!(!place.dir.path().join(undo).exists());
+
+    // Used since: it is refused.
+    let undo = place.tenby(&["disk", "check", "a.vhdx", "--repair", "--json"]).well().json()["undo"].clone();
+    let mut used = std::fs::read(place.path("a.vhdx")).unwrap();
+    used[(64 << 10) + 8] ^= 1;
+    std::fs::write(place.path("a.vhdx"), &used).unwrap();
+    place.tenby(&["disk", "check", "a.vhdx", "--undo", undo.as_str().unwrap()]).with(3);
+    assert_eq!(std::fs::read(place.path("a.vhdx")).unwrap(), used);
+
+    place.tenby(&["disk", "check", "a.vhdx", "--undo", "nix"]).with(4);
+    place.tenby(&["disk", "check", "nix.vhdx"]).with(4);
+    std::fs::write(place.path("b.img"), vec![1; 4096]).unwrap();
+    place.tenby(&["disk", "check", "b.img"]).with(5);
+    std::fs::write(place.path("c.raw"), vec![1; 4096]).unwrap();
+    place.tenby(&["disk", "check", "c.raw", "--repair"]).well();
 }
 
 #[test]

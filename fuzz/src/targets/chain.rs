@@ -59,7 +59,7 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
 }
 
 fn run(input: &Input) -> String {
-    let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::new(name, file.clone())).collect();
+    let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::to_read(name, file.clone())).collect();
     let folder: Arc<dyn Folder> = Arc::new(Shelf(disks));
     match gate::open_chain(&folder, NAMES[0], Mode::Read) {
         Ok(layers) => {

@@ -79,6 +79,28 @@ pub(super) fn scribble(layer: &dyn Layer) -> Result<()> {
     Ok(())
 }
 
+/// Tries what a layer that is open for reading does not do, and what no layer does.
+pub(super) fn misuse(layer: &dyn Layer) {
+    let info = layer.info();
+    let (store, sector) = (layer.store(), u64::from(info.sector_size));
+    for (offset, len) in [(1, sector), (0, 1), (info.size, sector), (u64::MAX / sector * sector, sector)] {
+        assert!(layer.map(offset, len, &mut Vec::new()).is_err(), "{len} bytes at {offset} are no part of the disk");
+    }
+    assert!(layer.prepare(0, sector, Change::Data).is_err(), "a ticket to write to what is only read");
+    assert!(layer.relink(Some(uuid::Uuid::nil()), None).is_err(), "an id for what is only read");
+    let changes = [store.write_at(&[1], 0), store.set_len(1), store.punch(0, 1)];
+    assert!(changes.iter().all(Result::is_err), "a change of what is only read");
+    let quiet = [layer.flush().is_ok(), layer.close().is_ok(), store.sync().is_ok(), store.allocated().is_ok()];
+    assert_eq!(quiet, [true; 4], "what does nothing does not fail");
+    let end = store.len().unwrap_or_default();
+    assert!(store.read_at(&mut [0], end).is_err(), "a byte past the end of {}", store.name());
+}
+
+/// The same, to be read only.
+pub(super) fn to_read(file: &File) -> Arc<Disk> {
+    Disk::to_read("disk.avhdx", file.clone())
+}
+
 /// A disk that holds `file`, under the name of an image.
 pub(super) fn disk(file: &File) -> Arc<Disk> {
     Disk::new("disk.avhdx", file.clone())

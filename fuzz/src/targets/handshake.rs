@@ -18,7 +18,7 @@ pub(super) const TARGET: Target = Target {
 };
 
 /// What the protocol says in a few bytes.
-pub(super) const WORDS: [&[u8]; 24] = [
+pub(super) const WORDS: [&[u8]; 28] = [
     b"\0\0\0\x03",
     b"IHAVEOPT\0\0\0\x01\0\0\0\0",
     b"IHAVEOPT\0\0\0\x02\0\0\0\0",
@@ -43,12 +43,17 @@ pub(super) const WORDS: [&[u8]; 24] = [
     b"\x25\x60\x95\x13\0\x12\0\x06\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\x10\0\0\x10\0\0",
     b"\x25\x60\x95\x13\0\x08\0\x07\0\0\0\0\0\0\0\x07\0\0\0\0\0\0\0\0\0\x40\0\0",
     b"\xff\xff\xff\xff",
+    b"IHAVEOPT\0\0\0\x06\0\0\0\x0c\0\0\0\x04disk\0\x01\0\x01",
+    b"IHAVEOPT\0\0\0\x07\0\0\0\x09\0\0\0\x03dis\0\0",
+    b"IHAVEOPT\0\0\0\x0a\0\0\0\x0b\0\0\0\x03dis\0\0\0\0",
+    b"IHAVEOPT\0\0\0\x09\0\0\0\x11\0\0\0\x04disk\0\0\0\x01\0\0\0\x05base:",
 ];
 
 /// Sound conversations.
 pub(super) fn seeds() -> Vec<Input> {
     let enter = |words: &[usize]| words.iter().flat_map(|word| WORDS[*word]).copied().collect::<Vec<u8>>();
-    let all: [&[usize]; 7] = [
+    let all: [&[usize]; 8] = [
+        &[0, 24, 25, 7, 26, 27, 2],
         &[0, 7, 9, 6, 16, 17, 19, 20, 21, 22, 18],
         &[0, 6, 16, 17, 19, 18],
         &[0, 1, 16, 18],

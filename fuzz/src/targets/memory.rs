@@ -131,6 +131,11 @@ fn grow_ram(disk: &mut File, at: u64, random: &mut Random) {
     let entries = disk.number(at + 16, 4).clamp(4, 64);
     let region = |index: u64| at + 128 + index * 280;
     let grown = random.below(entries - 3);
+    if random.one_in(4) {
+        // Two blocks of one name.
+        let name = disk.bytes(region(0) + 24, 256);
+        disk.write(region(grown) + 24, &name);
+    }
     disk.put(region(grown) + 16, 8, *random.pick(&[0, 4096, 1 << 20, 64 << 20, 65 << 20, 1 << 30, 1 << 40]));
     let rooms = [2 << 20, 8 << 20, 32 << 20];
     let mut end = STEP;

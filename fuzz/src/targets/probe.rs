@@ -1,6 +1,6 @@
 //! Files of no format and of others': signatures, and raw disks.
 
-use super::disk::{Look, disk, scribble};
+use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{outcome, store_of};
 use crate::{File, Input, Random, Target, mutate};
 use image::{Format, open};
@@ -57,10 +57,11 @@ fn run(input: &Input) -> String {
     let file = &input.0[0];
     let mut words = Vec::new();
     for format in [None, Some(Format::Raw), Some(Format::Vhdx)] {
-        let read = open(store_of(&disk(file)), format, Mode::Read);
+        let read = open(store_of(&to_read(file)), format, Mode::Read);
         words.push(outcome(&read));
         let Ok(read) = read else { continue };
         let seen = Look::at(&*read).expect("a raw file is read");
+        misuse(&*read);
         let written = open(store_of(&disk(file)), format, Mode::Write).expect("what is read is written");
         assert_eq!(Look::at(&*written).expect("a raw file is read"), seen, "reading and writing see the same");
         scribble(&*written).and_then(|()| written.close()).expect("a raw file takes anything");

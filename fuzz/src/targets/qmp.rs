@@ -5,7 +5,7 @@
 use super::change_stream;
 use crate::run::words;
 use crate::{Input, Random, Target};
-use qemu::Qmp;
+use qemu::{EventKind, Qmp};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -56,6 +56,7 @@ fn seeds() -> Vec<Input> {
         [r#"{"running": true, "status": "running"}"#, r#"{"status": "active", "blocked-reasons": []}"#].as_slice(),
         &[r#"{"running": false, "status": "paused"}"#, r#"{"status": "failed", "error-desc": "no", "total-time": 5}"#],
         &[r#"{"running": false, "status": "inmigrate"}"#, "{}", r#"[{"type": "migration"}]"#],
+        &["NO", "NO", "NO"],
     ];
     let chardevs = r#"[{"label": "serial0", "filename": "disconnected:unix:x", "frontend-open": true}]"#;
     let nodes = r#"[{"node-name": "disk0", "drv": "nbd", "image": {"virtual-size": 1048576}}]"#;
@@ -68,7 +69,12 @@ fn seeds() -> Vec<Input> {
             for (index, answer) in all.enumerate() {
                 out.push(BREAK);
                 let event = String::from_utf8_lossy(WORDS[8 + index]).into_owned();
-                out.extend(format!("{event}\n{{\"return\": {answer}, \"id\": {}}}\r\n", index + 1).into_bytes());
+                let id = index + 1;
+                let answer = match answer {
+                    "NO" => format!(r#"{{"error": {{"class": "GenericError", "desc": "no"}}, "id": {id}}}"#),
+                    answer => format!(r#"{{"return": {answer}, "id": {id}}}"#),
+                };
+                out.extend(format!("{event}\n{answer}\r\n").into_bytes());
             }
             Input::stream(&out)
         })
@@ -113,7 +119,11 @@ async fn speak(stream: UnixStream) -> String {
     let events = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&events);
     let note = move |event: &qemu::Event| {
-        let kind = format!("{:?}", event.kind);
+        let kind = match &event.kind {
+            EventKind::Migration(status) if status.is_end() => "End".to_owned(),
+            kind => format!("{kind:?}"),
+        };
+        assert_eq!(event.at.map(|at| at.micros_since(at)), event.at.map(|_| 0));
         let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
         let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
         if !seen.contains(&word) && seen.len() < 3 {
@@ -124,6 +134,8 @@ async fn speak(stream: UnixStream) -> String {
     match Qmp::connect(stream, note).await {
         Err(error) => said.push(words(&error.to_string())),
         Ok(qmp) => {
+            assert!(!qmp.version().to_string().is_empty());
+            let mut events = qmp.events();
             let mut hear = |result: Result<(), qemu::Error>| said.push(told(&result));
             hear(qmp.status().await.map(drop));
             hear(qmp.migration().await.map(drop));
@@ -131,6 +143,8 @@ async fn speak(stream: UnixStream) -> String {
             hear(qmp.block_nodes().await.map(drop));
             hear(qmp.unconnected_chardevs().await.map(drop));
             hear(qmp.human("info").await.map(drop));
+            drop(qmp);
+            while events.next().await.is_ok() {}
         }
     }
     let events = events.lock().unwrap_or_else(PoisonError::into_inner);

@@ -5,13 +5,13 @@
 use super::change_stream;
 use crate::run::words;
 use crate::{Input, Random, Target};
-use memory::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
+use memory::stream::{Block, DeviceState, Emitter, Event, MAX_BLOCKS, PAGE, Parser};
 
 pub(super) const TARGET: Target = Target {
     name: "stream",
     about: "the migration stream: header, blocks of RAM, pages, the devices' state",
     quick: 8000,
-    seeds: || (0..12).map(|seed| Input::stream(&sound(&mut Random::new(seed)))).collect(),
+    seeds: || (0..24).map(|seed| Input::stream(&stream(&mut Random::new(seed), seed > 8))).collect(),
     mutate,
     run,
 };
@@ -20,8 +20,10 @@ pub(super) const TARGET: Target = Target {
 pub(super) const MOST: usize = 256 << 10;
 
 /// What the format says in a few bytes.
-pub(super) const WORDS: [&[u8]; 26] = [
+pub(super) const WORDS: [&[u8]; 28] = [
     b"QEVM",
+    b"\x07\0\0\0\x02pc\x04\0\0\0\0",
+    b"\x7e\0\0\0\x02\x04\0\0\0\0",
     b"QEVM\0\0\0\x03",
     b"\0\0\0\x03",
     b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04",
@@ -51,6 +53,11 @@ pub(super) const WORDS: [&[u8]; 26] = [
 
 /// A sound stream, of any shape.
 pub(super) fn sound(random: &mut Random) -> Vec<u8> {
+    stream(random, false)
+}
+
+/// A stream that is made as sound ones are, and may have something that those never have.
+fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
     let names = ["pc.ram", "pc.bios", "0000:00:02.0/vga.vram", "r", "/rom@etc/acpi/tables"];
     let count = random.index(names.len()) + 1;
     let pages = |random: &mut Random| if random.one_in(5) { 0 } else { random.below(6) };
@@ -59,6 +66,18 @@ pub(super) fn sound(random: &mut Random) -> Vec<u8> {
         .map(|name| Block { name: (*name).to_owned(), len: pages(random) * PAGE as u64 })
         .collect();
     blocks[count - 1].len += PAGE as u64;
+    match random.below(12) + if odd { 0 } else { 12 } {
+        0 => {
+            let twin = blocks[0].clone();
+            blocks.push(twin);
+        }
+        1 => {
+            let many = MAX_BLOCKS - 3 + random.index(5);
+            blocks.extend((0..many).map(|index| Block { name: format!("b{index}"), len: 0 }));
+            blocks.push(Block { name: "last".to_owned(), len: PAGE as u64 });
+        }
+        _ => (),
+    }
     let section = random.below(4) as u32;
     let mut emitter = Emitter::new(section, &blocks);
     let mut out = Vec::new();
@@ -83,6 +102,10 @@ pub(super) fn sound(random: &mut Random) -> Vec<u8> {
             }
         }
         emitter.close(&mut out);
+        if odd && part == 1 && random.one_in(8) {
+            // Devices too early.
+            out.push(4);
+        }
         if random.one_in(6) {
             out.extend_from_slice(b"\x08\0\x0b\0\0");
         }
@@ -95,7 +118,7 @@ pub(super) fn sound(random: &mut Random) -> Vec<u8> {
 
 fn mutate(input: &mut Input, random: &mut Random, _: &[Input]) {
     if random.one_in(3) {
-        *input = Input::stream(&sound(random));
+        *input = Input::stream(&stream(random, true));
     }
     change_stream(input, &WORDS, MOST, random);
 }

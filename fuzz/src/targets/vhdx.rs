@@ -4,7 +4,7 @@
 //! - Who reads a file with a log in use sees what whoever writes it finds after the replay.
 //! - What was flushed is there when the file is opened as it lies there (the writer died), and what was closed too.
 
-use super::disk::{Look, disk, scribble};
+use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{firsts, images, outcome, store_of};
 use crate::{Input, Random, Target};
 use image::{Layer, open};
@@ -25,7 +25,7 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
 
 fn run(input: &Input) -> String {
     let file = &input.0[0];
-    let read = open(store_of(&disk(file)), None, Mode::Read);
+    let read = open(store_of(&to_read(file)), None, Mode::Read);
     let written = disk(file);
     let write = open(store_of(&written), None, Mode::Write);
     let words = outcome(&write);
@@ -33,6 +33,7 @@ fn run(input: &Input) -> String {
     let numbered_out = words.contains("numbered to the end");
     assert!(outcome(&read) == words || numbered_out, "reading and writing differ: {read:?} {write:?}");
     let (Ok(read), Ok(write)) = (read, write) else { return words };
+    misuse(&*read);
     let (seen, found) = (Look::at(&*read), Look::at(&*write));
     match (&seen, &found) {
         (Ok(seen), Ok(found)) => assert_eq!(seen, found, "what a reader sees is not what the replay leaves"),

@@ -148,6 +148,23 @@ impl Edit {
     }
 }
 
+/// How many blocks can still become zeros: only one that is not zeros does, so each may once, and again for each place that one got
+/// since. This bounds the work of redoing, whatever a journal says.
+struct Zeros(u64);
+
+impl Zeros {
+    /// Counts an edit, and says whether a session can have made it.
+    fn allow(&mut self, edit: &Edit) -> bool {
+        let left = match edit {
+            Edit::Place { .. } => self.0.checked_add(1),
+            Edit::Zero { blocks } => self.0.checked_sub(blocks.end - blocks.start),
+            Edit::Bits { .. } => return true,
+        };
+        self.0 = left.unwrap_or(self.0);
+        left.is_some()
+    }
+}
+
 /// A place in the journal, between records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Mark {
@@ -179,9 +196,11 @@ impl Carry {
     /// The edits of the session's records from `mark` on, up to the first that is none of its own or cut short.
     pub(crate) fn edits(&self, session: Uuid, mut mark: Mark, geometry: &Geometry) -> Result<Vec<Edit>> {
         let mut edits = Vec::new();
+        let mut zeros = Zeros(geometry.blocks());
         while let Some((record, next)) = self.record(session, mark)? {
             let raws = record.chunks_exact(size_of::<RawEdit>()).filter_map(|raw| parse::<RawEdit>(raw, 0));
-            let Some(more) = raws.map(|raw| Edit::decode(&raw, geometry)).collect::<Option<Vec<_>>>() else { break };
+            let sound = raws.map(|raw| Edit::decode(&raw, geometry).filter(|edit| zeros.allow(edit)));
+            let Some(more) = sound.collect::<Option<Vec<_>>>() else { break };
             edits.extend(more);
             mark = next;
         }

@@ -48,7 +48,8 @@ pub(crate) fn read(store: &dyn Store, offset: u64, length: usize) -> Result<Vec<
     Ok(bytes)
 }
 
-fn decode(bytes: &[u8]) -> Option<RawHeader> {
+/// A copy of the header, if it is a sound one.
+pub(crate) fn decode(bytes: &[u8]) -> Option<RawHeader> {
     let raw: RawHeader = parse(bytes, 0)?;
     (raw.signature == HEADER_SIGNATURE && raw.checksum.get() == checksum(bytes)).then_some(raw)
 }
@@ -67,6 +68,11 @@ pub(crate) fn current(copies: [&[u8]; 2]) -> Result<(Header, usize), Fault> {
         (None, Some(second)) => (second, 1),
         (None, None) => return Err(damaged("neither header is valid")),
     };
+    Ok((of(&raw)?, slot))
+}
+
+/// What a sound copy of the header says, if that can be.
+pub(crate) fn of(raw: &RawHeader) -> Result<Header, Fault> {
     if raw.version.get() != 1 {
         return Err((ErrorKind::Unsupported, format!("the image is of version {}, not 1", raw.version)));
     }
@@ -86,7 +92,8 @@ pub(crate) fn current(copies: [&[u8]; 2]) -> Result<(Header, usize), Fault> {
         && header.log_length.is_multiple_of(MIB)
         && header.log_length != 0
         && header.log_offset.checked_add(header.log_length).is_some();
-    if placed { Ok((header, slot)) } else { Err(damaged("the header places the log where it cannot be")) }
+    let message = "the header places the log where it cannot be";
+    if placed { Ok(header) } else { Err((ErrorKind::Damaged, message.to_owned())) }
 }
 
 /// Where the other copy of a header in `slot` lies.
@@ -109,7 +116,7 @@ impl Region {
 }
 
 /// The regions of a file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Regions {
     pub(crate) bat: Region,
     pub(crate) metadata: Region,
@@ -121,13 +128,18 @@ pub(crate) struct Regions {
 pub(crate) fn regions(store: &dyn Store) -> Result<Regions, crate::Error> {
     let fault = |(kind, message): Fault| crate::Error::new(kind, store.name(), message);
     for at in REGION_TABLE_AT {
-        let bytes = read(store, at, TABLE_BYTES)?;
-        let Some(table) = parse::<RawRegionTable>(&bytes, 0) else { continue };
-        if table.signature == REGION_SIGNATURE && table.checksum.get() == checksum(&bytes) {
-            return decode_regions(&bytes, table.count.get()).map_err(fault);
+        if let Some(regions) = decode_copy(&read(store, at, TABLE_BYTES)?) {
+            return regions.map_err(fault);
         }
     }
     Err(fault((ErrorKind::Damaged, "neither region table is valid".to_owned())))
+}
+
+/// A copy of the region table: `None` if it is not sound, else what it says, if that can be.
+pub(crate) fn decode_copy(bytes: &[u8]) -> Option<Result<Regions, Fault>> {
+    let table: RawRegionTable = parse(bytes, 0)?;
+    let sound = table.signature == REGION_SIGNATURE && table.checksum.get() == checksum(bytes);
+    sound.then(|| decode_regions(bytes, table.count.get()))
 }
 
 fn decode_regions(bytes: &[u8], count: u32) -> Result<Regions, Fault> {

@@ -36,6 +36,16 @@ pub(crate) enum Patch {
     Zero(u64, u64),
 }
 
+impl Patch {
+    /// Where it changes the file, and how many bytes.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        match *self {
+            Self::Page(at, _) => (at, PAGE as u64),
+            Self::Zero(at, len) => (at, len),
+        }
+    }
+}
+
 /// What replaying a log does to the file.
 #[derive(Debug)]
 pub(crate) struct Replay {

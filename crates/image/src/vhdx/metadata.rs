@@ -181,7 +181,7 @@ impl Locator {
 }
 
 /// The table's entries.
-fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
+pub(crate) fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
     let table: RawMetadataTable = parse(region, 0).ok_or_else(|| damaged("the metadata region is too small"))?;
     if table.signature != METADATA_SIGNATURE {
         return Err(damaged("the metadata table has no signature"));
@@ -208,6 +208,19 @@ fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
     Ok(items)
 }
 
+/// Whether we know what an item means.
+pub(crate) fn is_known(item: &RawItem) -> bool {
+    let known = [
+        ITEM_FILE_PARAMETERS,
+        ITEM_DISK_SIZE,
+        ITEM_DISK_ID,
+        ITEM_LOGICAL_SECTOR,
+        ITEM_PHYSICAL_SECTOR,
+        ITEM_PARENT_LOCATOR,
+    ];
+    item.flags.get() & ITEM_USER == 0 && known.contains(&item.id.into())
+}
+
 /// What a region of metadata says. The region is bounded by the caller.
 pub(crate) fn read(region: &[u8]) -> Result<Metadata, Fault> {
     let items = items(region)?;
@@ -218,17 +231,7 @@ pub(crate) fn read(region: &[u8]) -> Result<Metadata, Fault> {
     if find(ITEM_INCOMPLETE).is_some() {
         return Err(damaged("the image was never finished: what was making it stopped half-way"));
     }
-    let known = [
-        ITEM_FILE_PARAMETERS,
-        ITEM_DISK_SIZE,
-        ITEM_DISK_ID,
-        ITEM_LOGICAL_SECTOR,
-        ITEM_PHYSICAL_SECTOR,
-        ITEM_PARENT_LOCATOR,
-    ];
-    let strange = |item: &&RawItem| {
-        item.flags.get() & ITEM_REQUIRED != 0 && (item.flags.get() & ITEM_USER != 0 || !known.contains(&item.id.into()))
-    };
+    let strange = |item: &&RawItem| item.flags.get() & ITEM_REQUIRED != 0 && !is_known(item);
     if let Some(item) = items.iter().find(strange) {
         return Err(unsupported(format!("the image needs the unknown metadata item {:?}", item.id)));
     }

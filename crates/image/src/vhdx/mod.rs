@@ -25,6 +25,7 @@ mod bat;
 mod bitmap;
 mod carry;
 mod cells;
+pub(crate) mod check;
 mod create;
 mod flush;
 mod format;

@@ -20,9 +20,9 @@ use store::{Mode, Store};
 use uuid::Uuid;
 
 /// The longest file that we open, 256 TiB: four times the largest disk.
-const MAX_FILE: u64 = 1 << 48;
+pub(crate) const MAX_FILE: u64 = 1 << 48;
 /// The longest metadata region that we read. Every file seen has 1 MiB.
-const MAX_METADATA: u64 = 16 * MIB;
+pub(crate) const MAX_METADATA: u64 = 16 * MIB;
 /// How much of the table is read at once, in bytes.
 const TABLE_STEP: u64 = MIB;
 

@@ -26,21 +26,21 @@ pub(crate) fn pending(store: &dyn Store, header: &Header) -> Result<Option<Repla
         let message = format!("it was cut: {length} bytes are left of at least {}", replay.flushed_length);
         return Err(error(ErrorKind::Damaged, message));
     }
-    let end = length.max(replay.last_length);
+    check_places(store, header, &replay, length.max(replay.last_length))?;
+    Ok(Some(replay))
+}
+
+/// Checks that a log changes only what may be changed in a file that ends at `end`.
+pub(crate) fn check_places(store: &dyn Store, header: &Header, replay: &Replay, end: u64) -> Result<()> {
     let log_end = header.log_offset + header.log_length;
     for patch in &replay.patches {
-        let (at, len) = match *patch {
-            Patch::Page(at, _) => (at, PAGE_BYTES),
-            Patch::Zero(at, len) => (at, len),
-        };
+        let (at, len) = patch.place();
         if at < HEADER_SECTION || at + len > end || (at < log_end && at + len > header.log_offset) {
-            return Err(error(
-                ErrorKind::Damaged,
-                format!("its log changes {len} bytes at {at}, where nothing may be changed"),
-            ));
+            let message = format!("its log changes {len} bytes at {at}, where nothing may be changed");
+            return Err(Error::new(ErrorKind::Damaged, store.name(), message));
         }
     }
-    Ok(Some(replay))
+    Ok(())
 }
 
 /// Carries the log out in the file. The header still says that the log is in use: doing it twice does no harm.

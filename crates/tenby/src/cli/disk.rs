@@ -47,14 +47,20 @@ pub(crate) enum Verb {
   tenby disk serve data.vhdx --socket /tmp/data.sock
   tenby disk serve data.vhdx --port 10809 --read-only")]
     Serve(ServeArgs),
-    /// Check an image file (not there yet)
-    #[command(after_help = "Example:\n  tenby disk check data.vhdx --repair")]
+    /// Check an image file: ends with 0 if it is sound, with 5 if it is damaged
+    #[command(after_help = "Examples:
+  tenby disk check data.vhdx
+  tenby disk check data.vhdx --repair
+  tenby disk check data.vhdx --undo data.vhdx.undo-20261126T101112345Z")]
     Check {
         /// The image file
         file: PathBuf,
-        /// Mend what can be mended
+        /// Mend what can be mended; what is written over is kept in a file beside it
         #[arg(long)]
         repair: bool,
+        /// Take a repair back with the file that it kept
+        #[arg(long, value_name = "UNDO-FILE", conflicts_with = "repair")]
+        undo: Option<PathBuf>,
     },
     /// Where an image's content lies
     #[command(after_help = "Example:\n  tenby disk map data.vhdx --json")]
@@ -262,7 +268,7 @@ impl Verb {
                 };
                 disk::serve(&place, at, args.read_only, out).await
             }
-            Self::Check { .. } => Err(later("`tenby disk check`")),
+            Self::Check { file, repair, undo } => check(&file, repair, undo.as_deref(), out),
             Self::Map { file, from } => {
                 let map = disk::map(&Place::of(&file, format(from)?)?)?;
                 out.show(&map, |_| map.draw());
@@ -338,6 +344,22 @@ fn new_format(said: Option<FormatArg>, file: &std::path::Path) -> Result<Format,
             .hint("end it in .vhdx, .avhdx, .vhd, .avhd, .raw or .img, or say --to")
     };
     said.or_else(|| FormatArg::of(file)).ok_or_else(wrong)?.known()
+}
+
+fn check(file: &std::path::Path, repair: bool, undo: Option<&std::path::Path>, out: &Out) -> Result<(), Problem> {
+    if let Some(undo) = undo {
+        disk::check::take_back(file, undo)?;
+        out.done(&format!("{}: the repair is taken back", file.display()));
+    }
+    let checked = if repair { disk::check::repair(file)? } else { disk::check::look(file)? };
+    out.show(&checked, |_| checked.draw());
+    if !checked.clean() && undo.is_none() {
+        // The document is the report, also with `--json`; what is left is a line for people, and the code.
+        let problem = checked.problem();
+        out.failure(&problem);
+        std::process::exit(problem.kind.code().into());
+    }
+    Ok(())
 }
 
 fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {

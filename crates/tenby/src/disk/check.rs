@@ -1,0 +1,199 @@
+//! `tenby disk check`: what is wrong with an image file, mending it, and taking a repair back.
+
+use super::{Place, problem, shown};
+use crate::draw::plain;
+use image::check::{self, Finding, Remedy, Report, Severity};
+use machine::plan::quoted;
+use machine::request::Problem;
+use serde::Serialize;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use store::host::HostFolder;
+use store::{Folder, Mode};
+
+/// The contract's `disk check`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Checked {
+    #[serde(skip)]
+    file: PathBuf,
+    /// Whether the image is sound; after the repair, if there was one.
+    clean: bool,
+    /// What there is to say of it as it stands now.
+    findings: Vec<Found>,
+    /// Further damage that is not listed.
+    #[serde(skip_serializing_if = "is_zero")]
+    more: u64,
+    /// What a repair has mended.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    repaired: Vec<Found>,
+    /// The file with which the repair can be taken back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    undo: Option<PathBuf>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde hands out references")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
+/// One finding.
+#[derive(Debug, Serialize)]
+struct Found {
+    kind: &'static str,
+    severity: &'static str,
+    r#where: String,
+    what: String,
+    effect: String,
+    /// What a repair does about it, or why it cannot; `null` where nothing is to be done.
+    repair: Option<String>,
+    /// Whether a repair mends it.
+    repairable: bool,
+    /// The bytes of the virtual disk that are lost or in doubt.
+    ranges: Vec<Stretch>,
+}
+
+#[derive(Debug, Serialize)]
+struct Stretch {
+    offset: u64,
+    length: u64,
+}
+
+impl From<&Range<u64>> for Stretch {
+    fn from(range: &Range<u64>) -> Self {
+        Self { offset: range.start, length: range.end - range.start }
+    }
+}
+
+impl From<&Finding> for Found {
+    fn from(finding: &Finding) -> Self {
+        let (repair, repairable) = match &finding.remedy {
+            Remedy::Nothing => (None, false),
+            Remedy::Mend(how) => (Some(how.clone()), true),
+            Remedy::Cannot(why) => (Some(format!("not possible: {why}")), false),
+        };
+        Self {
+            kind: finding.kind,
+            severity: match finding.severity {
+                Severity::Note => "note",
+                Severity::Damage => "damage",
+            },
+            r#where: finding.place.clone(),
+            what: finding.what.clone(),
+            effect: finding.effect.clone(),
+            repair,
+            repairable,
+            ranges: finding.ranges.iter().map(Stretch::from).collect(),
+        }
+    }
+}
+
+impl Found {
+    /// For people: what it is, under `title`, and where; what that means; what a repair does.
+    fn draw(&self, title: &str) -> String {
+        let repair = self.repair.as_ref().map(|repair| format!("  repair  {}\n", plain(repair))).unwrap_or_default();
+        let [what, place, effect] = [&self.what, &self.r#where, &self.effect].map(|text| plain(text));
+        format!("{title}: {what} ({})\n  where   {place}\n  effect  {effect}\n{repair}", self.kind)
+    }
+}
+
+impl Checked {
+    fn of(path: &Path, report: &Report) -> Self {
+        Self {
+            file: path.to_owned(),
+            clean: report.clean(),
+            findings: report.findings.iter().map(Found::from).collect(),
+            more: report.more,
+            repaired: Vec::new(),
+            undo: None,
+        }
+    }
+
+    /// Whether the image is sound.
+    pub(crate) fn clean(&self) -> bool {
+        self.clean
+    }
+
+    /// For people.
+    pub(crate) fn draw(&self) -> String {
+        let file = plain(&self.file.display().to_string());
+        let mended = self.repaired.iter().map(|found| found.draw("mended"));
+        let mut text: String = mended.chain(self.findings.iter().map(|found| found.draw(found.severity))).collect();
+        let mut line = |line: String| text.extend([line.as_str(), "\n"]);
+        if self.more > 0 {
+            line(format!("damage: {} more findings like these", self.more));
+        }
+        if let Some(undo) = &self.undo {
+            let undo = plain(&undo.display().to_string());
+            line(format!(
+                "what was written over is kept; to take the repair back: tenby disk check {file} --undo {undo}"
+            ));
+        }
+        if self.clean {
+            line(format!("{file} is sound"));
+        }
+        text
+    }
+
+    /// That the image is damaged, and what to do.
+    pub(crate) fn problem(&self) -> Problem {
+        let damage = self.findings.iter().filter(|found| found.severity == "damage").count() as u64 + self.more;
+        let findings = if damage == 1 { "1 finding".to_owned() } else { format!("{damage} findings") };
+        let problem = Problem::damaged(format!("{} is damaged: {findings}", self.file.display()));
+        if self.findings.iter().any(|found| found.repairable) {
+            problem.hint(format!("tenby disk check {} --repair", quoted(&self.file.display().to_string())))
+        } else {
+            problem
+        }
+    }
+}
+
+/// What is wrong with the image. Nothing is written.
+pub(crate) fn look(path: &Path) -> Result<Checked, Problem> {
+    let place = Place::of(path, None)?;
+    let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
+    let report = check::check(&store, place.format).map_err(|error| problem(&error))?;
+    Ok(Checked::of(path, &report))
+}
+
+/// Mends what can be mended.
+pub(crate) fn repair(path: &Path) -> Result<Checked, Problem> {
+    let place = Place::of(path, None)?;
+    let (folder, name, above) = beside(path)?;
+    let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
+    let undo = check::undo_name(&name, &stamp);
+    let done = check::repair(&folder, &name, place.format, &undo).map_err(|error| problem(&error))?;
+    let is_left = |finding: &Finding| done.after.findings.contains(finding);
+    let mended = done.before.findings.iter().filter(|finding| done.changed && finding.remedy != Remedy::Nothing);
+    Ok(Checked {
+        repaired: mended.filter(|finding| !is_left(finding)).map(Found::from).collect(),
+        undo: done.changed.then(|| above.join(&undo)),
+        ..Checked::of(path, &done.after)
+    })
+}
+
+/// Takes a repair back.
+pub(crate) fn take_back(path: &Path, undo: &Path) -> Result<(), Problem> {
+    let (folder, name, above) = beside(path)?;
+    let (undo_folder, undo_name) = HostFolder::holding(undo).map_err(|error| problem(&error.into()))?;
+    let above = if above.as_os_str().is_empty() { Path::new(".") } else { &above };
+    let real = |path: &Path| std::fs::canonicalize(path).ok();
+    if real(above).is_none() || real(above) != real(undo_folder.path()) {
+        let message = format!("{} must lie in the same folder as {}", undo.display(), path.display());
+        return Err(Problem::usage(message));
+    }
+    check::take_back(&folder, &name, &undo_name).map_err(|error| match error.kind {
+        image::ErrorKind::Invalid => Problem::refused(format!("{}: {}", shown(&error.file).display(), error.message)),
+        _ => problem(&error),
+    })
+}
+
+/// The folder that the image lies in, its name there, and the folder's path as its user would write it. A link leads to the image.
+fn beside(path: &Path) -> Result<(Arc<dyn Folder>, String, PathBuf), Problem> {
+    let is_link = std::fs::symlink_metadata(path).is_ok_and(|data| data.is_symlink());
+    let real = if is_link { std::fs::canonicalize(path) } else { Ok(path.to_owned()) };
+    let real = real.map_err(|error| Problem::not_found(format!("{}: {error}", path.display())))?;
+    let (folder, name) = HostFolder::holding(&real).map_err(|error| problem(&error.into()))?;
+    let above = real.parent().unwrap_or(Path::new("")).to_owned();
+    Ok((Arc::new(folder), name, above))
+}
