@@ -738,6 +738,10 @@ fn cuts_at_every_operation_of_a_repair() {
                 let done = repair_as(&after, "2").unwrap_or_else(|error| panic!("{error} ({what})"));
                 assert!(done.after.clean(), "{what}: {:#?}", done.after);
                 assert!(content(&self::bytes(&after)).unwrap() == expected, "{what}");
+                // What was cut off was taken back first, so that the newest undo file leads to the beginning.
+                let newest = check::undo_name(NAME, if done.changed { "2" } else { "1" });
+                check::take_back(&after.root(), NAME, &newest).unwrap();
+                assert!(self::bytes(&after) == bytes, "{what}: the second repair, taken back");
 
                 let after = sim.after_crash(crash);
                 match check::take_back(&after.root(), NAME, &undo_name()) {
