@@ -496,10 +496,16 @@ struct Served {
 
 /// Serves the image until SIGTERM or Ctrl-C; then everything is flushed and the socket removed.
 pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> Result<(), Problem> {
+    if !read_only {
+        edit::check_owner(&place.path)?;
+    }
     let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
     let hear = |kind| signal(kind).map_err(|error| failed("signals cannot be heard", &error));
     let (mut terminate, mut interrupt) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
     let chain = Arc::new(place.chain(if read_only { Access::Read } else { Access::Write })?);
+    if !read_only {
+        edit::check_leaf(place, chain.layers().last().expect("an image is a chain of one at least"), out)?;
+    }
     let options = export::Options { read_only, ..export::Options::default() };
     let (listener, uri): (export::Listener, String) = match &at {
         At::Socket(path) => {
