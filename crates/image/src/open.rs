@@ -75,8 +75,8 @@ pub fn open(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) -> Result
         (Some(Signature::Foreign(name)), _) => refuse(format!("it is a {name} image, which is not read here yet")),
         (None, Some(Format::Vhdx)) => refuse("it is no VHDX: the signature is missing".to_owned()),
         (None, Some(Format::Vhd)) => refuse("it is no VHD: there is no footer, nor a copy of one".to_owned()),
-        (None, _) => refuse(
-            "it has no signature of an image format (a fixed VHD whose end was lost has none either)".to_owned(),
-        ),
+        (None, _) => {
+            refuse("it has no signature of an image format (a fixed VHD whose end was lost has none either)".to_owned())
+        }
     }
 }

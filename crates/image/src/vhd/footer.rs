@@ -158,8 +158,10 @@ pub(crate) fn find(store: &dyn Store) -> Result<Found> {
         (None, Some(footer), ..) => Ok(found(footer, false)),
         (None, None, Some((footer, _)), _) => Ok(found(footer, true)),
         (None, None, None, Some(footer)) => Ok(found(footer, false)),
-        (None, None, None, None) => {
-            Err(Error::new(ErrorKind::Damaged, store.name(), "it is no VHD: there is no footer, neither at its end nor at its beginning"))
-        }
+        (None, None, None, None) => Err(Error::new(
+            ErrorKind::Damaged,
+            store.name(),
+            "it is no VHD: there is no footer, neither at its end nor at its beginning",
+        )),
     }
 }

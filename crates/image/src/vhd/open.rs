@@ -33,10 +33,13 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdLayer>> {
     let kind = match found.footer.kind() {
         Ok(kind) if found.footer.is_known_version() => kind,
         Ok(_) => return refuse(ErrorKind::Unsupported, "its footer is of another version than 1.0".to_owned()),
-        Err(number) => return refuse(ErrorKind::Unsupported, format!("it is a disk of type {number}, which is unknown")),
+        Err(number) => {
+            return refuse(ErrorKind::Unsupported, format!("it is a disk of type {number}, which is unknown"));
+        }
     };
     let damaged = |what: &str| {
-        let message = format!("the checksum of its {what} is wrong: it can be read, but must be repaired before it is written");
+        let message =
+            format!("the checksum of its {what} is wrong: it can be read, but must be repaired before it is written");
         refuse(ErrorKind::Damaged, message)
     };
     if mode == Mode::Write && !found.sealed {
@@ -113,7 +116,10 @@ fn check_size(store: &dyn Store, found: &Found, kind: Kind) -> Result<()> {
         return refuse(ErrorKind::Damaged, format!("the size of {size} bytes is none that the format allows"));
     }
     if kind == Kind::Fixed && found.tail.is_none_or(|tail| size > tail) {
-        return refuse(ErrorKind::Damaged, format!("it is cut short: its disk has {size} bytes, and the file has fewer"));
+        return refuse(
+            ErrorKind::Damaged,
+            format!("it is cut short: its disk has {size} bytes, and the file has fewer"),
+        );
     }
     Ok(())
 }
@@ -123,7 +129,10 @@ fn geometry(store: &dyn Store, found: &Found, kind: Kind, header: &Header) -> Re
     let refuse = |kind, message: String| Err(Error::new(kind, store.name(), message));
     let block_size = header.block_size();
     if !block_size.is_power_of_two() || !BLOCK_SIZES.contains(&block_size) {
-        return refuse(ErrorKind::Damaged, format!("the block size of {block_size} bytes is none that the format allows"));
+        return refuse(
+            ErrorKind::Damaged,
+            format!("the block size of {block_size} bytes is none that the format allows"),
+        );
     }
     let geometry = Geometry { size: found.footer.size(), block: block_size.into(), kind };
     if geometry.blocks() > MAX_BLOCKS {
@@ -178,13 +187,7 @@ impl std::fmt::Display for Part {
 }
 
 /// Checks that everything lies inside the file and nothing over anything else, and says what is left.
-fn check_places(
-    store: &dyn Store,
-    found: &Found,
-    header: &Header,
-    geometry: &Geometry,
-    bat: &Bat,
-) -> Result<Space> {
+fn check_places(store: &dyn Store, found: &Found, header: &Header, geometry: &Geometry, bat: &Bat) -> Result<Space> {
     let damaged = |message: String| Err(Error::new(ErrorKind::Damaged, store.name(), message));
     let length = store.len()?;
     let mut parts = vec![

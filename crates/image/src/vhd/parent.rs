@@ -4,8 +4,8 @@ use super::format::{
     HEADER_BYTES, HEADER_CHECKSUM, HEADER_COOKIE, LOCATOR_ABSOLUTE, LOCATOR_RELATIVE, LOCATOR_SECOND, LOCATOR_URL,
     LOCATORS, NOWHERE, RawHeader, RawLocator, SECTOR, VERSION, checksum,
 };
-use crate::ParentLink;
 use crate::ErrorKind;
+use crate::ParentLink;
 use std::ops::Range;
 use store::Store;
 use uuid::Uuid;
@@ -146,7 +146,10 @@ impl Header {
         self.put(LOCATOR_SECOND, link.linkage2.map(|id| id.as_bytes().to_vec()));
         let fits = self.locators.iter().all(|locator| locator.data.len() <= MAX_LOCATOR as usize);
         if self.locators.len() > LOCATORS || !fits {
-            return Err((ErrorKind::Unsupported, "its header has no room for what is to be said of the parent".to_owned()));
+            return Err((
+                ErrorKind::Unsupported,
+                "its header has no room for what is to be said of the parent".to_owned(),
+            ));
         }
         Ok(())
     }
