@@ -11,7 +11,7 @@ use image::{Kind, Layer};
 pub(super) const TARGET: Target = Target {
     name: "vhd",
     about: "a VHD file: footers, header, block table, bitmaps, parent locators",
-    quick: 3000,
+    quick: 600,
     seeds,
     mutate,
     run: super::vhdx::TARGET.run,
