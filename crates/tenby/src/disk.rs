@@ -239,16 +239,17 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
             if new.parent.is_some() {
                 return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
             }
-            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0)).map_err(|error| problem(&error))?
+            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0))
+                .map_err(|error| making.problem(error))?
         }
         Format::Vhdx => {
-            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| problem(&error))?
+            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| making.problem(error))?
         }
         Format::Vhd => {
-            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| problem(&error))?
+            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| making.problem(error))?
         }
     };
-    layer.close().map_err(|error| problem(&error))?;
+    layer.close().map_err(|error| making.problem(error))?;
     drop(layer);
     making.finish()?;
     info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) })
@@ -453,6 +454,12 @@ impl Making {
 
     fn exists(path: &Path) -> Problem {
         Problem::refused(format!("{} exists already; nothing was changed", path.display()))
+    }
+
+    /// What went wrong, told of the file that was to be.
+    fn problem(&self, error: Error) -> Problem {
+        let file = if error.file == self.store.name() { self.path.display().to_string() } else { error.file };
+        problem(&Error { file, ..error })
     }
 
     /// Gives the file its name, durably. A file that has come to bear that name meanwhile stays.
