@@ -185,7 +185,7 @@ impl<'a> Campaign<'a> {
 }
 
 /// The most executions that making a failing input smaller may cost.
-const REDUCTIONS: usize = 2000;
+const REDUCTIONS: usize = 300;
 
 /// The same failure with less in the input: pages that do not matter become zeros, and the pages of a single file go from its end.
 pub fn reduce(target: &Target, failure: &Failure) -> Failure {

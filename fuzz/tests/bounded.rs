@@ -39,4 +39,4 @@ macro_rules! targets {
     };
 }
 
-targets!(vhdx, chain, carry, probe, stream, memory, handshake, nbd, qmp);
+targets!(vhdx, vhd, chain, carry, probe, stream, memory, handshake, nbd, qmp);

@@ -4,6 +4,7 @@
 //! times, and what counts are medians and their ratios. Results are printed, and kept in `target/bench/NAME.json`.
 
 mod contest;
+mod disk;
 mod nbd;
 mod snapshots;
 
@@ -26,13 +27,17 @@ const BENCHES: &[Bench] = &[
     Bench { name: "nbd-depth", what: "reads through a chain of 50 layers beside one of 1", run: nbd::depth },
     Bench { name: "nbd-peers", what: "our NBD server beside others", run: nbd::peers },
     Bench { name: "nbd-first-write", what: "first writes to a new leaf beside the same again", run: nbd::first_write },
+    Bench { name: "disk-convert", what: "copies between raw and VHDX beside cp and qemu-img", run: disk::convert },
+    Bench { name: "disk-merge", what: "a leaf of scattered writes merged into its parent", run: disk::merge },
+    Bench { name: "disk-deep", what: "a chain of 1,000 layers opened", run: disk::deep },
     Bench { name: "snapshot-off", what: "snapshots of a machine that is off, 1,000 present", run: snapshots::off },
     Bench { name: "snapshot-pause", what: "what a running guest notices, and what is stored", run: snapshots::running },
 ];
 
-/// Measures what `names` says, or everything.
+/// Measures what `names` says, or everything. The beginning of a name stands for all that begin so: `disk`, `nbd`, `snapshot`.
 pub(crate) fn run(names: &[String]) -> Result<()> {
-    if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|bench| bench.name != **name)) {
+    let is_meant = |bench: &Bench, name: &String| bench.name == name || bench.name.starts_with(&format!("{name}-"));
+    if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|bench| !is_meant(bench, name))) {
         let known: Vec<String> = BENCHES.iter().map(|bench| format!("  {:16} {}", bench.name, bench.what)).collect();
         bail!("there is no bench `{unknown}`; there are\n{}", known.join("\n"));
     }
@@ -40,7 +45,7 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     step("building Tenby");
     call(cargo().args(["build", "--release", "--package", "tenby"]))?;
     call(cargo().args(["build", "--release", "--package", "export", "--example", "serve"]))?;
-    let chosen = BENCHES.iter().filter(|bench| names.is_empty() || names.iter().any(|name| name == bench.name));
+    let chosen = BENCHES.iter().filter(|bench| names.is_empty() || names.iter().any(|name| is_meant(bench, name)));
     let mut missed = 0;
     for bench in chosen {
         step(&format!("{}: {}", bench.name, bench.what));

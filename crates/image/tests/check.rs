@@ -570,6 +570,36 @@ mod shifted {
         }
     }
 
+    /// Large blocks have an entry for a bitmap in every page. Blocks 3, 400 and 600 before 0; then 512 of the next page, then 5.
+    #[test]
+    fn a_block_in_the_place_of_a_bitmap_tells_too() {
+        const BLOCK: u64 = 32 << 20;
+        let sim = Sim::new();
+        let options = Options { block_size: BLOCK as u32, ..Options::dynamic(1000 * BLOCK) };
+        let layer = vhdx::create(sim.root().create(NAME).unwrap(), &options).unwrap();
+        // Block 127 stands before the first bitmap's entry.
+        for block in [3, 127, 400, 600, 0, 5] {
+            write(&*layer, block * BLOCK, &[block as u8; 512]).unwrap();
+        }
+        layer.close().unwrap();
+        let right = by("QEMU v4.1.0", bytes(&sim));
+        let mut wrong = right.clone();
+        wrong.copy_within(TABLE..TABLE + 4088, TABLE + 8);
+        // The second block had no place before; block 5 got its own afterwards.
+        set(&mut wrong, 1, 2);
+        set(&mut wrong, 5, entry(&right, 5));
+        set(&mut wrong, 6, 0);
+        let report = look(&wrong);
+        assert_eq!(kinds(&report), ["shifted-table"], "{report:#?}");
+        let sim = disk(&wrong);
+        assert!(repair(&sim).unwrap().after.clean());
+        let full = |bytes: &[u8], index: usize| Some(entry(bytes, index)).filter(|entry| entry & 7 == 6);
+        let now = bytes(&sim);
+        for index in 0..1007 {
+            assert_eq!(full(&now, index), full(&right, index), "entry {index}");
+        }
+    }
+
     #[test]
     fn zeros_that_moved_alone_are_no_damage() {
         let mut bytes = by("QEMU v5.2.0", shift().0);
@@ -708,6 +738,10 @@ fn cuts_at_every_operation_of_a_repair() {
                 let done = repair_as(&after, "2").unwrap_or_else(|error| panic!("{error} ({what})"));
                 assert!(done.after.clean(), "{what}: {:#?}", done.after);
                 assert!(content(&self::bytes(&after)).unwrap() == expected, "{what}");
+                // What was cut off was taken back first, so that the newest undo file leads to the beginning.
+                let newest = check::undo_name(NAME, if done.changed { "2" } else { "1" });
+                check::take_back(&after.root(), NAME, &newest).unwrap();
+                assert!(self::bytes(&after) == bytes, "{what}: the second repair, taken back");
 
                 let after = sim.after_crash(crash);
                 match check::take_back(&after.root(), NAME, &undo_name()) {

@@ -277,6 +277,38 @@ fn while_one_is_made(format: Format, kind: Kind) {
     }
 }
 
+/// A VHD that gives back what it grew ahead of need ends with a footer at every moment: others want it there.
+#[test]
+fn while_a_vhd_is_closed() {
+    let fill = |sim: &Sim| -> image::Result<Arc<dyn Layer>> {
+        let file = sim.root().create("disk")?;
+        sim.root().sync()?;
+        let layer = vhd::create(file, &vhd::Options { block_size: BLOCK as u32, ..vhd::Options::dynamic(64 * MIB) })?;
+        for block in 0..20 {
+            write(&*layer, block * BLOCK, &stamped(5))?;
+        }
+        layer.flush()?;
+        Ok(layer)
+    };
+    let sim = Sim::new();
+    let layer = fill(&sim).expect("nothing fails");
+    let (before, length) = (sim.counts().operations, layer.store().len().expect("length"));
+    layer.close().expect("nothing fails");
+    assert!(layer.store().len().expect("length") < length, "there is something to give back");
+    // The last one is behind all of it, with its last steps not synced.
+    for cut in before..=sim.counts().operations {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let _ = fill(&sim).expect("before the cut").close();
+        for crash in Crash::several(cut, 20) {
+            let file = sim.after_crash(crash).root().open("disk", Mode::Read).expect("there");
+            let mut cookie = [0; 8];
+            file.read_at(&mut cookie, file.len().expect("length") - SECTOR).expect("read");
+            assert_eq!(&cookie, b"conectix", "cut at {cut}, {crash:?}");
+        }
+    }
+}
+
 /// A VHD whose link and ids change, cut off all along: it has the old ones or the new ones, all of them.
 #[test]
 fn while_it_is_linked_anew() {

@@ -239,16 +239,17 @@ pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
             if new.parent.is_some() {
                 return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
             }
-            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0)).map_err(|error| problem(&error))?
+            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0))
+                .map_err(|error| making.problem(error))?
         }
         Format::Vhdx => {
-            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| problem(&error))?
+            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| making.problem(error))?
         }
         Format::Vhd => {
-            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| problem(&error))?
+            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| making.problem(error))?
         }
     };
-    layer.close().map_err(|error| problem(&error))?;
+    layer.close().map_err(|error| making.problem(error))?;
     drop(layer);
     making.finish()?;
     info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) })
@@ -455,6 +456,12 @@ impl Making {
         Problem::refused(format!("{} exists already; nothing was changed", path.display()))
     }
 
+    /// What went wrong, told of the file that was to be.
+    fn problem(&self, error: Error) -> Problem {
+        let file = if error.file == self.store.name() { self.path.display().to_string() } else { error.file };
+        problem(&Error { file, ..error })
+    }
+
     /// Gives the file its name, durably. A file that has come to bear that name meanwhile stays.
     fn finish(mut self) -> Result<(), Problem> {
         let partial = self.folder.path().join(&self.partial);
@@ -496,10 +503,16 @@ struct Served {
 
 /// Serves the image until SIGTERM or Ctrl-C; then everything is flushed and the socket removed.
 pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> Result<(), Problem> {
+    if !read_only {
+        edit::check_owner(&place.path)?;
+    }
     let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
     let hear = |kind| signal(kind).map_err(|error| failed("signals cannot be heard", &error));
     let (mut terminate, mut interrupt) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
     let chain = Arc::new(place.chain(if read_only { Access::Read } else { Access::Write })?);
+    if !read_only {
+        edit::check_leaf(place, chain.layers().last().expect("an image is a chain of one at least"), out)?;
+    }
     let options = export::Options { read_only, ..export::Options::default() };
     let (listener, uri): (export::Listener, String) = match &at {
         At::Socket(path) => {

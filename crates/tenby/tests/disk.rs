@@ -218,6 +218,22 @@ fn a_merge_leaves_one_file_that_holds_all() {
 }
 
 #[test]
+fn vhd_is_compared_merged_and_compacted_too_but_keeps_its_size() {
+    let place = Place::new();
+    raw(&place, "a.raw", 8 * MIB, &[(3 * MIB, &[1; 4096])]);
+    tenby(&place, &["disk", "convert", "a.raw", "base.vhd"]).well();
+    tenby(&place, &["disk", "create", "child.avhd", "--parent", "base.vhd"]).well();
+    tenby(&place, &["disk", "compare", "child.avhd", "a.raw"]).well();
+    let info = json(&place, &["disk", "info", "child.avhd", "--chain"]);
+    assert_eq!(info["chain"][0]["children"], serde_json::json!(["child.avhd"]));
+    tenby(&place, &["disk", "merge", "child.avhd"]).well();
+    tenby(&place, &["disk", "compact", "base.vhd"]).well();
+    tenby(&place, &["disk", "compare", "base.vhd", "a.raw"]).well();
+    let refused = tenby(&place, &["disk", "resize", "base.vhd", "16M"]).with(3);
+    assert!(refused.err.contains("hint: tenby disk convert base.vhd base.vhdx"), "{refused:?}");
+}
+
+#[test]
 fn a_merge_into_a_parent_of_others_is_refused() {
     let place = Place::new();
     tenby(&place, &["disk", "create", "base.vhdx", "--size", "8M"]).well();

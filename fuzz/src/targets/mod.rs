@@ -9,6 +9,7 @@ mod nbd;
 mod probe;
 mod qmp;
 mod stream;
+mod vhd;
 mod vhdx;
 
 use crate::file::{Disk, File};
@@ -23,6 +24,7 @@ use uuid::Uuid;
 /// All targets. The one of a new format comes here, and in a file of its own.
 pub const ALL: &[Target] = &[
     vhdx::TARGET,
+    vhd::TARGET,
     chain::TARGET,
     carry::TARGET,
     probe::TARGET,

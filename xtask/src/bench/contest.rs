@@ -63,6 +63,8 @@ fn median(mut samples: Vec<f64>) -> f64 {
 pub(super) enum Promise {
     /// The named row is at least so many times the first one, by the median of the rounds.
     Ratio(&'static str, f64),
+    /// The named row is at most so many times the first one, by the median of the rounds.
+    RatioAtMost(&'static str, f64),
     /// The named row's median is at most this.
     AtMost(&'static str, f64),
 }
@@ -96,6 +98,10 @@ impl Report {
             Promise::Ratio(name, least) => {
                 let ratio = value(name, Self::ratio);
                 (format!("{name}: at least {least} x {}", self.rows[0].name), ratio, ratio >= least)
+            }
+            Promise::RatioAtMost(name, most) => {
+                let ratio = value(name, Self::ratio);
+                (format!("{name}: at most {most:.2} x {}", self.rows[0].name), ratio, ratio <= most)
             }
             Promise::AtMost(name, most) => {
                 let median = value(name, |_, row| row.median());

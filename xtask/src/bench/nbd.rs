@@ -154,18 +154,39 @@ fn fill(server: &Server) -> Result<()> {
     fio(server, load, "--refill_buffers").map(drop)
 }
 
+/// So many random writes of 4 KiB over the whole disk, the same each time, and a flush.
+pub(super) fn scattered_writes(server: &Server, count: u64) -> Result<()> {
+    let size = output_of(Command::new("nbdinfo").arg("--size").arg(&server.uri))?;
+    let words = ["--name=bench", "--ioengine=nbd", "--rw=randwrite", "--bs=4k", "--iodepth=32", "--end_fsync=1"];
+    let count = [format!("--uri={}", server.uri), format!("--size={}", size.trim()), format!("--number_ios={count}")];
+    output_of(Command::new("fio").args(words).args(count)).map(drop)
+}
+
 /// A running NBD server.
-struct Server {
+pub(super) struct Server {
     child: Child,
     uri: String,
 }
 
 impl Server {
     /// `tenby disk serve` of an image and its parents.
-    fn tenby(folder: &Path, file: &Path) -> Result<Self> {
+    pub(super) fn tenby(folder: &Path, file: &Path) -> Result<Self> {
         let name = file.parent().and_then(Path::file_name).context("the image lies in a folder")?;
         let socket = folder.join(name).with_extension("sock");
         Self::start(Command::new(tenby()).args(["disk", "serve"]).arg(file).arg("--socket").arg(&socket), &socket)
+    }
+
+    /// `qemu-nbd` of an image.
+    pub(super) fn qemu_of(folder: &Path, file: &Path, format: &str) -> Result<Self> {
+        let socket = folder.join("qemu-image.sock");
+        let mut command = Command::new("qemu-nbd");
+        command.args(["--persistent", "--shared=0", "--format", format, "--socket"]).arg(&socket).arg(file);
+        Self::start(&mut command, &socket)
+    }
+
+    /// The process.
+    pub(super) fn id(&self) -> u32 {
+        self.child.id()
     }
 
     /// `qemu-nbd` of a raw file through the page cache.

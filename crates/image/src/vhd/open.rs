@@ -202,6 +202,8 @@ fn check_places(store: &dyn Store, found: &Found, header: &Header, geometry: &Ge
         (header.table_at()..header.table_at() + geometry.table(), Part::Table),
     ];
     parts.extend(found.tail.map(|tail| (tail..length, Part::Tail)));
+    // More than this cannot lie side by side in the file: a table that says so is not read to its end.
+    let most = parts.len() as u64 + length / (geometry.bitmap() + geometry.block) + 1;
     for block in 0..geometry.blocks() {
         let Some(place) = bat.get(block) else { continue };
         // Only what lies inside the disk must be there: the last block may be cut off.
@@ -210,6 +212,9 @@ fn check_places(store: &dyn Store, found: &Found, header: &Header, geometry: &Ge
             return damaged(format!("block {block} lies at {place}, past the file's end at {length}"));
         }
         parts.push((place..end, Part::Block(block)));
+        if parts.len() as u64 > most {
+            return damaged(format!("its block table names more blocks than a file of {length} bytes can hold"));
+        }
     }
     parts.sort_by_key(|(place, _)| (place.start, place.end));
     for pair in parts.windows(2) {

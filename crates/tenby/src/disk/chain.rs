@@ -65,7 +65,7 @@ impl Link {
         let machine = machine::mark::owner(&info.file);
         let deletable = children.is_empty() && machine.is_none();
         let modified = modified.and_then(|time| Timestamp::try_from(time).ok());
-        Ok(Self { modified, children, machine, deletable, info })
+        Ok(Self { info, modified, children, machine, deletable })
     }
 
     pub(super) fn block(&self, look: &Look) -> String {

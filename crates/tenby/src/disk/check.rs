@@ -1,6 +1,6 @@
 //! `tenby disk check`: what is wrong with an image file, mending it, and taking a repair back.
 
-use super::{Place, problem, shown};
+use super::{Place, edit, problem, shown};
 use crate::draw::plain;
 use image::check::{self, Finding, Remedy, Report, Severity};
 use machine::plan::quoted;
@@ -158,6 +158,7 @@ pub(crate) fn look(path: &Path) -> Result<Checked, Problem> {
 
 /// Mends what can be mended.
 pub(crate) fn repair(path: &Path) -> Result<Checked, Problem> {
+    edit::check_owner(path)?;
     let place = Place::of(path, None)?;
     let (folder, name, above) = beside(path)?;
     let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
@@ -174,6 +175,7 @@ pub(crate) fn repair(path: &Path) -> Result<Checked, Problem> {
 
 /// Takes a repair back.
 pub(crate) fn take_back(path: &Path, undo: &Path) -> Result<(), Problem> {
+    edit::check_owner(path)?;
     let (folder, name, above) = beside(path)?;
     let (undo_folder, undo_name) = HostFolder::holding(undo).map_err(|error| problem(&error.into()))?;
     let above = if above.as_os_str().is_empty() { Path::new(".") } else { &above };

@@ -9,8 +9,10 @@
 //!   before:  –  B  C  D  –     block 0 gets the place A:     A  –  B  C  D
 //! ```
 //!
-//! That is mended only if it is proven: what comes out must be a table without any fault, and either the first entry is there twice
-//! (then no reader opens the file as it is), or QEMU made the file, before 8.0, and an entry stands behind the disk's last one.
+//! What shows it: an entry behind the disk's last one, or in the place of a bitmap's, which such files do not have.
+//!
+//! It is mended only if it is proven: what comes out must be a table without any fault, and either the first entry is there twice (then
+//! no reader opens the file as it is), or QEMU made the file, before 8.0, and what shows it is a block, not only zeros.
 
 use super::table::{Outcome, Pages, Subject, examine as examine_table};
 use super::{cannot, finding, mend, padded};
@@ -27,13 +29,20 @@ pub(super) fn examine(subject: &Subject<'_>) -> Result<Outcome> {
     if subject.geometry.differencing {
         return Ok(as_it_is);
     }
-    let Some(candidate) = candidate(subject, &as_it_is)? else { return Ok(as_it_is) };
-    let back = if candidate.proven() { shifted_back(subject, &candidate)? } else { None };
-    let proven = back.as_ref().is_some_and(Outcome::is_sound);
-    let mut outcome = back.filter(Outcome::is_sound).unwrap_or(as_it_is);
-    outcome.report.findings.insert(0, story(&candidate, subject, proven));
+    let candidates = candidates(subject, &as_it_is)?;
+    let certain = !candidates.is_empty() && candidates.iter().all(|candidate| candidate.certain);
+    let back = if certain { shifted_back(subject, &candidates)? } else { None };
+    let back = back.filter(Outcome::is_sound);
+    let proven = back.is_some();
+    let mut outcome = back.unwrap_or(as_it_is);
+    for candidate in candidates.iter().rev() {
+        outcome.report.findings.insert(0, story(candidate.page, subject, proven));
+    }
     Ok(outcome)
 }
+
+/// The most pages that are looked at together.
+const MOST: usize = 256;
 
 /// A page that looks as if it was shifted.
 struct Candidate {
@@ -42,17 +51,11 @@ struct Candidate {
     words: Option<Vec<u64>>,
     /// The last entry of the page fell out of it.
     lost: bool,
-    /// The first entry is there twice.
-    twice: bool,
-    /// QEMU made the file when it still had the mistake.
-    old_qemu: bool,
+    /// Nothing but a shift leaves such a page.
+    certain: bool,
 }
 
 impl Candidate {
-    fn proven(&self) -> bool {
-        self.twice || self.old_qemu
-    }
-
     fn bytes(&self) -> Option<PageBytes> {
         let mut bytes = Box::new([0; PAGE]);
         for (bytes, word) in bytes.chunks_exact_mut(8).zip(self.words.as_ref()?) {
@@ -63,59 +66,89 @@ impl Candidate {
 }
 
 /// The table as it was before it was shifted. An entry that was lost is found if exactly one block's place belongs to nothing.
-fn shifted_back(subject: &Subject<'_>, candidate: &Candidate) -> Result<Option<Outcome>> {
-    let pages = |bytes: PageBytes| Pages(BTreeMap::from([(candidate.page, bytes)]));
-    let Some(mut bytes) = candidate.bytes() else { return Ok(None) };
-    let outcome = examine_table(subject, pages(bytes.clone()))?;
-    if !candidate.lost {
-        return Ok(Some(outcome));
-    }
-    let mut large = outcome.holes.iter().filter(|(_, len)| *len >= subject.geometry.block);
-    match (large.next(), large.next()) {
-        (None, _) => Ok(Some(outcome)),
-        (Some((at, len)), None) if *len == subject.geometry.block => {
-            bytes[PAGE - 8..].copy_from_slice(&Entry::full(*at).0.to_le_bytes());
-            Ok(Some(examine_table(subject, pages(bytes))?))
+fn shifted_back(subject: &Subject<'_>, candidates: &[Candidate]) -> Result<Option<Outcome>> {
+    let pages: Option<BTreeMap<_, _>> =
+        candidates.iter().map(|candidate| Some((candidate.page, candidate.bytes()?))).collect();
+    let Some(mut pages) = pages else { return Ok(None) };
+    let outcome = examine_table(subject, Pages(pages.clone()))?;
+    let mut lost = candidates.iter().filter(|candidate| candidate.lost);
+    let Some(loser) = lost.next() else { return Ok(Some(outcome)) };
+    // QEMU leaves room before the first block; a block that was lost lies behind it.
+    let large = |hole: &&(u64, u64)| hole.1 >= subject.geometry.block && hole.0 > outcome.first;
+    let mut holes = outcome.holes.iter().filter(large);
+    match (holes.next(), holes.next(), lost.next()) {
+        (None, ..) => Ok(Some(outcome)),
+        (Some((at, len)), None, None) if *len == subject.geometry.block => {
+            let page = pages.get_mut(&loser.page).expect("every candidate has its page");
+            page[PAGE - 8..].copy_from_slice(&Entry::full(*at).0.to_le_bytes());
+            Ok(Some(examine_table(subject, Pages(pages))?))
         }
         _ => Ok(None),
     }
 }
 
-/// A page of which the evidence is in the table. At most one: several are not put right by themselves.
-fn candidate(subject: &Subject<'_>, outcome: &Outcome) -> Result<Option<Candidate>> {
+/// The pages of which the evidence is in the table.
+fn candidates(subject: &Subject<'_>, outcome: &Outcome) -> Result<Vec<Candidate>> {
     let geometry = &subject.geometry;
     let last = geometry.payload_index(geometry.blocks() - 1);
     let old_qemu = made_by_old_qemu(subject)?;
     let last_page = last / WORDS as u64;
-    let behind = (last % WORDS as u64) as usize + 1;
-    if behind < WORDS && geometry.block_of(last_page * WORDS as u64).is_some() {
-        let now = words(&*subject.page(last_page)?);
-        if is_evidence(&now, behind, old_qemu, subject)? {
-            let twice = now[0] == now[1];
-            let back = shifted_page(&now, behind, twice);
-            let differs = |(old, new): (&u64, &u64)| old != new && (is_full(*old) || is_full(*new));
-            let moves = back.as_ref().is_some_and(|back| back.iter().zip(&now).any(differs));
-            // QEMU's new files hold zeros everywhere; where only those moved, nothing came to harm.
-            if moves || is_full(now[behind]) {
-                return Ok(Some(Candidate { page: last_page, words: back, lost: false, twice, old_qemu }));
-            }
+    // Elsewhere only what is there twice, or what old QEMUs left in the places of bitmaps, tells.
+    let first_page = if old_qemu || outcome.shared { 0 } else { last_page };
+    let mut candidates = Vec::new();
+    for page in first_page..=last_page {
+        let first = page * WORDS as u64;
+        let end = (last + 1 - first).min(WORDS as u64) as usize;
+        let now = words(&*subject.page(page)?);
+        if geometry.block_of(first).is_none() || !is_full(now[0]) || end < 2 || candidates.len() == MOST {
+            continue;
+        }
+        let evidence = Evidence::of(&now, end, first, subject)?;
+        if !(evidence.block || evidence.zero && old_qemu || evidence.twice && end == WORDS) {
+            continue;
+        }
+        let back = shifted_page(&now, end, evidence.twice, |at| geometry.block_of(first + at as u64).is_some());
+        let differs = |(old, new): (&u64, &u64)| old != new && (is_full(*old) || is_full(*new));
+        let moves = back.as_ref().is_some_and(|back| back.iter().zip(&now).any(differs));
+        // QEMU's new files hold zeros everywhere; where only those moved, nothing came to harm.
+        if moves || evidence.block {
+            let certain = evidence.twice || old_qemu && evidence.block;
+            candidates.push(Candidate { page, words: back, lost: end == WORDS, certain });
         }
     }
-    if !outcome.shared {
-        return Ok(None);
+    Ok(candidates)
+}
+
+/// What in a page belongs there by a shift only.
+struct Evidence {
+    /// A block that lies in the file, where no other of the page does, stands where no block's entry is.
+    block: bool,
+    /// The state zero, with which QEMU fills new tables, stands there.
+    zero: bool,
+    /// The first block's entry is the second's, too.
+    twice: bool,
+}
+
+impl Evidence {
+    /// What the page tells whose first entry is `first`, and of which the first `end` are the disk's.
+    fn of(words: &[u64], end: usize, first: u64, subject: &Subject<'_>) -> Result<Self> {
+        let length = subject.store.len()?;
+        let alone = words.iter().skip(end + 1).all(|word| *word == 0);
+        let none_of_a_block = |at: &usize| subject.geometry.block_of(first + *at as u64).is_none();
+        let strange: Vec<usize> = (1..WORDS).filter(none_of_a_block).filter(|at| alone || *at < end).collect();
+        let claimed = |at: usize| {
+            let same = |(other, word): (usize, &u64)| {
+                other != at && is_full(*word) && Entry(*word).offset() == Entry(words[at]).offset()
+            };
+            words.iter().enumerate().any(same)
+        };
+        let in_file = |at: usize| is_full(words[at]) && (MIB..length).contains(&Entry(words[at]).offset());
+        Ok(Self {
+            block: strange.iter().any(|at| in_file(*at) && !claimed(*at)),
+            zero: strange.iter().any(|at| Entry(words[*at]) == Entry::zero()),
+            twice: words[0] == words[1],
+        })
     }
-    let whole_pages = if behind == WORDS { last_page + 1 } else { last_page };
-    for page in 0..whole_pages {
-        let words = words(&*subject.page(page)?);
-        let twice = is_full(words[0]) && words[0] == words[1];
-        if twice && geometry.block_of(page * WORDS as u64).is_some() {
-            let mut back = vec![words[0]];
-            back.extend(&words[2..]);
-            back.push(Entry::zero().0);
-            return Ok(Some(Candidate { page, words: Some(back), lost: true, twice, old_qemu }));
-        }
-    }
-    Ok(None)
 }
 
 fn words(page: &[u8; PAGE]) -> Vec<u64> {
@@ -126,39 +159,27 @@ fn is_full(word: u64) -> bool {
     Entry(word).state() == Some(State::Full)
 }
 
-/// Whether something stands behind the disk's last entry that belongs there by a shift only: a block that lies in the file where
-/// nothing else does, or, in files of the QEMUs that did it, the state zero with which they fill new tables.
-fn is_evidence(words: &[u64], behind: usize, old_qemu: bool, subject: &Subject<'_>) -> Result<bool> {
-    let alone = words[behind + 1..].iter().all(|word| *word == 0);
-    if !alone || behind < 2 || !is_full(words[0]) {
-        return Ok(false);
-    }
-    let (stray, length) = (Entry(words[behind]), subject.store.len()?);
-    let in_file = is_full(stray.0) && (MIB..length).contains(&stray.offset());
-    let claimed = words[..behind].iter().any(|word| is_full(*word) && Entry(*word).offset() == stray.offset());
-    Ok(in_file && !claimed || old_qemu && stray == Entry::zero())
-}
-
-/// The entries of a page as they were before the shift, if each finds its place.
-fn shifted_page(words: &[u64], behind: usize, twice: bool) -> Option<Vec<u64>> {
+/// The entries of a page as they were before the shift, the first `end` of them being the disk's, if each finds its place: one that
+/// is a block's, as `of_block` says.
+fn shifted_page(words: &[u64], end: usize, twice: bool, of_block: impl Fn(usize) -> bool) -> Option<Vec<u64>> {
     // QEMU places blocks one behind the other: what lies behind the first block was placed after the shift, in the right entry.
     let first = Entry(words[0]).offset();
     let moved = |word: u64| is_full(word) && (twice || Entry(word).offset() < first);
     let mut back: Vec<Option<u64>> = vec![None; WORDS];
     back[0] = Some(words[0]);
-    let mut put = |at: usize, word: u64| back[at].replace(word).is_none();
+    let mut put = |at: usize, word: u64| of_block(at) && back[at].replace(word).is_none();
     let skipped = if twice { 2 } else { 1 };
-    for (at, word) in words.iter().enumerate().take(behind + 1).skip(skipped) {
+    for (at, word) in words.iter().enumerate().take(end + 1).skip(skipped) {
         let fine = match *word {
             word if moved(word) => put(at - 1, word),
-            word if is_full(word) => at < behind && put(at, word),
+            word if is_full(word) => put(at, word),
             _ => true,
         };
         if !fine {
             return None;
         }
     }
-    let unplaced = |at: usize| if at < behind { Entry::zero().0 } else { 0 };
+    let unplaced = |at: usize| if of_block(at) { Entry::zero().0 } else { 0 };
     Some(back.into_iter().enumerate().map(|(at, word)| word.unwrap_or_else(|| unplaced(at))).collect())
 }
 
@@ -172,8 +193,8 @@ fn made_by_old_qemu(subject: &Subject<'_>) -> Result<bool> {
     Ok(version.is_some_and(|major| major < 8))
 }
 
-fn story(candidate: &Candidate, subject: &Subject<'_>, proven: bool) -> Finding {
-    let first = candidate.page * WORDS as u64;
+fn story(page: u64, subject: &Subject<'_>, proven: bool) -> Finding {
+    let first = page * WORDS as u64;
     let place = format!("entries {first} to {} of the block table", first + WORDS as u64 - 1);
     let what = "the entries stand one behind their places, as a mistake of QEMU before 8.0 left them";
     let remedy =

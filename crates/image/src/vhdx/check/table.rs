@@ -114,6 +114,8 @@ pub(super) struct Outcome {
     pub(super) shared: bool,
     /// Blocks that have a place.
     pub(super) placed: u64,
+    /// The first place of a block, bytes.
+    pub(super) first: u64,
 }
 
 impl Outcome {
@@ -264,6 +266,7 @@ struct Exam<'a> {
     free: u64,
     hopeless: Option<String>,
     placed: u64,
+    first: u64,
     /// The newest chunk with partial blocks that stay so, and whether its bitmap can be read.
     chunk: Option<(u64, bool)>,
 }
@@ -284,6 +287,7 @@ pub(super) fn examine(subject: &Subject<'_>, pages: Pages) -> Result<Outcome> {
         free: file_length.next_multiple_of(ALIGNMENT.min(subject.geometry.block)),
         hopeless: None,
         placed: 0,
+        first: u64::MAX,
         chunk: None,
     };
     exam.walk(|exam, index, entry| {
@@ -328,6 +332,7 @@ impl<'a> Exam<'a> {
         if entry.place().is_some_and(|at| at < self.file_length) {
             self.claims.claim(entry.offset(), len);
             self.placed += 1;
+            self.first = self.first.min(entry.offset());
         }
     }
 
@@ -599,6 +604,7 @@ impl<'a> Exam<'a> {
             holes,
             shared: self.claims.any_twice,
             placed: self.placed,
+            first: self.first,
         }
     }
 }
