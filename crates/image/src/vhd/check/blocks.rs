@@ -46,9 +46,11 @@ impl Exam {
         let bat = load_table(&*self.store, table, geometry)?;
         let limit = found.tail.unwrap_or(self.length);
         let placed = self.single(&bat, header, geometry, limit);
-        self.shared(&placed, geometry);
         self.over_locators(&placed, header, geometry);
-        self.bitmaps(&placed, geometry)?;
+        // A table may name more blocks than the file can hold: their bitmaps are not read one by one.
+        if !self.shared(&placed, geometry) {
+            self.bitmaps(&placed, geometry)?;
+        }
         let fixed = [0..SECTOR, header.at..header.at + HEADER_BYTES, table..table + geometry.table()];
         self.space(&placed, fixed.into_iter().chain(header.locators.iter().cloned()), geometry, limit);
         Ok(())
@@ -136,8 +138,9 @@ impl Exam {
         });
     }
 
-    /// Blocks that lie over each other.
-    fn shared(&mut self, placed: &[Placed], geometry: &Geometry) {
+    /// Blocks that lie over each other; whether there are any.
+    fn shared(&mut self, placed: &[Placed], geometry: &Geometry) -> bool {
+        let mut any = false;
         let end = |placed: &Placed| placed.at + geometry.bitmap() + geometry.inside(placed.block);
         let mut start = 0;
         while start < placed.len() {
@@ -147,10 +150,12 @@ impl Exam {
                 next += 1;
             }
             if next - start > 1 {
+                any = true;
                 self.tell_shared(&placed[start..next], geometry);
             }
             start = next;
         }
+        any
     }
 
     fn tell_shared(&mut self, together: &[Placed], geometry: &Geometry) {
