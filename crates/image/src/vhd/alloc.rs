@@ -59,17 +59,18 @@ impl Space {
     }
 
     /// Makes a stretch of the file free that lies before the end of what is used: what a crash left behind, or room that was kept.
-    pub(crate) fn add_gap(&mut self, mut gap: Range<u64>) {
-        let (bitmap, block) = self.block;
-        loop {
-            let at = Self::fit(gap.start, bitmap);
-            if block == 0 || at + bitmap + block > gap.end {
-                break;
-            }
-            self.returned.push(at);
-            gap.start = at + bitmap + block;
-        }
+    pub(crate) fn add_gap(&mut self, gap: Range<u64>) {
         self.gaps.extend((gap.end - gap.start >= MIN_GAP).then_some(gap));
+    }
+
+    /// Takes a place for a block and its bitmap out of a gap.
+    fn carve(&mut self) -> Option<u64> {
+        let (bitmap, block) = self.block;
+        let fits = |gap: &&mut Range<u64>| Self::fit(gap.start, bitmap) + bitmap + block <= gap.end;
+        let gap = self.gaps.iter_mut().find(fits)?;
+        let at = Self::fit(gap.start, bitmap);
+        gap.start = at + bitmap + block;
+        Some(at)
     }
 
     /// A place for a header of `length` bytes, whole sectors. `footer` is written if the file has to grow.
@@ -107,7 +108,7 @@ impl Space {
 
     /// A place for a block and its bitmap. `footer` is written if the file has to grow. If it cannot, nothing has changed.
     pub(crate) fn block(&mut self, store: &dyn Store, footer: &Footer) -> Result<Place> {
-        if let Some(at) = self.returned.pop() {
+        if let Some(at) = self.returned.pop().or_else(|| self.carve()) {
             return Ok(Place { at, stale: true });
         }
         let (bitmap, block) = self.block;
