@@ -126,6 +126,8 @@ pub enum ErrorKind {
     /// Something of another type has that name: a folder, link, device, pipe or socket where a file is wanted, or a file where
     /// a folder is.
     WrongType,
+    /// This process has as many files open as it may.
+    TooManyFiles,
     /// The simulated machine has lost power ([`sim`] only).
     PowerLost,
     /// Anything else the system said.

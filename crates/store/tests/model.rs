@@ -65,6 +65,16 @@ fn told<T>(result: Result<T, Error>, show: impl Fn(&T) -> String) -> String {
     }
 }
 
+/// A file's bytes, by the stretches that may hold any.
+fn without_holes(file: &dyn Store, len: usize) -> Vec<u8> {
+    let (mut data, mut at) = (vec![0; len], 0);
+    while let Some((start, end)) = file.data(at).expect("stretches").filter(|(start, _)| *start < len as u64) {
+        at = end.min(len as u64);
+        file.read_at(&mut data[start as usize..at as usize], start).expect("read");
+    }
+    data
+}
+
 struct Disk {
     folders: Vec<Arc<dyn Folder>>,
     current: usize,
@@ -138,6 +148,7 @@ impl Disk {
             let len = file.len().expect("length");
             let mut data = vec![0; len.min(1 << 20) as usize];
             file.read_at(&mut data, 0).expect("read");
+            assert!(without_holes(file.as_ref(), data.len()) == data, "what is called a hole reads as zeros");
             write!(seen, "{len} {data:?};").expect("a string takes it");
         }
         seen

@@ -1,11 +1,13 @@
 //! The two copies of the header, and the region table.
 
 use super::format::{
-    HEADER_AT, HEADER_SECTION, HEADER_SIGNATURE, MAX_REGIONS, MIB, PAGE, REGION_BAT, REGION_METADATA, REGION_REQUIRED,
-    REGION_SIGNATURE, REGION_TABLE_AT, RawHeader, RawRegion, RawRegionTable, TABLE_BYTES, checksum, parse, put, seal,
+    HEADER_AT, HEADER_SECTION, HEADER_SIGNATURE, MAX_REGIONS, MIB, PAGE, PAGE_BYTES, REGION_BAT, REGION_METADATA,
+    REGION_REQUIRED, REGION_SIGNATURE, REGION_TABLE_AT, RawHeader, RawRegion, RawRegionTable, TABLE_BYTES, checksum,
+    parse, put, seal,
 };
 use super::metadata::Fault;
 use crate::ErrorKind;
+use std::ops::Range;
 use store::Store;
 use uuid::Uuid;
 use zerocopy::FromZeros;
@@ -46,6 +48,26 @@ pub(crate) fn read(store: &dyn Store, offset: u64, length: usize) -> Result<Vec<
     let mut bytes = vec![0; length];
     store.read_at(&mut bytes, offset)?;
     Ok(bytes)
+}
+
+/// How much of a stretch is read at once, in bytes.
+const STEP: u64 = MIB;
+
+/// Reads what the file holds of a stretch that begins at a page, and passes over its holes: `take` is given pages and where they lie in
+/// the stretch; what it is not given is zero. What lies past the file's end counts as a hole.
+pub(crate) fn read_data(
+    store: &dyn Store,
+    stretch: Range<u64>,
+    mut take: impl FnMut(u64, &[u8]),
+) -> Result<(), crate::Error> {
+    let mut at = stretch.start;
+    while let Some((start, end)) = store.data(at)?.filter(|(start, _)| *start < stretch.end) {
+        let start = at.max(start / PAGE_BYTES * PAGE_BYTES);
+        let end = end.next_multiple_of(PAGE_BYTES).min(stretch.end).min(start + STEP);
+        take(start - stretch.start, &read(store, start, (end - start) as usize)?);
+        at = end;
+    }
+    Ok(())
 }
 
 /// A copy of the header, if it is a sound one.

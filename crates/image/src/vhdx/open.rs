@@ -5,8 +5,8 @@ use super::bat::{Bat, Entry, Geometry, State};
 use super::bitmap::Bitmaps;
 use super::carry::{Carry, Edit, Writer};
 use super::flush::Session;
-use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE};
-use super::header::{self, Header, Region, Regions, read};
+use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE, PAGE_BYTES};
+use super::header::{self, Header, Region, Regions, read, read_data};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
 use super::replay::{self, Replayed};
@@ -23,8 +23,6 @@ use uuid::Uuid;
 pub(crate) const MAX_FILE: u64 = 1 << 48;
 /// The longest metadata region that we read. Every file seen has 1 MiB.
 pub(crate) const MAX_METADATA: u64 = 16 * MIB;
-/// How much of the table is read at once, in bytes.
-const TABLE_STEP: u64 = MIB;
 
 /// Opens a VHDX.
 ///
@@ -76,8 +74,11 @@ fn open_with(store: Arc<dyn Store>, mode: Mode, carry: Option<Carry>) -> Result<
         let message = format!("its metadata region has {} bytes, which is too much", regions.metadata.length);
         return Err(fault((ErrorKind::Unsupported, message)));
     }
-    let metadata =
-        metadata::read(&read(&*store, regions.metadata.offset, regions.metadata.length as usize)?).map_err(fault)?;
+    let mut region = vec![0; regions.metadata.length as usize];
+    read_data(&*store, regions.metadata.offset..regions.metadata.end(), |at, bytes| {
+        region[at as usize..][..bytes.len()].copy_from_slice(bytes);
+    })?;
+    let metadata = metadata::read(&region).map_err(fault)?;
     let geometry = geometry(&metadata);
     let mut edits = match (&carry, carried) {
         (Some(carry), Some(mark)) => carry.edits(header.file_write, mark, &geometry)?,
@@ -176,7 +177,7 @@ impl Inner {
     }
 }
 
-/// Reads the table.
+/// Reads the table. That of a disk of 1 TiB has 4 MiB, most of them a hole.
 fn read_table(store: &dyn Store, region: Region, geometry: &Geometry) -> Result<Bat> {
     let bytes = geometry.entries() * 8;
     if bytes > region.length {
@@ -184,12 +185,9 @@ fn read_table(store: &dyn Store, region: Region, geometry: &Geometry) -> Result<
         return Err(Error::new(ErrorKind::Damaged, store.name(), message));
     }
     let bat = Bat::new();
-    for start in (0..bytes).step_by(TABLE_STEP as usize) {
-        let step = read(store, region.offset + start, TABLE_STEP.min(bytes - start) as usize)?;
-        for (page, bytes) in step.chunks(PAGE).enumerate() {
-            bat.load(start / PAGE as u64 + page as u64, bytes);
-        }
-    }
+    read_data(store, region.offset..region.offset + bytes, |at, pages| {
+        (at / PAGE_BYTES..).zip(pages.chunks(PAGE)).for_each(|(page, bytes)| bat.load(page, bytes));
+    })?;
     Ok(bat)
 }
 
@@ -217,8 +215,9 @@ fn redo(bat: &Bat, geometry: &Geometry, edits: &[Edit]) -> BTreeSet<u64> {
 fn check_table(bat: &Bat, geometry: &Geometry, used: &mut Used) -> Result<()> {
     for (index, entry) in bat.entries().take_while(|(index, _)| *index < geometry.entries()) {
         check_entry(geometry, index, entry, used)?;
+        check_bitmap(bat, geometry, index, entry, used)?;
     }
-    check_bitmaps(bat, geometry, used)
+    Ok(())
 }
 
 fn check_entry(geometry: &Geometry, index: u64, entry: Entry, used: &mut Used) -> Result<()> {
@@ -242,20 +241,13 @@ fn check_entry(geometry: &Geometry, index: u64, entry: Entry, used: &mut Used) -
     }
 }
 
-/// Every partial block needs its chunk's bitmap.
-fn check_bitmaps(bat: &Bat, geometry: &Geometry, used: &Used) -> Result<()> {
-    if !geometry.differencing {
-        return Ok(());
+/// A partial block needs its chunk's bitmap.
+fn check_bitmap(bat: &Bat, geometry: &Geometry, index: u64, entry: Entry, used: &Used) -> Result<()> {
+    let Some(block) = geometry.block_of(index).filter(|_| entry.state() == Some(State::Partial)) else { return Ok(()) };
+    match bat.get(geometry.bitmap_index(block / geometry.ratio())).place() {
+        Some(_) => Ok(()),
+        None => Err(used.damaged(format!("block {block} is partial and its bitmap is missing"))),
     }
-    for chunk in (0..geometry.chunks()).filter(|chunk| bat.get(geometry.bitmap_index(*chunk)).place().is_none()) {
-        let blocks = chunk * geometry.ratio()..((chunk + 1) * geometry.ratio()).min(geometry.blocks());
-        for block in blocks {
-            if bat.get(geometry.payload_index(block)).state() == Some(State::Partial) {
-                return Err(used.damaged(format!("block {block} is partial and its bitmap is missing")));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Which MiB of the file belong to something.

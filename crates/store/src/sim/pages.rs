@@ -57,6 +57,16 @@ impl Pages {
         }
     }
 
+    /// The next pages in a row at `offset` or after it, inside the length: from and to.
+    pub(super) fn data(&self, offset: u64) -> Option<(u64, u64)> {
+        let mut pages = self.pages.range(offset / PAGE..).map(|(index, _)| *index);
+        let first = pages.next()?;
+        let last =
+            pages.zip(first + 1..).take_while(|(index, next)| index == next).last().map_or(first, |(last, _)| last);
+        let (start, end) = (offset.max(first * PAGE), self.len.min((last + 1) * PAGE));
+        (start < end).then_some((start, end))
+    }
+
     /// Copies bytes in; the length is left alone.
     pub(super) fn write(&mut self, buf: &[u8], offset: u64) {
         for (index, at, part) in split(buf.len() as u64, offset) {
