@@ -27,6 +27,7 @@ const NEEDS: &[Need] = &[
     Need { sign: "7z", package: "p7zip-full", why: "tests: another reader of disk images" },
     Need { sign: "nbdcopy", package: "libnbd-bin", why: "tests: another NBD client" },
     Need { sign: "fio", package: "fio", why: "tests and benches: disk load" },
+    Need { sign: "strace", package: "strace", why: "tests: what is opened, and what is not" },
     Need { sign: GRUB_CDROM, package: "grub-rescue-pc", why: "tests: a CD-ROM that nobody here made" },
 ];
 

@@ -1,14 +1,17 @@
 //! Which file an image's parent may be, and whether a file is that parent.
 //!
-//! A path in an image is the word of whoever wrote the image. It is never opened as it stands: it may name one file *beside* the
-//! child, and the ids decide whether that file is the parent.
+//! A path in an image is the word of whoever wrote the image. It is never opened as it stands: it is good for a *name*, which is
+//! looked up beside the child and in the folders that the user has named ([`Gate`]), and the ids decide whether the file of that name
+//! is the parent.
 
 use crate::layer::{Format, Layer, LayerInfo, ParentLink};
 use crate::{Error, ErrorKind, Result, open};
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
 use store::host::HostFolder;
-use store::{Folder, Mode};
+use store::{Folder, Mode, Store};
+use uuid::Uuid;
 
 /// The deepest chain, in layers.
 pub const MAX_DEPTH: usize = 4096;
@@ -26,8 +29,7 @@ pub fn parent_name(link: &ParentLink) -> std::result::Result<String, String> {
     while let Some(rest) = path.strip_prefix(".\\").or_else(|| path.strip_prefix("./")) {
         path = rest;
     }
-    let elsewhere = path.contains(['/', '\\', ':']) || path == ".." || path == ".";
-    if elsewhere {
+    if path.contains(SEPARATORS) || path == ".." || path == "." {
         return Err(format!("it names a parent outside of its own folder, {path:?}, which is never opened"));
     }
     if path.is_empty() || path.len() > MAX_NAME || path.chars().any(char::is_control) {
@@ -36,22 +38,36 @@ pub fn parent_name(link: &ParentLink) -> std::result::Result<String, String> {
     Ok(path.to_owned())
 }
 
+/// What a path has between its parts, on Windows and here.
+const SEPARATORS: [char; 3] = ['\\', '/', ':'];
+
+/// The last part of a path, if it is the name of a file.
+fn last_part(path: &str) -> Option<String> {
+    let name = path.rsplit(SEPARATORS).next().map(str::to_owned);
+    parent_name(&ParentLink { linkage: Uuid::nil(), linkage2: None, relative_path: name, absolute_path: None }).ok()
+}
+
 /// The names beside the child under which its parent may be found, the likeliest first.
 ///
 /// A VHD often carries a full path of the machine that it was made on, and no other: its last part is a name like any other, since the
 /// id decides.
 pub(crate) fn parent_names(info: &LayerInfo, link: &ParentLink) -> std::result::Result<Vec<String>, String> {
     let first = parent_name(link);
-    if info.format != Format::Vhd {
-        return first.map(|name| vec![name]);
-    }
-    let last = link.absolute_path.as_deref().and_then(|path| path.rsplit(['\\', '/', ':']).next());
-    let last = last.map(|name| parent_name(&ParentLink { relative_path: Some(name.to_owned()), ..link.clone() }));
+    let last = link.absolute_path.as_deref().filter(|_| info.format == Format::Vhd).and_then(last_part);
     match (first, last) {
-        (Ok(first), Some(Ok(last))) if first != last => Ok(vec![first, last]),
-        (Ok(name), _) | (Err(_), Some(Ok(name))) => Ok(vec![name]),
-        (Err(why), _) => Err(why),
+        (Ok(first), Some(last)) if first != last => Ok(vec![first, last]),
+        (Ok(name), _) | (Err(_), Some(name)) => Ok(vec![name]),
+        (Err(why), None) => Err(why),
     }
+}
+
+/// The names under which the parent may be found in a folder that the user has named for it: there, wherever the image says that it lies,
+/// the last part of that is a name.
+fn names_elsewhere(link: &ParentLink) -> Vec<String> {
+    let mut names: Vec<String> =
+        [&link.relative_path, &link.absolute_path].into_iter().flatten().filter_map(|path| last_part(path)).collect();
+    names.dedup();
+    names
 }
 
 /// Checks that `parent` is what `child` says that its parent is: the same content (by id) and the same sectors.
@@ -79,86 +95,186 @@ pub fn check_link(child: &dyn Layer, parent: &dyn Layer) -> Result<()> {
     ))
 }
 
-/// Opens an image of `folder` with all its parents, which must lie beside it: base first. The image itself is opened for `mode`,
-/// the parents for reading.
+/// Opens images with their parents. A parent is looked for beside its child, then in the folders that the user has named.
 ///
-/// # Errors
-/// [`ErrorKind::Parent`] if a parent is missing, may not be opened, is another one or was changed, if an image is its own
-/// ancestor, or if there are more than [`MAX_DEPTH`] layers; and those of [`open::open`].
-pub fn open_chain(folder: &Arc<dyn Folder>, name: &str, mode: Mode) -> Result<Vec<Arc<dyn Layer>>> {
-    open_chain_as(folder, name, None, mode)
+/// ```text
+///   child ──► "base.vhdx" ──► beside it? ──► in a named folder? ──► in the next?      the first one whose id fits
+/// ```
+#[derive(Debug, Clone, Default)]
+pub struct Gate {
+    named: Vec<Arc<dyn Folder>>,
 }
 
-/// [`open_chain`] for an image whose format is said: a raw file opens only so, and is its own base.
-pub fn open_chain_as(
-    folder: &Arc<dyn Folder>,
-    name: &str,
-    format: Option<Format>,
-    mode: Mode,
-) -> Result<Vec<Arc<dyn Layer>>> {
-    open_some(folder, name, format, mode, usize::from(mode == Mode::Write))
-}
-
-/// [`open_chain`] with the image and its parent open for writing: for a merge.
-pub fn open_to_merge(folder: &Arc<dyn Folder>, name: &str, format: Option<Format>) -> Result<Vec<Arc<dyn Layer>>> {
-    open_some(folder, name, format, Mode::Write, 2)
-}
-
-/// Opens a chain; the image for `mode`, the first `writable` layers from it on for writing.
-fn open_some(
-    folder: &Arc<dyn Folder>,
-    name: &str,
-    format: Option<Format>,
-    mode: Mode,
-    writable: usize,
-) -> Result<Vec<Arc<dyn Layer>>> {
-    let mut layers = vec![open::open(folder.open(name, mode)?, format, mode)?];
-    let mut names = vec![name.to_owned()];
-    while let Some(link) = layers.last().and_then(|child| child.info().parent) {
-        let child = layers.last().expect("there is the leaf");
-        let refuse = |message: String| Error::new(ErrorKind::Parent, child.store().name(), message);
-        if layers.len() == MAX_DEPTH {
-            return Err(refuse(format!("it stands on more than {MAX_DEPTH} layers")));
-        }
-        let wanted = parent_names(&child.info(), &link).map_err(refuse)?;
-        let found = wanted.iter().map(|name| find(&**folder, name)).find_map(Result::transpose);
-        let name = found.unwrap_or_else(|| Err(refuse(format!("its parent {} is missing", wanted[0]))))?;
-        if names.contains(&name) {
-            return Err(refuse(format!("it is its own ancestor, by {name}")));
-        }
-        let mode = if layers.len() < writable { Mode::Write } else { Mode::Read };
-        let parent = open::open(folder.open(&name, mode)?, None, mode)?;
-        check_link(&**child, &*parent)?;
-        names.push(name);
-        layers.push(parent);
+impl Gate {
+    /// A gate that looks into these folders, in this order, after the child's own. The default one looks nowhere else.
+    pub fn new(named: Vec<Arc<dyn Folder>>) -> Self {
+        Self { named }
     }
-    layers.reverse();
-    Ok(layers)
+
+    /// Opens the image `name` of `folder` with all its parents, base first. The image is opened for `mode`, its parents for reading. Its
+    /// format is what its signature says, or what is said here: a raw file opens only so, and is its own base.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Parent`] if a parent is nowhere that it may be, may not be opened, is another one or was changed, if an image is its
+    /// own ancestor, or if there are more than [`MAX_DEPTH`] layers; and those of [`open::open`].
+    pub fn open(
+        &self,
+        folder: &Arc<dyn Folder>,
+        name: &str,
+        format: Option<Format>,
+        mode: Mode,
+    ) -> Result<Vec<Arc<dyn Layer>>> {
+        self.open_some(folder, name, format, usize::from(mode == Mode::Write))
+    }
+
+    /// [`Gate::open`] of the image at `path`.
+    pub fn open_path(&self, path: &Path, format: Option<Format>, mode: Mode) -> Result<Vec<Arc<dyn Layer>>> {
+        let (folder, name) = HostFolder::holding(path)?;
+        let folder: Arc<dyn Folder> = Arc::new(folder);
+        self.open(&folder, &name, format, mode)
+    }
+
+    /// [`Gate::open`] with the image and its parent open for writing: for a merge.
+    pub fn open_to_merge(
+        &self,
+        folder: &Arc<dyn Folder>,
+        name: &str,
+        format: Option<Format>,
+    ) -> Result<Vec<Arc<dyn Layer>>> {
+        self.open_some(folder, name, format, 2)
+    }
+
+    /// Whether an image can have a child: with it the chain has no more than [`MAX_DEPTH`] layers.
+    ///
+    /// A chain lies in these folders and has no more layers than they have files: mostly their lists say enough, and nothing is opened.
+    pub fn has_room(&self, folder: &Arc<dyn Folder>, name: &str) -> Result<bool> {
+        let mut files = 0;
+        for folder in std::iter::once(folder).chain(&self.named) {
+            files += folder.list()?.len();
+        }
+        Ok(files < MAX_DEPTH || self.open(folder, name, None, Mode::Read)?.len() < MAX_DEPTH)
+    }
+
+    /// Opens a chain; the image itself and those below it, `writable` in all, for writing.
+    fn open_some(
+        &self,
+        own: &Arc<dyn Folder>,
+        name: &str,
+        format: Option<Format>,
+        writable: usize,
+    ) -> Result<Vec<Arc<dyn Layer>>> {
+        let mode = |depth: usize| if depth < writable { Mode::Write } else { Mode::Read };
+        let mut layers = vec![open::open(own.open(name, mode(0))?, format, mode(0))?];
+        let mut search = Search {
+            folders: std::iter::once(own).chain(&self.named).map(|folder| &**folder).collect(),
+            at: 0,
+            seen: HashSet::from([(0, name.to_owned())]),
+        };
+        while let Some(link) = layers.last().and_then(|child| child.info().parent) {
+            let child = layers.last().expect("there is the leaf");
+            if layers.len() == MAX_DEPTH {
+                return Err(refused(
+                    &*layers[0],
+                    format!("it stands on more than the {} layers that a chain may have", MAX_DEPTH - 1),
+                ));
+            }
+            let parent = search.parent(&**child, &link, mode(layers.len()))?;
+            layers.push(parent);
+        }
+        layers.reverse();
+        Ok(layers)
+    }
 }
 
-/// Opens the image at `path` with its parents, base first; see [`open_chain_as`]. Only the image's own folder is looked into.
-pub fn open_path(path: &Path, format: Option<Format>, mode: Mode) -> Result<Vec<Arc<dyn Layer>>> {
-    let (folder, name) = HostFolder::holding(path)?;
-    let folder: Arc<dyn Folder> = Arc::new(folder);
-    open_chain_as(&folder, &name, format, mode)
+/// The way down a chain.
+struct Search<'a> {
+    /// Where its files may lie: the leaf's own folder, then those that were named.
+    folders: Vec<&'a dyn Folder>,
+    /// The folder in which the last one was found.
+    at: usize,
+    /// All that were found: folder and name.
+    seen: HashSet<(usize, String)>,
 }
 
-/// The file of this name in the folder; if there is none, the only one whose name differs in upper and lower case alone, for names
-/// that were written on Windows.
-pub fn find(folder: &dyn Folder, name: &str) -> Result<Option<String>> {
-    let all = folder.list()?;
-    if all.iter().any(|found| found == name) {
-        return Ok(Some(name.to_owned()));
+impl Search<'_> {
+    /// The first file that may be the parent and is it.
+    fn parent(&mut self, child: &dyn Layer, link: &ParentLink, mode: Mode) -> Result<Arc<dyn Layer>> {
+        let beside = parent_names(&child.info(), link);
+        let named =
+            (1..self.folders.len()).flat_map(|at| names_elsewhere(link).into_iter().map(move |name| (at, name)));
+        let places: Vec<_> = beside.iter().flatten().map(|name| (self.at, name.clone())).chain(named).collect();
+        let mut unfit = None;
+        for (at, name) in places {
+            match self.try_place(at, &name, child, mode) {
+                Ok(Some(parent)) => return Ok(parent),
+                Ok(None) => {}
+                // What lies nearest says most about what is wrong.
+                Err(error) => unfit = unfit.or(Some(error)),
+            }
+        }
+        let nor_there = if self.folders.len() > 1 { ", nor in the folders that were named" } else { "" };
+        Err(unfit.unwrap_or_else(|| match beside {
+            Ok(names) => refused(child, format!("its parent {} is not beside it{nor_there}", names[0])),
+            Err(why) => refused(child, why),
+        }))
+    }
+
+    /// The parent, if the folder has a file of this name. It is an error if that is not the parent.
+    fn try_place(&mut self, at: usize, name: &str, child: &dyn Layer, mode: Mode) -> Result<Option<Arc<dyn Layer>>> {
+        let found = open_named(self.folders[at], name, mode).map_err(|error| match &error.source {
+            Some(what) if what.kind == store::ErrorKind::WrongType => {
+                refused(child, format!("its parent {name} is {}", what.detail))
+            }
+            _ => error,
+        });
+        let Some((name, store)) = found? else { return Ok(None) };
+        if self.seen.contains(&(at, name.clone())) {
+            return Err(refused(child, format!("it is its own ancestor, by {name}")));
+        }
+        if mode == Mode::Write {
+            // What is not the parent is not to be changed, not even by a replay of its log.
+            check_link(child, &*open::open_unlocked(self.folders[at].open(&name, Mode::Read)?, None, Mode::Read)?)?;
+        }
+        let parent = open::open(store, None, mode)?;
+        check_link(child, &*parent)?;
+        self.at = at;
+        self.seen.insert((at, name));
+        Ok(Some(parent))
+    }
+}
+
+fn refused(child: &dyn Layer, message: String) -> Error {
+    Error::new(ErrorKind::Parent, child.store().name(), message)
+}
+
+/// Opens the file of this name; if there is none, the only one whose name differs in upper and lower case alone, for names that were
+/// written on Windows. `None` if there is neither.
+fn open_named(folder: &dyn Folder, name: &str, mode: Mode) -> Result<Option<(String, Arc<dyn Store>)>> {
+    match folder.open(name, mode) {
+        Err(error) if error.kind == store::ErrorKind::NotFound => {}
+        opened => return Ok(Some((name.to_owned(), opened?))),
     }
     let lower = name.to_lowercase();
-    let mut alike = all.into_iter().filter(|found| found.to_lowercase() == lower);
-    Ok(alike.next().filter(|_| alike.next().is_none()))
+    let mut alike = folder.list()?.into_iter().filter(|found| found.to_lowercase() == lower);
+    match (alike.next(), alike.next()) {
+        (Some(only), None) => Ok(Some((only.clone(), folder.open(&only, mode)?))),
+        _ => Ok(None),
+    }
+}
+
+/// [`Gate::open`] through the default gate: all parents must lie beside the image.
+pub fn open_chain(folder: &Arc<dyn Folder>, name: &str, mode: Mode) -> Result<Vec<Arc<dyn Layer>>> {
+    Gate::default().open(folder, name, None, mode)
+}
+
+/// [`Gate::open_path`] through the default gate: all parents must lie beside the image.
+pub fn open_path(path: &Path, format: Option<Format>, mode: Mode) -> Result<Vec<Arc<dyn Layer>>> {
+    Gate::default().open_path(path, format, mode)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use uuid::Uuid;
 
     fn named(path: &str) -> std::result::Result<String, String> {
         let link = ParentLink {

@@ -46,7 +46,7 @@ impl Siblings {
     }
 
     /// The images that name the file `name`, or an image of the id `data_id` (unless that is nil), as their parent.
-    pub fn children<'a>(&'a self, name: &'a str, data_id: Uuid) -> impl Iterator<Item = &'a Sibling> {
+    pub fn children<'a>(&'a self, name: &str, data_id: Uuid) -> impl Iterator<Item = &'a Sibling> + use<'a> {
         let name = name.to_lowercase();
         self.images.iter().filter(move |sibling| {
             let Some(link) = &sibling.info.parent else { return false };

@@ -58,7 +58,7 @@ fn pair(sim: &Sim, sizes: (u64, u64)) -> Vec<u8> {
 
 fn merge(sim: &Sim) -> Result<(), Error> {
     let folder = sim.root();
-    let layers = gate::open_to_merge(&folder, "child", None)?;
+    let layers = gate::Gate::default().open_to_merge(&folder, "child", None)?;
     let [base, child] = layers.as_slice() else { panic!("two layers") };
     let go_on = &mut |_| ControlFlow::Continue(());
     let outcome = move_down(child, base, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));

@@ -19,9 +19,6 @@ use std::sync::Arc;
 use store::Mode;
 use tokio::task::JoinHandle;
 
-/// What a merge is assumed to move in a millisecond, bytes, for an estimate before the first was measured.
-const BYTES_PER_MS: u64 = 200_000;
-
 /// A fold under way, on a thread of its own.
 #[derive(Debug)]
 pub(crate) struct Folding {
@@ -273,7 +270,7 @@ pub(crate) fn plan_delete(machine: &Machine, files: &Files, id: SnapshotId, subt
         snapshots,
         bytes_moved: moved,
         bytes_freed: moved + removed,
-        estimated_ms: moved / BYTES_PER_MS,
+        estimated_ms: views::merge_ms(moved),
         files: pending,
     }
 }

@@ -3,7 +3,7 @@
 //! A mark is a help, not a lock: file systems without extended attributes have none, and one that its machine has left behind counts for
 //! nothing.
 
-use crate::root::Root;
+use crate::root::{Found, Root};
 use crate::tree::MachineId;
 use rustix::fs::{XattrFlags, getxattr, removexattr, setxattr};
 use std::ffi::OsStr;
@@ -29,13 +29,22 @@ pub(crate) fn clear(file: &Path) {
     let _ = removexattr(file, MARK);
 }
 
-/// The name of the machine that owns this file: by the machine's folder that it lies in, else by its mark. `None` if there is no such
-/// machine.
-pub fn owner(file: &Path) -> Option<String> {
+/// A machine that owns a file, and where it is.
+#[derive(Debug, Clone)]
+pub struct Owner {
+    /// The folder of the machine's folder.
+    pub root: Root,
+    /// The machine.
+    pub machine: Found,
+}
+
+/// The machine that owns this file: by the machine's folder that it lies in, else by its mark. `None` if there is no such machine.
+pub fn owner(file: &Path) -> Option<Owner> {
     let file = std::fs::canonicalize(file).ok()?;
     let (root, id) = by_place(&file).or_else(|| by_mark(&file))?;
-    let machines = Root::open(&root).ok()?.list().ok()?;
-    machines.into_iter().find(|found| found.id == id).map(|found| found.name)
+    let root = Root::open(&root).ok()?;
+    let machine = root.list().ok()?.into_iter().find(|found| found.id == id)?;
+    Some(Owner { root, machine })
 }
 
 /// `ROOT/ID/disks/FILE`

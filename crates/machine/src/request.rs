@@ -78,6 +78,9 @@ pub enum DiskSource {
         path: String,
         /// Its format, if its signature is not to be believed (`raw` must be said).
         format: Option<String>,
+        /// Absolute paths of the folders in which its parents may lie, besides its own.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        parents: Vec<String>,
     },
     /// A file that becomes the base as it lies there.
     InPlace {
@@ -550,6 +553,9 @@ pub struct Pending {
     pub into: Option<String>,
     /// Bytes that the file occupies.
     pub bytes: u64,
+    /// How long it takes, in milliseconds, roughly (merge).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub estimated_ms: Option<u64>,
     /// Why it waits: "2 files stand on it".
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

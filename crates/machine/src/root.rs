@@ -18,6 +18,7 @@ use crate::tree::{
     Config, Disk, DiskId, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
 };
 use crate::views;
+use image::gate::Gate;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -313,8 +314,8 @@ pub fn take_in(
             files.create_layer(&row, *size, None, None)?;
             Ok(TakenIn { row, size: *size })
         }
-        DiskSource::Copy { path, format } => {
-            let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
+        DiskSource::Copy { path, format, parents } => {
+            let source = open_foreign(Path::new(path), said(path, format.as_deref()), parents)?;
             let size = round_up_sector(source.size());
             let layer = files.create_layer(&row, size, None, None)?;
             let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
@@ -327,7 +328,7 @@ pub fn take_in(
             Ok(TakenIn { row, size })
         }
         DiskSource::InPlace { path, format } => {
-            let source = open_foreign(Path::new(path), said(path, format.as_deref()))?;
+            let source = open_foreign(Path::new(path), said(path, format.as_deref()), &[])?;
             let [base] = source.layers().try_into().map_err(|_| stands_on_others(path))?;
             let (size, format) = (source.size(), base.info().format.into());
             let row = LayerRow { file: path.clone(), in_place: true, format, ..row };
@@ -347,8 +348,8 @@ fn said<'a>(path: &str, format: Option<&'a str>) -> Option<&'a str> {
     format.or(raw.then_some("raw"))
 }
 
-/// Opens a disk image of the user's for reading, with its parents beside it.
-fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Problem> {
+/// Opens a disk image of the user's for reading, with its parents, which lie beside it or in these folders.
+fn open_foreign(path: &Path, format: Option<&str>, parents: &[String]) -> Result<image::Chain, Problem> {
     let format = match format {
         None => None,
         Some("raw") => Some(image::Format::Raw),
@@ -356,10 +357,17 @@ fn open_foreign(path: &Path, format: Option<&str>) -> Result<image::Chain, Probl
         Some("vhd") => Some(image::Format::Vhd),
         Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx, vhd and raw are"))),
     };
-    let layers = image::gate::open_path(path, format, Mode::Read).map_err(|e| match e.kind {
+    let named =
+        parents.iter().map(|folder| HostFolder::open(Path::new(folder)).map(|f| Arc::new(f) as Arc<dyn Folder>));
+    let gate = Gate::new(named.collect::<Result<_, _>>().map_err(|e| file_problem(&e))?);
+    let layers = gate.open_path(path, format, Mode::Read).map_err(|e| match e.kind {
         image::ErrorKind::Unsigned => {
             image_problem(&e).hint(format!("--disk {}", quoted(&format!("{},format=raw", e.file))))
         }
+        image::ErrorKind::Parent if parents.is_empty() => image_problem(&e).hint(format!(
+            "--disk {}      (if its parents lie in FOLDER)",
+            quoted(&format!("{},parents=FOLDER", path.display()))
+        )),
         _ => image_problem(&e),
     })?;
     image::Chain::new(layers, image::Access::Read).map_err(|e| image_problem(&e))

@@ -127,6 +127,14 @@ pub fn written(machine: &Machine, files: &Files, leaf: LayerId) -> u64 {
     held().unwrap_or(u64::MAX)
 }
 
+/// What a merge is assumed to move in a millisecond, bytes.
+const MERGED_PER_MS: u64 = 200_000;
+
+/// How long a merge of so many bytes takes, in milliseconds, roughly.
+pub(crate) fn merge_ms(bytes: u64) -> u64 {
+    bytes / MERGED_PER_MS
+}
+
 /// What the collector has still to do, and why it waits where it waits.
 pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
     let name = |id: &LayerId| machine.layers.get(id).map(|row| row.file.clone()).unwrap_or_default();
@@ -135,12 +143,16 @@ pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
         file: name(id),
         into: None,
         bytes: bytes(machine, files, *id),
+        estimated_ms: None,
         reason: None,
     };
     let found = garbage(machine);
     let children = machine.children();
     let remove = found.remove.iter().map(|id| entry("remove", id));
-    let fold = found.fold.iter().map(|fold| Pending { into: Some(name(&fold.into)), ..entry("merge", &fold.child) });
+    let fold = found.fold.iter().map(|fold| {
+        let merge = entry("merge", &fold.child);
+        Pending { into: Some(name(&fold.into)), estimated_ms: Some(merge_ms(merge.bytes)), ..merge }
+    });
     let wait = found.wait.iter().map(|id| {
         let n = children.get(id).map_or(0, Vec::len);
         Pending { reason: Some(format!("{n} files stand on it")), ..entry("wait", id) }

@@ -1,8 +1,9 @@
 //! The real files of this machine.
 //!
 //! Everything below a folder is opened relative to the folder's descriptor, one name at a time, and symbolic links are not
-//! followed: a name cannot lead out of the folder, and a folder that is renamed or moved stays the same folder. Files belong to
-//! their owner alone (0600, folders 0700), and no descriptor is inherited by a program that we start.
+//! followed: a name cannot lead out of the folder, and a folder that is renamed or moved stays the same folder. The kernel holds that
+//! as well (`openat2`). Only regular files are opened: what else bears the name is not touched. Files belong to their owner alone
+//! (0600, folders 0700), and no descriptor is inherited by a program that we start.
 //!
 //! # Locks
 //!
@@ -12,9 +13,12 @@
 //! machine would fail.) A conversion between shared and exclusive is not atomic: see [`Store::lock`].
 
 use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags, SeekFrom};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fs::{
+    self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags, RenameFlags, ResolveFlags, SeekFrom,
+};
 use rustix::io::{Errno, pread, pwrite, retry_on_intr};
+use rustix::process::{Resource, getrlimit};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,17 +65,30 @@ impl HostFolder {
         Self::open(path)
     }
 
-    /// The folder that holds the file `path`, and the file's name there. For a user's own file that is to be made or removed.
+    /// The folder that holds the file `path`, and the file's name there. For a user's own file, there or to be made. A link leads to
+    /// the file that it names: the user named it.
     pub fn holding(path: &Path) -> Result<(Self, String)> {
-        let name = path.file_name().and_then(|name| name.to_str());
+        let is_link = fs::lstat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Symlink);
+        let real = match is_link {
+            true => std::fs::canonicalize(path)
+                .map_err(|error| failed("open", path, Errno::from_io_error(&error).unwrap_or(Errno::IO)))?,
+            false => path.to_owned(),
+        };
+        let name = real.file_name().and_then(|name| name.to_str());
         let name = name.ok_or_else(|| {
             Error::new(ErrorKind::BadName, "open", path.display().to_string(), "not the name of a file in UTF-8")
         })?;
-        let above = match path.parent() {
+        let above = match real.parent() {
             Some(above) if !above.as_os_str().is_empty() => above,
             _ => Path::new("."),
         };
         Ok((Self::open(above)?, name.to_owned()))
+    }
+
+    /// Whether both are the same folder, whatever path led there.
+    pub fn is(&self, other: &Self) -> bool {
+        let place = |folder: &Self| fs::fstat(&folder.fd).map(|stat| (stat.st_dev, stat.st_ino));
+        place(self).is_ok_and(|own| place(other) == Ok(own))
     }
 
     /// Where it was when it was opened.
@@ -79,11 +96,32 @@ impl HostFolder {
         &self.path
     }
 
+    /// A new file: without a name if that is wanted and can be, else with one that nobody has chosen.
+    fn nameless(&self, unnamed: bool) -> rustix::io::Result<(OwnedFd, Option<String>)> {
+        let flags = file_flags(Mode::Write);
+        if unnamed && let Ok(fd) = retry_on_intr(|| fs::openat(&self.fd, ".", flags | OFlags::TMPFILE, FILE_MODE)) {
+            return Ok((fd, None));
+        }
+        let mut number = 0_u64;
+        loop {
+            let name = format!(".tenby-{}-{number}.part", std::process::id());
+            match open_beneath(self.fd.as_fd(), &name, flags | OFlags::CREATE | OFlags::EXCL) {
+                // Left by a process of the same number.
+                Err(Errno::EXIST) => number += 1,
+                opened => return Ok((opened?, Some(name))),
+            }
+        }
+    }
+
     fn open_file(&self, name: &str, flags: OFlags, mode: Mode, operation: &'static str) -> Result<Arc<dyn Store>> {
         check_name(name, operation)?;
         let path = self.path.join(name);
-        let fd = open_regular(self.fd.as_fd(), Path::new(name), flags | OFlags::NOFOLLOW, mode)
-            .map_err(|errno| failed(operation, &path, errno))?;
+        let failed = |errno| failed(operation, &path, errno);
+        if !flags.contains(OFlags::CREATE) {
+            let stat = retry_on_intr(|| fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW)).map_err(failed)?;
+            check_regular(&stat, &path, operation)?;
+        }
+        let fd = open_beneath(self.fd.as_fd(), name, flags | file_flags(mode)).map_err(failed)?;
         Ok(HostFile::new(fd, path, mode, operation)?)
     }
 }
@@ -126,8 +164,7 @@ impl Folder for HostFolder {
     fn folder(&self, name: &str) -> Result<Arc<dyn Folder>> {
         check_name(name, "open")?;
         let path = self.path.join(name);
-        let fd = retry_on_intr(|| fs::openat(&self.fd, name, FOLDER_FLAGS | OFlags::NOFOLLOW, fs::Mode::empty()))
-            .map_err(|errno| failed("open", &path, errno))?;
+        let fd = open_beneath(self.fd.as_fd(), name, FOLDER_FLAGS).map_err(|errno| failed("open", &path, errno))?;
         Ok(Arc::new(Self { fd, path }))
     }
 
@@ -158,16 +195,114 @@ impl Folder for HostFolder {
 }
 
 /// Opens a user's own file, wherever it lies; symbolic links are followed. Only a regular file will do: anything else is an error
-/// of kind [`ErrorKind::WrongType`], and a pipe without a writer does not hold us up.
+/// of kind [`ErrorKind::WrongType`], and is not opened.
 pub fn open_file(path: &Path, mode: Mode) -> Result<Arc<dyn Store>> {
-    let fd = open_regular(CWD, path, OFlags::empty(), mode).map_err(|errno| failed("open", path, errno))?;
+    let failed = |errno| failed("open", path, errno);
+    check_regular(&retry_on_intr(|| fs::stat(path)).map_err(failed)?, path, "open")?;
+    let fd = retry_on_intr(|| fs::openat(CWD, path, file_flags(mode), fs::Mode::empty())).map_err(failed)?;
     Ok(HostFile::new(fd, path.to_owned(), mode, "open")?)
+}
+
+/// A file that is being made. It has its name when it is complete and not before, and nothing is left of it if it never is, whatever
+/// becomes of the process. Until then it has no name at all; where the file system cannot do that it has one of its own, which is
+/// left behind if the process is killed.
+#[derive(Debug)]
+pub struct NewFile {
+    folder: HostFolder,
+    name: String,
+    file: Arc<HostFile>,
+    /// The name of its own.
+    partial: Option<String>,
+}
+
+impl NewFile {
+    /// Begins the file `path`, whose folder is there. [`ErrorKind::Exists`] if something has that name, be it a link to nothing.
+    pub fn begin(path: &Path) -> Result<Self> {
+        // An unnamed file gets its name by way of this.
+        let unnamed = Path::new("/proc/self/fd").exists();
+        Self::begin_as(path, unnamed)
+    }
+
+    fn begin_as(path: &Path, unnamed: bool) -> Result<Self> {
+        if fs::lstat(path).is_ok() {
+            return Err(failed("create", path, Errno::EXIST));
+        }
+        let (folder, name) = HostFolder::holding(path)?;
+        check_name(&name, "create")?;
+        let path = folder.path.join(&name);
+        let (fd, partial) = folder.nameless(unnamed).map_err(|errno| failed("create", &path, errno))?;
+        let file = HostFile::new(fd, path, Mode::Write, "create")?;
+        Ok(Self { folder, name, file, partial })
+    }
+
+    /// The file.
+    pub fn store(&self) -> Arc<dyn Store> {
+        Arc::<HostFile>::clone(&self.file)
+    }
+
+    /// A path by which another process of ours can open it now.
+    pub fn path(&self) -> PathBuf {
+        match &self.partial {
+            Some(partial) => self.folder.path.join(partial),
+            None => PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), self.file.fd.as_raw_fd())),
+        }
+    }
+
+    /// Gives it its name, durably. [`ErrorKind::Exists`] if something has come to bear that name meanwhile.
+    pub fn finish(mut self) -> Result<()> {
+        let (folder, name) = (&self.folder.fd, self.name.as_str());
+        let named = match &self.partial {
+            Some(partial) => fs::renameat_with(folder, partial, folder, name, RenameFlags::NOREPLACE),
+            None => fs::linkat(CWD, self.path(), folder, name, AtFlags::SYMLINK_FOLLOW),
+        };
+        named.map_err(|errno| failed("create", &self.folder.path.join(name), errno))?;
+        self.partial = None;
+        self.folder.sync()
+    }
+}
+
+impl Drop for NewFile {
+    fn drop(&mut self) {
+        if let Some(partial) = &self.partial {
+            // If even that fails, a file of a telling name stays behind; there is nothing more to do about it.
+            let _ = self.folder.unlink(partial);
+        }
+    }
+}
+
+/// A process that has a file locked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Holder {
+    /// The process.
+    pub pid: u32,
+    /// Its program's name, 15 bytes of it.
+    pub program: String,
+}
+
+/// Who has the file locked, as far as the system tells (`/proc/locks`): processes of other containers are not seen, nor locks on
+/// some file systems. For messages.
+pub fn holders(path: &Path) -> Vec<Holder> {
+    let Ok(stat) = fs::stat(path) else { return Vec::new() };
+    let file = format!("{:02x}:{:02x}:{}", fs::major(stat.st_dev), fs::minor(stat.st_dev), stat.st_ino);
+    let locks = std::fs::read_to_string("/proc/locks").unwrap_or_default();
+    // 1: FLOCK  ADVISORY  WRITE 4711 08:01:1234 0 EOF
+    let of_file = locks.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let of_file = of_file.filter(|parts| parts.get(1) == Some(&"FLOCK") && parts.get(5) == Some(&file.as_str()));
+    let mut pids: Vec<u32> = of_file.filter_map(|parts| parts[4].parse().ok()).collect();
+    pids.sort_unstable();
+    pids.dedup();
+    let named = pids.into_iter().map(|pid| {
+        let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        Holder { pid, program: program.trim().to_owned() }
+    });
+    named.collect()
 }
 
 /// This life of the host: a number that is another one after each start of its kernel (`/proc/sys/kernel/random/boot_id`).
 pub fn boot_id() -> Result<u128> {
     let path = Path::new("/proc/sys/kernel/random/boot_id");
-    let fd = open_regular(CWD, path, OFlags::empty(), Mode::Read).map_err(|errno| failed("open", path, errno))?;
+    let fd = retry_on_intr(|| fs::openat(CWD, path, file_flags(Mode::Read), fs::Mode::empty()))
+        .map_err(|errno| failed("open", path, errno))?;
     let mut text = [0; 36];
     let length = retry_on_intr(|| rustix::io::read(&fd, &mut text)).map_err(|errno| failed("read", path, errno))?;
     let digits: String = String::from_utf8_lossy(&text[..length]).chars().filter(char::is_ascii_hexdigit).collect();
@@ -175,14 +310,37 @@ pub fn boot_id() -> Result<u128> {
         .map_err(|error| Error::new(ErrorKind::Io, "read", path.display().to_string(), error.to_string()))
 }
 
-/// Opens what `path` names without ever waiting for it (a pipe would wait for its other end).
-fn open_regular(folder: BorrowedFd<'_>, path: &Path, flags: OFlags, mode: Mode) -> rustix::io::Result<OwnedFd> {
+/// Never to wait for what is opened (a pipe would wait for its other end).
+fn file_flags(mode: Mode) -> OFlags {
     let access = match mode {
         Mode::Read => OFlags::RDONLY,
         Mode::Write => OFlags::RDWR,
     };
-    let flags = flags | access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    retry_on_intr(|| fs::openat(folder, path, flags, FILE_MODE))
+    access | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
+}
+
+/// Opens what has this name in the folder, and nothing that it may lead to.
+fn open_beneath(folder: BorrowedFd<'_>, name: &str, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let flags = flags | OFlags::NOFOLLOW;
+    let created = if flags.contains(OFlags::CREATE) { FILE_MODE } else { fs::Mode::empty() };
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
+    match retry_on_intr(|| fs::openat2(folder, name, flags, created, resolve)) {
+        // Kernels before 5.6 do not have it, and some sandboxes let no call through that they do not know. A checked name has one
+        // part, and its link is not followed: then this opens the same.
+        Err(Errno::NOSYS | Errno::PERM) => retry_on_intr(|| fs::openat(folder, name, flags, created)),
+        opened => opened,
+    }
+}
+
+/// Fails unless it is a regular file. Asked before it is opened too: opening a device may start something (a tape, a watchdog), and
+/// opening a pipe lets its writer go on.
+fn check_regular(stat: &fs::Stat, path: &Path, operation: &'static str) -> Result<()> {
+    let file_type = FileType::from_raw_mode(stat.st_mode);
+    if file_type == FileType::RegularFile {
+        return Ok(());
+    }
+    let detail = format!("{}, not a file", type_name(file_type));
+    Err(Error::new(ErrorKind::WrongType, operation, path.display().to_string(), detail))
 }
 
 /// A regular file of this machine.
@@ -198,12 +356,8 @@ pub struct HostFile {
 
 impl HostFile {
     fn new(fd: OwnedFd, path: PathBuf, mode: Mode, operation: &'static str) -> Result<Arc<Self>> {
-        let stat = fs::fstat(&fd).map_err(|errno| failed(operation, &path, errno))?;
-        let file_type = FileType::from_raw_mode(stat.st_mode);
-        if file_type != FileType::RegularFile {
-            let detail = format!("{}, not a file", type_name(file_type));
-            return Err(Error::new(ErrorKind::WrongType, operation, path.display().to_string(), detail));
-        }
+        // The name may have come to mean something else since it was looked at.
+        check_regular(&fs::fstat(&fd).map_err(|errno| failed(operation, &path, errno))?, &path, operation)?;
         Ok(Arc::new(Self { fd, path, mode, lock: Mutex::new(Lock::None), sync_failed: AtomicBool::new(false) }))
     }
 
@@ -393,15 +547,24 @@ fn failed(operation: &'static str, path: &Path, errno: Errno) -> Error {
         Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::BADF => ErrorKind::Denied,
         Errno::NAMETOOLONG | Errno::ILSEQ => ErrorKind::BadName,
         Errno::ISDIR | Errno::NOTDIR | Errno::LOOP | Errno::NXIO => ErrorKind::WrongType,
+        Errno::MFILE => ErrorKind::TooManyFiles,
         _ => ErrorKind::Io,
     };
     let detail = match errno {
         Errno::WOULDBLOCK => "in use by somebody else".to_owned(),
         Errno::LOOP => "a symbolic link, not a file".to_owned(),
         Errno::NXIO => "a socket or a device, not a file".to_owned(),
+        Errno::MFILE => too_many_files(),
         _ => std::io::Error::from(errno).to_string(),
     };
     Error::new(kind, operation, path.display().to_string(), detail)
+}
+
+fn too_many_files() -> String {
+    match getrlimit(Resource::Nofile).current {
+        Some(limit) => format!("this process may have no more than {limit} files open"),
+        None => "this process may have no more files open".to_owned(),
+    }
 }
 
 #[cfg(test)]
@@ -493,6 +656,39 @@ mod tests {
         assert_eq!(kind(two.lock(Lock::Shared)), ErrorKind::Locked);
         drop(one);
         two.lock(Lock::Exclusive).expect("given up when dropped");
+    }
+
+    #[test]
+    fn a_new_file_has_its_name_when_it_is_complete() {
+        let (place, folder) = folder();
+        for unnamed in [true, false] {
+            let path = place.path().join(format!("new-{unnamed}"));
+            let begin = || NewFile::begin_as(&path, unnamed);
+            let dropped = begin().expect("begin");
+            dropped.store().write_at(b"half", 0).expect("write");
+            assert_eq!(open_file(&dropped.path(), Mode::Read).expect("others open it").len().expect("length"), 4);
+            let (one, two) = (begin().expect("two at once"), begin().expect("three"));
+            assert_eq!(one.store().name(), path.display().to_string(), "errors name what it is to be");
+            drop(dropped);
+            assert!(!path.exists());
+            one.store().write_at(b"whole", 0).expect("write");
+            one.finish().expect("finish");
+            assert_eq!(kind(two.finish()), ErrorKind::Exists);
+            assert_eq!(kind(begin()), ErrorKind::Exists);
+            assert_eq!(std::fs::read(&path).expect("read"), b"whole");
+        }
+        assert_eq!(folder.list().expect("list"), ["new-false", "new-true"], "and nothing else");
+    }
+
+    #[test]
+    fn a_lock_has_a_holder() {
+        let (place, folder) = folder();
+        let file = folder.create("a").expect("create");
+        assert_eq!(holders(&place.path().join("a")), []);
+        file.lock(Lock::Exclusive).expect("exclusive");
+        let holders = holders(&place.path().join("a"));
+        // Some file systems do not tell.
+        assert!(holders.iter().all(|holder| holder.pid == std::process::id()), "{holders:?}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod compare;
 mod edit;
 mod map;
 mod merge;
+mod place;
 mod qemu;
 mod reconnect;
 mod resize;
@@ -15,6 +16,7 @@ pub(crate) use compact::compact;
 pub(crate) use compare::compare;
 pub(crate) use map::map;
 pub(crate) use merge::merge;
+pub(crate) use place::{Parents, Place};
 pub(crate) use qemu::{convert_from, convert_to, is_qcow2};
 pub(crate) use reconnect::reconnect;
 pub(crate) use resize::resize;
@@ -27,51 +29,15 @@ use crate::session::cancelled;
 use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
 use machine::plan::quoted;
 use machine::request::Problem;
-use rustix::fs::{CWD, RenameFlags};
 use serde::Serialize;
 use std::fmt::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use store::host::HostFolder;
-use store::{Folder, Mode, Store};
+use store::host::{HostFolder, NewFile};
+use store::{Mode, Store};
 use tokio::signal::unix::{SignalKind, signal};
-
-/// An image that is there, and the format that it is to be read as.
-#[derive(Debug, Clone)]
-pub(crate) struct Place {
-    path: PathBuf,
-    format: Option<Format>,
-}
-
-impl Place {
-    /// The image at `path`. Its format is what was said, else raw for a name that ends in `.raw`, else what its signature says.
-    /// Formats that are not read yet are refused here.
-    pub(crate) fn of(path: &Path, said: Option<Format>) -> Result<Self, Problem> {
-        let raw = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("raw"));
-        let format = said.or(raw.then_some(Format::Raw));
-        let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
-        match image::open::probe(&*store).map_err(|error| problem(&error))? {
-            Some(image::open::Signature::Foreign("qcow2")) if format != Some(Format::Raw) => {
-                let (file, new) = (path.display(), path.with_extension("vhdx"));
-                let words = [quoted(&file.to_string()), quoted(&new.display().to_string())].join(" ");
-                Err(Problem::refused(format!("{file} is a qcow2 image, which can only be converted"))
-                    .hint(format!("tenby disk convert {words}")))
-            }
-            _ => Ok(Self { path: path.to_owned(), format }),
-        }
-    }
-
-    fn layers(&self, mode: Mode) -> Result<Vec<Arc<dyn Layer>>, Problem> {
-        image::open_path(&self.path, self.format, mode).map_err(|error| problem(&error))
-    }
-
-    fn chain(&self, access: Access) -> Result<Chain, Problem> {
-        let mode = if access == Access::Write { Mode::Write } else { Mode::Read };
-        Chain::new(self.layers(mode)?, access).map_err(|error| problem(&error))
-    }
-}
 
 /// What went wrong with an image, for people.
 fn problem(error: &Error) -> Problem {
@@ -86,7 +52,7 @@ fn problem(error: &Error) -> Problem {
         }
         cause = source.source();
     }
-    let wrong_type = error.source.as_ref().is_some_and(|cause| cause.kind == store::ErrorKind::WrongType);
+    let cause = error.source.as_ref().map(|cause| cause.kind);
     match error.kind {
         // These verbs are about images that raw files are not.
         ErrorKind::Unsigned if std::env::args().any(|word| ["create", "merge", "reconnect"].contains(&&*word)) => {
@@ -94,11 +60,12 @@ fn problem(error: &Error) -> Problem {
         }
         ErrorKind::Unsigned => Problem::damaged(text).hint(format!("{} --from raw      (if it is)", words())),
         ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Parent => Problem::damaged(text),
-        _ if wrong_type => Problem::damaged(text),
+        _ if cause == Some(store::ErrorKind::WrongType) => Problem::damaged(text),
+        // A lock is held by an open file, so all of a chain's are open. What the system grants has been asked for at the start.
+        _ if cause == Some(store::ErrorKind::TooManyFiles) => Problem::failed(text)
+            .hint("sudo prlimit --pid $$ --nofile=8192      (for this shell; a file for each layer)"),
         ErrorKind::Invalid => Problem::usage(text),
-        ErrorKind::Locked => {
-            Problem::refused(format!("{} is in use: a machine or another process has it open", file.display()))
-        }
+        ErrorKind::Locked => edit::in_use(&file),
         ErrorKind::Exists => Problem::refused(text),
         ErrorKind::NotFound => Problem::not_found(format!("{}: no such file", file.display())),
         ErrorKind::NoSpace => {
@@ -121,6 +88,11 @@ fn free_space(folder: &Path) -> Option<u64> {
     let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
     let stat = rustix::fs::statvfs(folder).ok()?;
     Some(stat.f_bavail * stat.f_frsize)
+}
+
+/// The folder that a file lies in, and its name there.
+fn holding(path: &Path) -> Result<(HostFolder, String), Problem> {
+    HostFolder::holding(path).map_err(|error| problem(&error.into()))
 }
 
 /// A file's name as its user wrote it.
@@ -216,8 +188,13 @@ impl Info {
 
 /// What the file is. The file alone: a missing parent is no reason not to say it.
 pub(crate) fn info(place: &Place) -> Result<Info, Problem> {
-    let store = store::host::open_file(&place.path, Mode::Read).map_err(|error| problem(&error.into()))?;
-    Info::of(&*image::open(store, place.format, Mode::Read).map_err(|error| problem(&error))?)
+    Info::of(&*place.alone(Mode::Read)?)
+}
+
+/// What a file is that was just made.
+fn info_of_new(path: &Path, format: Format) -> Result<Info, Problem> {
+    let format = (format == Format::Raw).then_some(Format::Raw);
+    info(&Place { path: path.to_owned(), format, parents: Parents::default() })
 }
 
 /// A new image, as it was asked for.
@@ -226,33 +203,26 @@ pub(crate) struct New {
     pub(crate) format: Format,
     pub(crate) size: Option<u64>,
     pub(crate) kind: Kind,
-    pub(crate) parent: Option<PathBuf>,
+    /// The image that it stands on.
+    pub(crate) parent: Option<Place>,
     pub(crate) block_size: Option<u32>,
     pub(crate) sector_size: Option<u32>,
 }
 
 /// Makes an empty image. Nothing is left if it fails.
 pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
-    let making = Making::begin(path)?;
-    let layer: Arc<dyn Layer> = match new.format {
-        Format::Raw => {
-            if new.parent.is_some() {
-                return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
-            }
-            image::raw::create(Arc::clone(&making.store), new.size.unwrap_or(0))
-                .map_err(|error| making.problem(error))?
+    let file = begin(path)?;
+    let made = match new.format {
+        Format::Raw if new.parent.is_some() => {
+            return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
         }
-        Format::Vhdx => {
-            vhdx::create(Arc::clone(&making.store), &options(path, new)?).map_err(|error| making.problem(error))?
-        }
-        Format::Vhd => {
-            vhd::create(Arc::clone(&making.store), &vhd_options(path, new)?).map_err(|error| making.problem(error))?
-        }
+        Format::Raw => image::raw::create(file.store(), new.size.unwrap_or(0)).map(|layer| layer as Arc<dyn Layer>),
+        Format::Vhdx => vhdx::create(file.store(), &options(path, new)?).map(|layer| layer as Arc<dyn Layer>),
+        Format::Vhd => vhd::create(file.store(), &vhd_options(path, new)?).map(|layer| layer as Arc<dyn Layer>),
     };
-    layer.close().map_err(|error| making.problem(error))?;
-    drop(layer);
-    making.finish()?;
-    info(&Place { path: path.to_owned(), format: (new.format == Format::Raw).then_some(Format::Raw) })
+    made.and_then(|layer| layer.close()).map_err(|error| problem(&error))?;
+    finish(file, path)?;
+    info_of_new(path, new.format)
 }
 
 fn options(path: &Path, new: &New) -> Result<vhdx::Options, Problem> {
@@ -285,31 +255,38 @@ fn vhd_options(path: &Path, new: &New) -> Result<vhd::Options, Problem> {
     Ok(options)
 }
 
-/// The name of `parent`, which must lie beside `path`: a parent elsewhere would never be opened.
-fn beside(path: &Path, parent: &Path) -> Result<String, Problem> {
-    let folder = |path: &Path| {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::canonicalize(folder).map_err(|error| Problem::not_found(format!("{}: {error}", folder.display())))
-    };
-    if folder(path)? != folder(parent)? {
-        let message = format!(
-            "{} must lie in the same folder as {}: no image names a parent elsewhere",
-            parent.display(),
-            path.display()
-        );
-        return Err(Problem::usage(message));
+/// The name of an image that one at `child` is to stand on: it must lie where it will be looked for, beside the child or in a folder that
+/// was named.
+fn name_below(child: &Path, parent: &Place) -> Result<String, Problem> {
+    let ((own, _), (folder, name)) = (holding(child)?, holding(&parent.path)?);
+    if own.is(&folder) || parent.parents.has(&folder) {
+        return Ok(name);
     }
-    let name = parent.file_name().and_then(|name| name.to_str());
-    name.map(str::to_owned).ok_or_else(|| Problem::usage(format!("{}: not UTF-8", parent.display())))
+    let message = format!(
+        "{} does not lie in the folder of {}: there it is found only if somebody says where it is",
+        parent.path.display(),
+        child.display()
+    );
+    let above = shown(&folder.path().display().to_string()).display().to_string();
+    Err(Problem::usage(message).hint(format!("{} --parents {}", words(), quoted(&above))))
 }
 
-/// The image that another one at `path` is to stand on, and its name.
-fn parent_of(path: &Path, parent: &Path) -> Result<(Arc<dyn Layer>, String), Problem> {
-    let place = Place::of(parent, None)?;
-    let name = beside(path, parent)?;
-    let parent =
-        place.layers(Mode::Read)?.pop().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
-    Ok((parent, name))
+/// The image that another one at `path` is to stand on, and its name. What that one stands on is not opened: it need not be known.
+fn parent_of(path: &Path, parent: &Place) -> Result<(Arc<dyn Layer>, String), Problem> {
+    let name = name_below(path, parent)?;
+    let layer = parent.alone(Mode::Read)?;
+    let file = parent.path.display().to_string();
+    if layer.info().data_id.is_nil() {
+        let new = parent.path.with_extension("vhdx").display().to_string();
+        let message = format!("{file} has no id by which a child could know it, and see that it was not changed");
+        return Err(Problem::refused(message).hint(format!("tenby disk convert {} {}", quoted(&file), quoted(&new))));
+    }
+    let (folder, own) = parent.folder()?;
+    if !parent.parents.gate().has_room(&folder, &own).map_err(|error| place::chain_problem(&error))? {
+        return Err(Problem::refused(format!("{file} stands on so many others that nothing can stand on it"))
+            .hint(format!("tenby disk merge {}", quoted(&file))));
+    }
+    Ok((layer, name))
 }
 
 /// A hash. The contract's `disk hash`.
@@ -347,8 +324,7 @@ pub(crate) struct Target<'a> {
 impl Target<'_> {
     /// What the finished file is.
     fn info(&self) -> Result<Info, Problem> {
-        let format = (self.format == Format::Raw).then_some(Format::Raw);
-        info(&Place { path: self.path.to_owned(), format })
+        info_of_new(self.path, self.format)
     }
 
     fn cancelled(&self) -> Problem {
@@ -381,8 +357,8 @@ fn blank(
 
 /// Copies an image into a new file. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
-    let making = Making::begin(target.path)?;
-    let store = Arc::clone(&making.store);
+    let new = begin(target.path)?;
+    let store = new.store();
     let what = format!("copying {}", source.path.display());
     let Target { format, kind, dense, .. } = target;
     let file = target.path.to_owned();
@@ -399,7 +375,7 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
     if !complete {
         return Err(target.cancelled());
     }
-    making.finish()?;
+    finish(new, target.path)?;
     target.info()
 }
 
@@ -432,57 +408,20 @@ async fn interruptible<T: Send + 'static>(
     done.map_err(|error| Problem::failed(format!("the work broke off: {error}")))?
 }
 
-/// A file that is being made: under a name of its own until it is complete, and gone if it never is.
-struct Making {
-    folder: HostFolder,
-    store: Arc<dyn Store>,
-    path: PathBuf,
-    partial: String,
-    complete: bool,
+/// Begins a new file; see [`NewFile`].
+fn begin(path: &Path) -> Result<NewFile, Problem> {
+    NewFile::begin(path).map_err(|error| unmade(error, path))
 }
 
-impl Making {
-    fn begin(path: &Path) -> Result<Self, Problem> {
-        if std::fs::symlink_metadata(path).is_ok() {
-            return Err(Self::exists(path));
-        }
-        let (folder, _) = HostFolder::holding(path).map_err(|error| problem(&error.into()))?;
-        let partial = format!(".tenby-{}.part", uuid::Uuid::new_v4().simple());
-        let store = folder.create(&partial).map_err(|error| problem(&error.into()))?;
-        Ok(Self { folder, store, path: path.to_owned(), partial, complete: false })
-    }
-
-    fn exists(path: &Path) -> Problem {
-        Problem::refused(format!("{} exists already; nothing was changed", path.display()))
-    }
-
-    /// What went wrong, told of the file that was to be.
-    fn problem(&self, error: Error) -> Problem {
-        let file = if error.file == self.store.name() { self.path.display().to_string() } else { error.file };
-        problem(&Error { file, ..error })
-    }
-
-    /// Gives the file its name, durably. A file that has come to bear that name meanwhile stays.
-    fn finish(mut self) -> Result<(), Problem> {
-        let partial = self.folder.path().join(&self.partial);
-        match rustix::fs::renameat_with(CWD, &partial, CWD, &self.path, RenameFlags::NOREPLACE) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::EXIST) => return Err(Self::exists(&self.path)),
-            Err(error) => {
-                return Err(Problem::failed(format!("{}: {}", self.path.display(), std::io::Error::from(error))));
-            }
-        }
-        self.complete = true;
-        self.folder.sync().map_err(|error| problem(&error.into()))
-    }
+/// Gives a new file its name.
+fn finish(file: NewFile, path: &Path) -> Result<(), Problem> {
+    file.finish().map_err(|error| unmade(error, path))
 }
 
-impl Drop for Making {
-    fn drop(&mut self) {
-        if !self.complete {
-            // If even that fails, a file of a telling name stays behind; there is nothing more to do about it.
-            let _ = self.folder.unlink(&self.partial);
-        }
+fn unmade(error: store::Error, path: &Path) -> Problem {
+    match error.kind {
+        store::ErrorKind::Exists => Problem::refused(format!("{} exists already; nothing was changed", path.display())),
+        _ => problem(&error.into()),
     }
 }
 
@@ -504,14 +443,14 @@ struct Served {
 /// Serves the image until SIGTERM or Ctrl-C; then everything is flushed and the socket removed.
 pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> Result<(), Problem> {
     if !read_only {
-        edit::check_owner(&place.path)?;
+        edit::check_owner(&place.path, out).await?;
     }
     let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
     let hear = |kind| signal(kind).map_err(|error| failed("signals cannot be heard", &error));
     let (mut terminate, mut interrupt) = (hear(SignalKind::terminate())?, hear(SignalKind::interrupt())?);
     let chain = Arc::new(place.chain(if read_only { Access::Read } else { Access::Write })?);
     if !read_only {
-        edit::check_leaf(place, chain.layers().last().expect("an image is a chain of one at least"), out)?;
+        edit::check_leaf(place, &**chain.layers().last().expect("an image is a chain of one at least"), out)?;
     }
     let options = export::Options { read_only, ..export::Options::default() };
     let (listener, uri): (export::Listener, String) = match &at {

@@ -1,7 +1,7 @@
 //! `tenby disk`: image files, without any machine.
 
 use super::{later, words};
-use crate::disk::{self, Place};
+use crate::disk::{self, Parents, Place};
 use crate::out::Out;
 use clap::{Args, Subcommand, ValueEnum};
 use image::{Format, Kind};
@@ -14,28 +14,29 @@ pub(crate) enum Verb {
     /// Make an empty image
     #[command(after_help = "Examples:
   tenby disk create data.vhdx --size 20G
-  tenby disk create child.avhdx --parent data.vhdx")]
+  tenby disk create child.avhdx --parent data.vhdx
+  tenby disk create child.avhdx --parent /srv/bases/data.vhdx --parents /srv/bases")]
     Create(CreateArgs),
     /// What a file is
-    #[command(after_help = "Example:\n  tenby disk info data.vhdx --chain")]
+    #[command(after_help = "Examples:
+  tenby disk info data.vhdx --chain
+  tenby disk info child.avhdx --chain --parents /srv/bases")]
     Info {
         /// The image file
         file: PathBuf,
         /// With all its parents, and which of the files something stands on
         #[arg(long)]
         chain: bool,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// The sha256 of the virtual content, as of the raw disk
     #[command(after_help = "Example:\n  tenby disk hash data.vhdx")]
     Hash {
         /// The image file
         file: PathBuf,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// Copy an image into another format
     #[command(after_help = "Examples:
@@ -67,9 +68,8 @@ pub(crate) enum Verb {
     Map {
         /// The image file
         file: PathBuf,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// Compare the content of two images; ends with 1 if they differ
     #[command(after_help = "Example:\n  tenby disk compare a.vhdx b.raw")]
@@ -78,9 +78,8 @@ pub(crate) enum Verb {
         a: PathBuf,
         /// The other
         b: PathBuf,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// Change an image's size
     #[command(after_help = "Example:\n  tenby disk resize data.vhdx 40G")]
@@ -90,18 +89,16 @@ pub(crate) enum Verb {
         /// The new size
         #[arg(value_parser = words::some_size)]
         size: u64,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// Give unused space back
     #[command(after_help = "Example:\n  tenby disk compact data.vhdx")]
     Compact {
         /// The image file
         file: PathBuf,
-        /// The format of a file without signature: raw
-        #[arg(long, value_enum, value_name = "FORMAT")]
-        from: Option<FormatArg>,
+        #[command(flatten)]
+        reading: Reading,
     },
     /// Tell a child where its parent is
     #[command(after_help = "Example:\n  tenby disk reconnect child.avhdx data.vhdx")]
@@ -113,6 +110,8 @@ pub(crate) enum Verb {
         /// Even if the ids differ; the child remembers it
         #[arg(long)]
         force: bool,
+        #[command(flatten)]
+        parents: ParentsArg,
     },
     /// Merge a child into its parent, or into a new file
     #[command(after_help = "Example:\n  tenby disk merge child.avhdx")]
@@ -122,7 +121,40 @@ pub(crate) enum Verb {
         /// A new file, instead of the parent; the child stays then
         #[arg(long)]
         into: Option<PathBuf>,
+        #[command(flatten)]
+        parents: ParentsArg,
     },
+}
+
+/// Where parents are looked for.
+#[derive(Debug, Args)]
+pub(crate) struct ParentsArg {
+    /// A folder to look for parents in, besides the one that the image lies in; may be repeated
+    #[arg(long = "parents", value_name = "FOLDER")]
+    folders: Vec<PathBuf>,
+}
+
+impl ParentsArg {
+    fn open(&self) -> Result<Parents, Problem> {
+        Parents::open(&self.folders)
+    }
+}
+
+/// How images are read.
+#[derive(Debug, Args)]
+pub(crate) struct Reading {
+    /// The format of a file without signature: raw
+    #[arg(long, value_enum, value_name = "FORMAT")]
+    from: Option<FormatArg>,
+    #[command(flatten)]
+    parents: ParentsArg,
+}
+
+impl Reading {
+    fn place(&self, file: &std::path::Path) -> Result<Place, Problem> {
+        let format = self.from.map(FormatArg::known).transpose()?;
+        Place::of(file, format, self.parents.open()?)
+    }
 }
 
 /// `disk create`
@@ -136,9 +168,11 @@ pub(crate) struct CreateArgs {
     /// How it holds its blocks [default: differencing with --parent, else dynamic]
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     kind: Option<KindArg>,
-    /// The image that it stands on, in the same folder
+    /// The image that it stands on, in the same folder or in one that is named with --parents
     #[arg(long, value_name = "FILE")]
     parent: Option<PathBuf>,
+    #[command(flatten)]
+    parents: ParentsArg,
     /// Bytes in a block: 1M to 256M, a power of two
     #[arg(long, value_parser = words::some_size, value_name = "SIZE")]
     block_size: Option<u64>,
@@ -154,9 +188,8 @@ pub(crate) struct ConvertArgs {
     source: PathBuf,
     /// The new file; its ending says its format
     target: PathBuf,
-    /// The format of a source without signature: raw
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    from: Option<FormatArg>,
+    #[command(flatten)]
+    reading: Reading,
     /// The new file's format
     #[arg(long, value_enum, value_name = "FORMAT")]
     to: Option<FormatArg>,
@@ -182,9 +215,8 @@ pub(crate) struct ServeArgs {
     /// Changes are refused
     #[arg(long)]
     read_only: bool,
-    /// The format of a file without signature: raw
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    from: Option<FormatArg>,
+    #[command(flatten)]
+    reading: Reading,
 }
 
 /// An image format.
@@ -247,56 +279,60 @@ impl Verb {
     pub(crate) async fn run(self, out: &Out) -> Result<(), Problem> {
         match self {
             Self::Create(args) => create(args, out),
-            Self::Info { file, chain, from } => {
-                let place = Place::of(&file, format(from)?)?;
+            Self::Info { file, chain, reading } => {
+                let place = reading.place(&file)?;
                 let info = if chain { disk::chain(&place)? } else { disk::info(&place)? };
                 out.show(&info, |look| info.draw(look));
                 Ok(())
             }
-            Self::Hash { file, from } => {
-                let place = Place::of(&file, format(from)?)?;
+            Self::Hash { file, reading } => {
+                let place = reading.place(&file)?;
                 let hash = disk::hash(place, out).await?;
                 out.show(&hash, |_| format!("{}  {}\n", hash.sha256, file.display()));
                 Ok(())
             }
             Self::Convert(args) => convert(args, out).await,
             Self::Serve(args) => {
-                let place = Place::of(&args.file, format(args.from)?)?;
+                let place = args.reading.place(&args.file)?;
                 let at = match (args.socket, args.port) {
                     (Some(socket), _) => disk::At::Socket(socket),
                     (None, port) => disk::At::Port(port.unwrap_or(0)),
                 };
                 disk::serve(&place, at, args.read_only, out).await
             }
-            Self::Check { file, repair, undo } => check(&file, repair, undo.as_deref(), out),
-            Self::Map { file, from } => {
-                let map = disk::map(&Place::of(&file, format(from)?)?)?;
+            Self::Check { file, repair, undo } => check(&file, repair, undo.as_deref(), out).await,
+            Self::Map { file, reading } => {
+                let map = disk::map(&reading.place(&file)?)?;
                 out.show(&map, |_| map.draw());
                 Ok(())
             }
-            Self::Compare { a, b, from } => {
-                let places = (Place::of(&a, format(from)?)?, Place::of(&b, format(from)?)?);
+            Self::Compare { a, b, reading } => {
+                let places = (reading.place(&a)?, reading.place(&b)?);
                 compare(places, out).await
             }
-            Self::Resize { file, size, from } => {
-                let info = disk::resize(Place::of(&file, format(from)?)?, size, out).await?;
+            Self::Resize { file, size, reading } => {
+                let info = disk::resize(reading.place(&file)?, size, out).await?;
                 let done = format!("{} has {} now", file.display(), crate::draw::size(size));
                 made(&info, &done, out);
                 Ok(())
             }
-            Self::Compact { file, from } => {
-                let compacted = disk::compact(Place::of(&file, format(from)?)?, out).await?;
+            Self::Compact { file, reading } => {
+                let compacted = disk::compact(reading.place(&file)?, out).await?;
                 let (before, after) = (compacted.bytes_before, compacted.bytes);
                 let (given, left) = (crate::draw::size(before.saturating_sub(after)), crate::draw::size(after));
                 made(&compacted, &format!("{} given back; {} takes {left}", given, file.display()), out);
                 Ok(())
             }
-            Self::Reconnect { child, parent, force } => {
-                let reconnected = disk::reconnect(&child, &parent, force)?;
+            Self::Reconnect { child, parent, force, parents } => {
+                let parents = parents.open()?;
+                let place = |file: &std::path::Path| Place::of(file, None, parents.clone());
+                let reconnected = disk::reconnect(&place(&child)?, &place(&parent)?, force, out).await?;
                 out.show(&reconnected, |look| reconnected.draw(look));
                 Ok(())
             }
-            Self::Merge { child, into } => merge(&child, into.as_deref(), out).await,
+            Self::Merge { child, into, parents } => {
+                merge(Place::of(&child, None, parents.open()?)?, &child, into.as_deref(), out).await
+            }
         }
     }
 }
@@ -319,22 +355,22 @@ async fn compare((one, other): (Place, Place), out: &Out) -> Result<(), Problem>
     Ok(())
 }
 
-async fn merge(child: &std::path::Path, into: Option<&std::path::Path>, out: &Out) -> Result<(), Problem> {
+async fn merge(
+    place: Place,
+    child: &std::path::Path,
+    into: Option<&std::path::Path>,
+    out: &Out,
+) -> Result<(), Problem> {
     let Some(target) = into else {
-        let merged = disk::merge(child, out).await?;
+        let merged = disk::merge(place, out).await?;
         let line = format!("{} holds all now; {} is gone", merged.file.display(), merged.removed.display());
         made(&merged, &line, out);
         return Ok(());
     };
-    let source = Place::of(child, None)?;
     let target = disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false };
-    let info = disk::convert(source, target, out).await?;
+    let info = disk::convert(place, target, out).await?;
     made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
     Ok(())
-}
-
-fn format(said: Option<FormatArg>) -> Result<Option<Format>, Problem> {
-    said.map(FormatArg::known).transpose()
 }
 
 /// The format of a new file: as said, else as its ending says.
@@ -346,12 +382,12 @@ fn new_format(said: Option<FormatArg>, file: &std::path::Path) -> Result<Format,
     said.or_else(|| FormatArg::of(file)).ok_or_else(wrong)?.known()
 }
 
-fn check(file: &std::path::Path, repair: bool, undo: Option<&std::path::Path>, out: &Out) -> Result<(), Problem> {
+async fn check(file: &std::path::Path, repair: bool, undo: Option<&std::path::Path>, out: &Out) -> Result<(), Problem> {
     if let Some(undo) = undo {
-        disk::check::take_back(file, undo)?;
+        disk::check::take_back(file, undo, out).await?;
         out.done(&format!("{}: the repair is taken back", file.display()));
     }
-    let checked = if repair { disk::check::repair(file)? } else { disk::check::look(file)? };
+    let checked = if repair { disk::check::repair(file, out).await? } else { disk::check::look(file)? };
     out.show(&checked, |_| checked.draw());
     if !checked.clean() && undo.is_none() {
         // The document is the report, also with `--json`; what is left is a line for people, and the code.
@@ -382,7 +418,7 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
         format: new_format(None, &args.file)?,
         size: args.size,
         kind,
-        parent: args.parent,
+        parent: args.parent.map(|parent| Place::of(&parent, None, args.parents.open()?)).transpose()?,
         block_size: small("block size", args.block_size)?,
         sector_size: small("sector size", args.sector_size)?,
     };
@@ -400,7 +436,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
     }
     let done = format!("{} is made", args.target.display());
     let to_qcow2 = args.to.or_else(|| FormatArg::of(&args.target)) == Some(FormatArg::Qcow2);
-    let from_qcow2 = match args.from {
+    let from_qcow2 = match args.reading.from {
         Some(said) => said == FormatArg::Qcow2,
         None => disk::is_qcow2(&args.source)?,
     };
@@ -411,7 +447,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
         if args.kind == Some(KindArg::Fixed) {
             return Err(Problem::usage("a qcow2 image is dynamic; --dense fills the file"));
         }
-        let source = Place::of(&args.source, format(args.from)?)?;
+        let source = args.reading.place(&args.source)?;
         let made_file = disk::convert_to(source, &args.target, args.dense, out).await?;
         made(&made_file, &done, out);
         return Ok(());
@@ -425,7 +461,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
     let info = if from_qcow2 {
         disk::convert_from(&args.source, target, out).await?
     } else {
-        disk::convert(Place::of(&args.source, format(args.from)?)?, target, out).await?
+        disk::convert(args.reading.place(&args.source)?, target, out).await?
     };
     made(&info, &done, out);
     Ok(())

@@ -180,7 +180,8 @@ pub(crate) struct CreateArgs {
     /// Processors
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=255), value_name = "N")]
     cpus: u32,
-    /// A disk: new:SIZE[,format=vhdx|vhd], FILE[,format=F] (copied in), or FILE,in-place; each also [,bus=virtio|sata|ide|scsi]
+    /// A disk: new:SIZE[,format=vhdx|vhd], FILE[,format=F][,parents=FOLDER] (copied in, with what it stands on), or FILE,in-place; each
+    /// also [,bus=virtio|sata|ide|scsi]
     #[arg(long = "disk", value_parser = words::disk, value_name = "SPEC")]
     disks: Vec<words::DiskArg>,
     /// An image for the CD drive

@@ -79,6 +79,8 @@ pub(crate) fn name(text: &str) -> Result<String, String> {
 pub(crate) struct DiskArg {
     source: Source,
     format: Option<String>,
+    /// Folders in which a copied file's parents may lie, besides its own.
+    parents: Vec<PathBuf>,
     bus: Bus,
 }
 
@@ -88,15 +90,16 @@ enum Source {
     File { path: PathBuf, in_place: bool },
 }
 
-/// Parses `new:SIZE`, `FILE` or `FILE,in-place`, each with `,format=F` and `,bus=B`. Options are read from the end, so that a file's
-/// name may hold commas.
+/// Parses `new:SIZE`, `FILE` or `FILE,in-place`, each with `,format=F` and `,bus=B`; `FILE` with `,parents=FOLDER` as often as one likes.
+/// Options are read from the end, so that a file's name may hold commas.
 pub(crate) fn disk(text: &str) -> Result<DiskArg, String> {
     let mut rest = text;
-    let (mut format, mut bus, mut in_place) = (None, None, false);
+    let (mut format, mut bus, mut in_place, mut parents) = (None, None, false, Vec::new());
     while let Some((before, option)) = rest.rsplit_once(',') {
         match option.split_once('=') {
             Some(("format", value)) => format = Some(known_format(value)?),
             Some(("bus", value)) => bus = Some(known_bus(value)?),
+            Some(("parents", value)) => parents.insert(0, PathBuf::from(value)),
             None if option == "in-place" => in_place = true,
             _ => break,
         }
@@ -108,7 +111,10 @@ pub(crate) fn disk(text: &str) -> Result<DiskArg, String> {
         None if rest.is_empty() => return Err("a disk is new:SIZE or a file".to_owned()),
         None => Source::File { path: PathBuf::from(rest), in_place },
     };
-    Ok(DiskArg { source, format, bus: bus.unwrap_or_default() })
+    if !parents.is_empty() && !matches!(source, Source::File { in_place: false, .. }) {
+        return Err("only a file that is copied in has parents elsewhere".to_owned());
+    }
+    Ok(DiskArg { source, format, parents, bus: bus.unwrap_or_default() })
 }
 
 fn known_format(text: &str) -> Result<String, String> {
@@ -159,7 +165,12 @@ impl DiskArg {
                 }
                 let path = existing_file(path)?;
                 let format = self.format.clone();
-                if *in_place { DiskSource::InPlace { path, format } } else { DiskSource::Copy { path, format } }
+                if *in_place {
+                    DiskSource::InPlace { path, format }
+                } else {
+                    let parents = self.parents.iter().map(|folder| absolute(folder)).collect::<Result<_, _>>()?;
+                    DiskSource::Copy { path, format, parents }
+                }
             }
         };
         Ok(DiskSpec { source, bus: self.bus })
@@ -168,16 +179,20 @@ impl DiskArg {
 
 /// The absolute path of a file that is there.
 pub(crate) fn existing_file(path: &Path) -> Result<String, Problem> {
-    let absolute = std::path::absolute(path).map_err(|error| Problem::usage(format!("{}: {error}", path.display())))?;
-    match std::fs::metadata(&absolute) {
+    match std::fs::metadata(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            return Err(Problem::not_found(format!("{}: no such file", path.display())));
+            Err(Problem::not_found(format!("{}: no such file", path.display())))
         }
-        Err(error) => return Err(Problem::failed(format!("{}: {error}", path.display()))),
-        Ok(about) if about.is_dir() => return Err(Problem::damaged(format!("{} is a folder", path.display()))),
-        Ok(_) => {}
+        Err(error) => Err(Problem::failed(format!("{}: {error}", path.display()))),
+        Ok(about) if about.is_dir() => Err(Problem::damaged(format!("{} is a folder", path.display()))),
+        Ok(_) => absolute(path),
     }
-    absolute.into_os_string().into_string().map_err(|path| Problem::usage(format!("{}: not UTF-8", path.display())))
+}
+
+/// The absolute path, as text.
+fn absolute(path: &Path) -> Result<String, Problem> {
+    let absolute = std::path::absolute(path).map_err(|error| Problem::usage(format!("{}: {error}", path.display())))?;
+    absolute.into_os_string().into_string().map_err(|_| Problem::usage(format!("{}: not UTF-8", path.display())))
 }
 
 /// Parses `[ADDR:]HOSTPORT:GUESTPORT`; an IPv6 address stands in brackets.
@@ -258,6 +273,9 @@ mod tests {
         assert_eq!(file.source, Source::File { path: "/srv/a,b.img".into(), in_place: true });
         assert_eq!(file.format.as_deref(), Some("raw"));
         assert_eq!(disk("/srv/a,b=c").unwrap().source, Source::File { path: "/srv/a,b=c".into(), in_place: false });
+        let child = disk("/srv/child.avhdx,parents=/srv/a,format=vhdx,parents=../b").unwrap();
+        assert_eq!(child.parents, [PathBuf::from("/srv/a"), PathBuf::from("../b")]);
+        assert!(disk("new:1G,parents=/srv").is_err() && disk("a.vhdx,in-place,parents=/srv").is_err());
         for wrong in ["", "new:", "new:0", "new:x", "new:1G,in-place", "a,format=zip", "a,bus=usb", ",in-place"] {
             assert!(disk(wrong).is_err(), "{wrong}");
         }

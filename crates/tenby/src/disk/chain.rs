@@ -1,15 +1,13 @@
 //! `disk info --chain`: all that an image stands on, and which of the files could go.
 
-use super::{Info, Place, edit, problem};
+use super::place::{Child, Neighbours};
+use super::{Info, Place};
 use crate::draw::{Look, plain};
-use image::siblings::{Siblings, file_name};
-use image::{Error, ErrorKind, Layer};
+use image::Layer;
 use jiff::Timestamp;
-use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
 use std::fmt::Write;
-use std::path::Path;
 use store::Mode;
 
 /// One file of a chain.
@@ -19,7 +17,7 @@ pub(super) struct Link {
     info: Info,
     /// When it was last written.
     modified: Option<Timestamp>,
-    /// The images in this folder that stand on it.
+    /// The images that stand on it, of those in this folder and in the ones that were named.
     children: Vec<String>,
     /// The machine that owns it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -30,39 +28,19 @@ pub(super) struct Link {
 
 /// What the file is, and all that it stands on, base first.
 pub(crate) fn chain(place: &Place) -> Result<Info, Problem> {
-    let (_, _, siblings) = edit::surroundings(&place.path)?;
-    let layers = image::open_path(&place.path, place.format, Mode::Read)
-        .map_err(|error| found_elsewhere(problem(&error), &error, &siblings))?;
-    let links = layers.iter().map(|layer| Link::of(&**layer, &file_name(layer), &siblings));
-    let links = links.collect::<Result<Vec<_>, _>>()?;
+    let layers = place.layers(Mode::Read)?;
+    let neighbours = place.neighbours()?;
+    let links = layers.iter().map(|layer| Link::of(&**layer, &neighbours)).collect::<Result<Vec<_>, _>>()?;
     let leaf = layers.last().ok_or_else(|| Problem::failed("an image is a chain of one at least"))?;
     Ok(Info { chain: Some(links), ..Info::of(&**leaf)? })
 }
 
-/// A parent that is not where its child says may lie beside it under another name.
-fn found_elsewhere(problem: Problem, error: &Error, siblings: &Siblings) -> Problem {
-    if error.kind != ErrorKind::Parent {
-        return problem;
-    }
-    let child = Path::new(&error.file);
-    let name = child.file_name().unwrap_or_default().to_string_lossy();
-    let link = siblings.images.iter().find(|image| image.name == name).and_then(|image| image.info.parent.as_ref());
-    match link.and_then(|link| siblings.parents(link).next()) {
-        Some(parent) => {
-            let words = [child.to_owned(), child.with_file_name(&parent.name)];
-            let words = words.map(|path| quoted(&super::shown(&path.display().to_string()).display().to_string()));
-            problem.hint(format!("tenby disk reconnect {}      (it has the right id)", words.join(" ")))
-        }
-        None => problem,
-    }
-}
-
 impl Link {
-    fn of(layer: &dyn Layer, name: &str, siblings: &Siblings) -> Result<Self, Problem> {
+    fn of(layer: &dyn Layer, neighbours: &Neighbours) -> Result<Self, Problem> {
         let info = Info::of(layer)?;
         let modified = std::fs::metadata(&info.file).and_then(|data| data.modified()).ok();
-        let children: Vec<_> = siblings.children(name, layer.info().data_id).map(|child| child.name.clone()).collect();
-        let machine = machine::mark::owner(&info.file);
+        let children: Vec<_> = neighbours.children(layer).iter().map(Child::to_string).collect();
+        let machine = machine::mark::owner(&info.file).map(|owner| owner.machine.name);
         let deletable = children.is_empty() && machine.is_none();
         let modified = modified.and_then(|time| Timestamp::try_from(time).ok());
         Ok(Self { info, modified, children, machine, deletable })

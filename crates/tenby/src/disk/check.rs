@@ -1,7 +1,8 @@
 //! `tenby disk check`: what is wrong with an image file, mending it, and taking a repair back.
 
-use super::{Place, edit, problem, shown};
+use super::{Parents, Place, edit, holding, problem, shown};
 use crate::draw::plain;
+use crate::out::Out;
 use image::check::{self, Finding, Remedy, Report, Severity};
 use machine::plan::quoted;
 use machine::request::Problem;
@@ -9,7 +10,6 @@ use serde::Serialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use store::host::HostFolder;
 use store::{Folder, Mode};
 
 /// The contract's `disk check`.
@@ -150,17 +150,19 @@ impl Checked {
 
 /// What is wrong with the image. Nothing is written.
 pub(crate) fn look(path: &Path) -> Result<Checked, Problem> {
-    let place = Place::of(path, None)?;
+    let place = Place::of(path, None, Parents::default())?;
     let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
     let report = check::check(&store, place.format).map_err(|error| problem(&error))?;
     Ok(Checked::of(path, &report))
 }
 
 /// Mends what can be mended.
-pub(crate) fn repair(path: &Path) -> Result<Checked, Problem> {
-    edit::check_owner(path)?;
-    let place = Place::of(path, None)?;
-    let (folder, name, above) = beside(path)?;
+pub(crate) async fn repair(path: &Path, out: &Out) -> Result<Checked, Problem> {
+    edit::check_owner(path, out).await?;
+    let place = Place::of(path, None, Parents::default())?;
+    let (folder, name) = holding(path)?;
+    let above = folder.path().to_owned();
+    let folder: Arc<dyn Folder> = Arc::new(folder);
     let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
     let undo = check::undo_name(&name, &stamp);
     let done = check::repair(&folder, &name, place.format, &undo).map_err(|error| problem(&error))?;
@@ -168,34 +170,22 @@ pub(crate) fn repair(path: &Path) -> Result<Checked, Problem> {
     let mended = done.before.findings.iter().filter(|finding| done.changed && finding.remedy != Remedy::Nothing);
     Ok(Checked {
         repaired: mended.filter(|finding| !is_left(finding)).map(Found::from).collect(),
-        undo: done.changed.then(|| above.join(&undo)),
+        undo: done.changed.then(|| shown(&above.join(&undo).display().to_string())),
         ..Checked::of(path, &done.after)
     })
 }
 
 /// Takes a repair back.
-pub(crate) fn take_back(path: &Path, undo: &Path) -> Result<(), Problem> {
-    edit::check_owner(path)?;
-    let (folder, name, above) = beside(path)?;
-    let (undo_folder, undo_name) = HostFolder::holding(undo).map_err(|error| problem(&error.into()))?;
-    let above = if above.as_os_str().is_empty() { Path::new(".") } else { &above };
-    let real = |path: &Path| std::fs::canonicalize(path).ok();
-    if real(above).is_none() || real(above) != real(undo_folder.path()) {
+pub(crate) async fn take_back(path: &Path, undo: &Path, out: &Out) -> Result<(), Problem> {
+    edit::check_owner(path, out).await?;
+    let ((folder, name), (undo_folder, undo_name)) = (holding(path)?, holding(undo)?);
+    if !folder.is(&undo_folder) {
         let message = format!("{} must lie in the same folder as {}", undo.display(), path.display());
         return Err(Problem::usage(message));
     }
+    let folder: Arc<dyn Folder> = Arc::new(folder);
     check::take_back(&folder, &name, &undo_name).map_err(|error| match error.kind {
         image::ErrorKind::Invalid => Problem::refused(format!("{}: {}", shown(&error.file).display(), error.message)),
         _ => problem(&error),
     })
-}
-
-/// The folder that the image lies in, its name there, and the folder's path as its user would write it. A link leads to the image.
-fn beside(path: &Path) -> Result<(Arc<dyn Folder>, String, PathBuf), Problem> {
-    let is_link = std::fs::symlink_metadata(path).is_ok_and(|data| data.is_symlink());
-    let real = if is_link { std::fs::canonicalize(path) } else { Ok(path.to_owned()) };
-    let real = real.map_err(|error| Problem::not_found(format!("{}: {error}", path.display())))?;
-    let (folder, name) = HostFolder::holding(&real).map_err(|error| problem(&error.into()))?;
-    let above = real.parent().unwrap_or(Path::new("")).to_owned();
-    Ok((Arc::new(folder), name, above))
 }

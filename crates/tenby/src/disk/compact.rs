@@ -20,10 +20,10 @@ pub(crate) struct Compacted {
 
 /// Compacts an image on which nothing stands.
 pub(crate) async fn compact(place: Place, out: &Out) -> Result<Compacted, Problem> {
-    edit::check_owner(&place.path)?;
+    edit::check_owner(&place.path, out).await?;
     let layers = place.layers(store::Mode::Write)?;
     let leaf = layers.last().expect("an image is a chain of one at least").clone();
-    edit::check_leaf(&place, &leaf, out)?;
+    edit::check_leaf(&place, &*leaf, out)?;
     let measure = || Ok((leaf.store().allocated()?, leaf.store().len()?));
     let measured = || measure().map_err(|error: store::Error| problem(&error.into()));
     let (bytes_before, length_before) = measured()?;

@@ -1,51 +1,79 @@
 //! Who may change an image file, and what keeps them from it.
 
+use super::place::{Neighbours, told};
 use super::{Place, free_space, problem};
 use crate::draw;
 use crate::out::Out;
-use image::siblings::Siblings;
+use crate::session::{Reader, Session};
 use image::{Chain, Error, ErrorKind, Layer, RunKind};
+use jiff::Timestamp;
+use machine::mark::Owner;
+use machine::plan::quoted;
 use machine::request::Problem;
 use std::path::Path;
-use std::sync::Arc;
 use store::Store;
-use store::host::HostFolder;
 
-/// Refuses a file that a machine owns.
-pub(super) fn check_owner(path: &Path) -> Result<(), Problem> {
-    match machine::mark::owner(path) {
-        None => Ok(()),
-        Some(name) => Err(Problem::refused(format!("{} belongs to the machine {name}", path.display()))
-            .hint(format!("tenby vm show {}", machine::plan::quoted(&name)))),
+/// Refuses a file that a machine owns, and says what the machine has still to do with its files.
+pub(super) async fn check_owner(path: &Path, out: &Out) -> Result<(), Problem> {
+    let Some(Owner { root, machine }) = machine::mark::owner(path) else { return Ok(()) };
+    let (file, name) = (path.display(), &machine.name);
+    let session = Session { root, out: out.clone() };
+    let pending = match session.reader(&machine).await {
+        Ok(reader) => pending(&reader).await,
+        // It owns the file all the same.
+        Err(_) => None,
+    };
+    Err(match pending {
+        None => Problem::refused(format!("{file} belongs to the machine {name}"))
+            .hint(format!("tenby vm show {}", quoted(name))),
+        Some(pending) => Problem::refused(format!("{file} belongs to the machine {name}; {pending}"))
+            .hint(format!("tenby job list {}", quoted(name))),
+    })
+}
+
+/// The merge that a machine has under way, or those that it has still to do, and how long that takes.
+async fn pending(reader: &Reader) -> Option<String> {
+    let jobs = reader.jobs().await.unwrap_or_default();
+    if let Some(job) = jobs.iter().find(|job| job.kind == "merge" && !job.state.ended()) {
+        return Some(draw::job_line(job, Timestamp::now()));
+    }
+    let mut pending = reader.tree().await.ok()?.pending;
+    pending.retain(|pending| pending.kind == "merge");
+    let ms = pending.iter().filter_map(|merge| merge.estimated_ms).sum();
+    Some(format!("{} pending, about {}", draw::pending(&pending)?, draw::duration(ms)))
+}
+
+/// A file that somebody has locked: who, and what to do.
+pub(super) fn in_use(file: &Path) -> Problem {
+    if let Some(owner) = machine::mark::owner(file) {
+        let name = owner.machine.name;
+        return Problem::refused(format!("{} is in use: the machine {name} has it open", file.display()))
+            .hint(format!("tenby vm show {}", quoted(&name)));
+    }
+    let holders = store::host::holders(file);
+    let told: Vec<_> = holders.iter().map(|holder| format!("process {} ({})", holder.pid, holder.program)).collect();
+    match holders.first() {
+        Some(first) => Problem::refused(format!("{} is in use by {}", file.display(), told.join(", ")))
+            .hint(format!("ps -fp {}      (what it does; wait for it, or end it)", first.pid)),
+        None => Problem::refused(format!("{} is in use by another process", file.display()))
+            .hint(format!("fuser -v {}      (who has it open)", quoted(&file.display().to_string()))),
     }
 }
 
-/// The folder that holds a file, its name there, and the images in it.
-pub(super) fn surroundings(path: &Path) -> Result<(HostFolder, String, Siblings), Problem> {
-    let (folder, name) = HostFolder::holding(path).map_err(|error| problem(&error.into()))?;
-    let siblings = Siblings::of(&folder).map_err(|error| problem(&error))?;
-    Ok((folder, name, siblings))
-}
-
-/// Refuses to change an image that a machine owns, or on which another one stands.
-pub(super) fn check_leaf(place: &Place, layer: &Arc<dyn Layer>, out: &Out) -> Result<(), Problem> {
-    check_owner(&place.path)?;
-    let (_, name, siblings) = surroundings(&place.path)?;
-    tell_unread(&siblings, out);
-    let children: Vec<_> = siblings.children(&name, layer.info().data_id).map(|child| child.name.as_str()).collect();
-    match children.as_slice() {
-        [] => Ok(()),
-        [first, ..] => {
-            let child = place.path.with_file_name(first).display().to_string();
-            Err(Problem::refused(format!("{} stands on {}, which must not change", children.join(", "), name))
-                .hint(format!("tenby disk merge {}", machine::plan::quoted(&child))))
-        }
-    }
+/// Refuses to change an image on which another one stands.
+pub(super) fn check_leaf(place: &Place, layer: &dyn Layer, out: &Out) -> Result<(), Problem> {
+    let neighbours = place.neighbours()?;
+    tell_unread(&neighbours, out);
+    let children = neighbours.children(layer);
+    let Some(first) = children.first() else { return Ok(()) };
+    let first = quoted(&first.path().display().to_string());
+    Err(Problem::refused(format!("{} stands on {}, which must not change", told(&children), place.path.display()))
+        .hint(format!("tenby disk merge {first}")))
 }
 
 /// Says which files could not be asked what they stand on.
-pub(super) fn tell_unread(siblings: &Siblings, out: &Out) {
-    for name in &siblings.unread {
+pub(super) fn tell_unread(neighbours: &Neighbours, out: &Out) {
+    for name in neighbours.unread() {
         out.note(&format!("{name} cannot be read: whether it stands on another image is not known"));
     }
 }

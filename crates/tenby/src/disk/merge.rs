@@ -1,13 +1,14 @@
 //! `disk merge`: a child into its own parent.
 
+use super::place::{Child, Neighbours, chain_problem, told};
 use super::{Place, edit, free_space, interruptible, problem, shown, words};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
 use image::layer::{Layer, ParentLink};
 use image::merge::{self, FoldError, Outcome};
-use image::siblings::{Siblings, file_name};
-use image::{ErrorKind, Format, gate};
+use image::siblings::file_name;
+use image::{ErrorKind, Format};
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
@@ -34,67 +35,63 @@ pub(crate) struct Merged {
 struct Pair {
     child: Arc<dyn Layer>,
     parent: Arc<dyn Layer>,
-    /// What stands on the child, open for writing.
-    children: Vec<Arc<dyn Layer>>,
+    /// What stands on the child, open for writing, and its name for people.
+    children: Vec<(Arc<dyn Layer>, String)>,
 }
 
 /// Merges a child into its parent, and removes it.
-pub(crate) async fn merge(child: &Path, out: &Out) -> Result<Merged, Problem> {
-    let place = Place::of(child, None)?;
-    edit::check_owner(child)?;
-    let (folder, name, siblings) = edit::surroundings(child)?;
-    let folder: Arc<dyn Folder> = Arc::new(folder);
-    let pair = open(&folder, &name, &siblings, &place)?;
-    edit::tell_unread(&siblings, out);
+pub(crate) async fn merge(place: Place, out: &Out) -> Result<Merged, Problem> {
+    edit::check_owner(&place.path, out).await?;
+    let neighbours = place.neighbours()?;
+    let pair = open(&place, &neighbours, out).await?;
+    edit::tell_unread(&neighbours, out);
     let (parent_name, parent_file) = (file_name(&pair.parent), shown(&pair.parent.store().name()));
-    let names: Vec<_> = pair.children.iter().map(file_name).collect();
-    let bytes = estimate(&pair, &parent_file, child, out)?;
-    let what = format!("merging {}", child.display());
+    let names = pair.children.iter().map(|(_, told)| told.clone()).collect();
+    let bytes = estimate(&pair, &parent_file, &place.path, out)?;
+    let what = format!("merging {}", place.path.display());
     let outcome = interruptible(out, what, move |progress| fold(&pair, &parent_name, progress)).await?;
     if outcome == Outcome::Cancelled {
         let message = "the merge was cancelled; nothing is lost, and the child is to be used as before";
         return Err(cancelled(message).hint(format!("{}      (goes on)", words())));
     }
+    let (folder, name) = place.folder()?;
     folder.unlink(&name).and_then(|()| folder.sync()).map_err(|error| problem(&error.into()))?;
-    Ok(Merged { file: parent_file, removed: child.to_owned(), bytes, children: names })
+    Ok(Merged { file: parent_file, removed: place.path, bytes, children: names })
 }
 
 /// Opens all that a merge changes, or says why it must not.
-fn open(folder: &Arc<dyn Folder>, name: &str, siblings: &Siblings, place: &Place) -> Result<Pair, Problem> {
-    let child = &place.path;
-    let mut layers = gate::open_to_merge(folder, name, place.format).map_err(|error| problem(&error))?;
+async fn open(place: &Place, neighbours: &Neighbours, out: &Out) -> Result<Pair, Problem> {
+    let file = place.path.display().to_string();
+    let (folder, name) = place.folder()?;
+    let layers = place.parents.gate().open_to_merge(&folder, &name, place.format);
+    let mut layers = layers.map_err(|error| chain_problem(&error))?;
     let leaf = layers.pop().expect("an image is a chain of one at least");
     let Some(parent) = layers.pop() else {
-        return Err(Problem::refused(format!(
-            "{} stands on nothing: there is nothing to merge it into",
-            child.display()
-        )));
+        return Err(Problem::refused(format!("{file} stands on nothing: there is nothing to merge it into")));
     };
-    edit::check_owner(Path::new(&parent.store().name()))?;
-    let parent_name = file_name(&parent);
-    let others: Vec<_> = siblings
-        .children(&parent_name, parent.info().data_id)
-        .map(|other| other.name.as_str())
-        // What stands on the child may name the parent by its id already, if this merge was cut off near its end.
-        .filter(|other| *other != name && !stands_on(siblings, other, name))
-        .collect();
+    edit::check_owner(Path::new(&parent.store().name()), out).await?;
+    let mut upper = neighbours.children(&*leaf);
+    upper.retain(|child| child.file() != parent.store().name());
+    // What stands on the child may name the parent by its id already, if this merge was cut off near its end.
+    let is_upper = |other: &Child<'_>| upper.iter().any(|child| child.names(&name) && child.file() == other.file());
+    let mut others = neighbours.children(&*parent);
+    others.retain(|other| other.file() != leaf.store().name() && !is_upper(other));
     if !others.is_empty() {
-        let (child, new) = (child.display().to_string(), child.with_extension("new.vhdx").display().to_string());
-        return Err(Problem::refused(format!("{} stands on {parent_name}, too, and would be lost", others.join(", ")))
-            .hint(format!("tenby disk merge {} --into {}", quoted(&child), quoted(&new))));
+        let (names, parent) = (told(&others), file_name(&parent));
+        let new = place.path.with_extension("new.vhdx").display().to_string();
+        return Err(Problem::refused(format!("{names} stands on {parent}, too, and would be lost")).hint(format!(
+            "tenby disk merge {} --into {}",
+            quoted(&file),
+            quoted(&new)
+        )));
     }
     let mut children = Vec::new();
-    for other in siblings.children(name, leaf.info().data_id).filter(|other| other.name != parent_name) {
-        let store = folder.open(&other.name, Mode::Write).map_err(|error| problem(&error.into()))?;
-        children.push(image::open(store, None, Mode::Write).map_err(|error| problem(&error))?);
+    for child in upper {
+        let store = child.folder.open(&child.image.name, Mode::Write).map_err(|error| problem(&error.into()))?;
+        let layer = image::open(store, None, Mode::Write).map_err(|error| problem(&error))?;
+        children.push((layer, child.to_string()));
     }
     Ok(Pair { child: leaf, parent, children })
-}
-
-/// Whether an image names this file as its parent.
-fn stands_on(siblings: &Siblings, other: &str, name: &str) -> bool {
-    let link = siblings.images.iter().find(|image| image.name == other).and_then(|image| image.info.parent.as_ref());
-    link.and_then(|link| gate::parent_name(link).ok()).is_some_and(|parent| parent.eq_ignore_ascii_case(name))
 }
 
 /// Says how much there is to do before anything is done.
@@ -139,7 +136,7 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
         }
     }
     pair.parent.close().map_err(|error| problem(&error))?;
-    for child in &pair.children {
+    for (child, _) in &pair.children {
         rename_parent(child, parent_name).map_err(|error| problem(&error))?;
     }
     Ok(Outcome::Folded)

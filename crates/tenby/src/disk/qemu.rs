@@ -1,6 +1,6 @@
 //! qcow2, which is QEMU's own format: `qemu-img` reads and writes it, from and to a disk that we serve.
 
-use super::{Info, Making, Place, Target, blank, cancelled, interruptible, problem, refused};
+use super::{Info, Place, Target, begin, blank, cancelled, finish, interruptible, problem, refused};
 use crate::out::Out;
 use export::{Export, Listener, Options, listen_unix};
 use image::{Access, Chain};
@@ -43,8 +43,8 @@ pub(crate) fn is_qcow2(path: &Path) -> Result<bool, Problem> {
 /// Copies a qcow2 into a new image. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
     let size = qcow2_size(source)?;
-    let making = Making::begin(target.path)?;
-    let store = Arc::clone(&making.store);
+    let new = begin(target.path)?;
+    let store = new.store();
     let Target { format, kind, dense, .. } = target;
     let from = source_options(source)?;
     let complete = interruptible(out, format!("copying {}", source.display()), move |progress| {
@@ -63,14 +63,14 @@ pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -
     if !complete {
         return Err(target.cancelled());
     }
-    making.finish()?;
+    finish(new, target.path)?;
     target.info()
 }
 
 /// Copies an image into a new qcow2. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert_to(source: Place, target: &Path, dense: bool, out: &Out) -> Result<Made, Problem> {
-    let making = Making::begin(target)?;
-    let (store, partial) = (Arc::clone(&making.store), making.folder.path().join(&making.partial));
+    let new = begin(target)?;
+    let (store, partial) = (new.store(), new.path());
     let what = format!("copying {}", source.path.display());
     let copied = interruptible(out, what, move |progress| {
         let chain = Arc::new(source.chain(Access::Read)?);
@@ -89,7 +89,7 @@ pub(crate) async fn convert_to(source: Place, target: &Path, dense: bool, out: &
     let Some((size, bytes)) = copied else {
         return Err(cancelled(format!("the copy was cancelled; {} was not made", target.display())));
     };
-    making.finish()?;
+    finish(new, target)?;
     Ok(Made { file: target.to_owned(), format: "qcow2", size, bytes })
 }
 

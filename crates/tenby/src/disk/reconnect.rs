@@ -1,18 +1,17 @@
 //! `disk reconnect`: a child is told where its parent is.
 
-use super::{Place, beside, edit, problem};
+use super::{Place, edit, holding, name_below, problem};
 use crate::draw::{Look, plain};
+use crate::out::Out;
 use image::reconnect::Match;
-use image::siblings::file_name;
-use image::{Error, ErrorKind, gate};
+use image::{Error, ErrorKind};
 use jiff::Timestamp;
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use store::{Folder, Mode};
+use store::Mode;
 
 /// A child and its parent, and how they fit.
 #[derive(Debug, Serialize)]
@@ -33,30 +32,28 @@ pub(crate) struct Reconnected {
     parent_modified: Option<Timestamp>,
 }
 
-/// Writes into `child` that it stands on `parent`, which must lie beside it.
-pub(crate) fn reconnect(child: &Path, parent: &Path, force: bool) -> Result<Reconnected, Problem> {
-    let (place, above) = (Place::of(child, None)?, Place::of(parent, None)?);
-    edit::check_owner(&place.path)?;
-    let name = beside(child, parent)?;
-    let (folder, child_name) = store::host::HostFolder::holding(child).map_err(|error| problem(&error.into()))?;
-    let folder: Arc<dyn Folder> = Arc::new(folder);
-    let layers = gate::open_chain_as(&folder, &name, above.format, Mode::Read).map_err(|error| problem(&error))?;
-    if layers.iter().any(|layer| file_name(layer) == child_name) {
-        return Err(Problem::refused(format!("{} stands on {} itself", parent.display(), child.display())));
+/// Writes into `child` that it stands on `parent`, which must lie where it will be looked for.
+pub(crate) async fn reconnect(child: &Place, parent: &Place, force: bool, out: &Out) -> Result<Reconnected, Problem> {
+    edit::check_owner(&child.path, out).await?;
+    let name = name_below(&child.path, parent)?;
+    let (own, own_name) = holding(&child.path)?;
+    let layers = parent.layers(Mode::Read)?;
+    let own_file = own.path().join(&own_name).display().to_string();
+    if layers.iter().any(|layer| layer.store().name() == own_file) {
+        return Err(Problem::refused(format!("{} stands on {} itself", parent.path.display(), child.path.display())));
     }
     let base = layers.last().expect("an image is a chain of one at least");
-    let store = folder.open(&child_name, Mode::Write).map_err(|error| problem(&error.into()))?;
-    let layer = image::open(store, place.format, Mode::Write).map_err(|error| problem(&error))?;
+    let layer = child.alone(Mode::Write)?;
     let found = image::reconnect::examine(&*layer, &**base).map_err(|error| unfit(&error))?;
     let reconnected = Reconnected {
-        file: child.to_owned(),
-        parent: parent.to_owned(),
+        file: child.path.clone(),
+        parent: parent.path.clone(),
         named: found.named.to_string(),
         id: found.found.to_string(),
         fits: found.fits,
         same_disk: found.same_disk,
         forced: !found.fits,
-        parent_modified: modified(parent),
+        parent_modified: modified(&parent.path),
     };
     if !found.fits && !force {
         return Err(refusal(&reconnected, &found));

@@ -10,7 +10,7 @@ use machine::request::Problem;
 
 /// Makes a disk `size` bytes.
 pub(crate) async fn resize(place: Place, size: u64, out: &Out) -> Result<Info, Problem> {
-    edit::check_owner(&place.path)?;
+    edit::check_owner(&place.path, out).await?;
     let layers = place.layers(store::Mode::Write)?;
     let leaf = layers.last().expect("an image is a chain of one at least");
     leaf.check_resize(size).map_err(|error| match error.kind {
@@ -25,7 +25,7 @@ pub(crate) async fn resize(place: Place, size: u64, out: &Out) -> Result<Info, P
         }
         _ => problem(&error),
     })?;
-    edit::check_leaf(&place, leaf, out)?;
+    edit::check_leaf(&place, &**leaf, out)?;
     let what = format!("looking at what {} would lose", place.path.display());
     let file = place.path.clone();
     let complete = interruptible(out, what, move |progress| {

@@ -460,6 +460,7 @@ mod tests {
             file: "disks/a.avhdx".to_owned(),
             into: None,
             bytes,
+            estimated_ms: None,
             reason: None,
         };
         assert_eq!(pending(&[]), None);

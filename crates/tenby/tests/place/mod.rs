@@ -105,7 +105,7 @@ impl Place {
     }
 }
 
-/// Every file below a folder, with its content: to see that nothing has changed.
+/// Every file below a folder, with its content (a pipe has none): to see that nothing has changed.
 pub(crate) fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut all = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
@@ -113,7 +113,8 @@ pub(crate) fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
         if path.is_dir() {
             all.extend(content(&path));
         } else {
-            all.push((path.clone(), std::fs::read(&path).unwrap_or_default()));
+            let content = if path.is_file() { std::fs::read(&path).unwrap_or_default() } else { Vec::new() };
+            all.push((path, content));
         }
     }
     all.sort();
