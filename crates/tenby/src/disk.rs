@@ -35,7 +35,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use store::host::HostFolder;
-use store::{Folder, Mode, Store};
+use store::{Folder, Lax, Mode, Store};
 use tokio::signal::unix::{SignalKind, signal};
 
 /// An image that is there, and the format that it is to be read as.
@@ -233,7 +233,7 @@ pub(crate) struct New {
 
 /// Makes an empty image. Nothing is left if it fails.
 pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
-    let making = Making::begin(path)?;
+    let making = Making::begin(path, true)?;
     let layer: Arc<dyn Layer> = match new.format {
         Format::Raw => {
             if new.parent.is_some() {
@@ -342,6 +342,8 @@ pub(crate) struct Target<'a> {
     pub(crate) kind: Option<Kind>,
     /// All of the file takes space.
     pub(crate) dense: bool,
+    /// It is to be durable when it is there.
+    pub(crate) durable: bool,
 }
 
 impl Target<'_> {
@@ -381,7 +383,7 @@ fn blank(
 
 /// Copies an image into a new file. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
-    let making = Making::begin(target.path)?;
+    let making = Making::begin(target.path, target.durable)?;
     let store = Arc::clone(&making.store);
     let what = format!("copying {}", source.path.display());
     let Target { format, kind, dense, .. } = target;
@@ -438,18 +440,20 @@ struct Making {
     store: Arc<dyn Store>,
     path: PathBuf,
     partial: String,
+    durable: bool,
     complete: bool,
 }
 
 impl Making {
-    fn begin(path: &Path) -> Result<Self, Problem> {
+    fn begin(path: &Path, durable: bool) -> Result<Self, Problem> {
         if std::fs::symlink_metadata(path).is_ok() {
             return Err(Self::exists(path));
         }
         let (folder, _) = HostFolder::holding(path).map_err(|error| problem(&error.into()))?;
         let partial = format!(".tenby-{}.part", uuid::Uuid::new_v4().simple());
-        let store = folder.create(&partial).map_err(|error| problem(&error.into()))?;
-        Ok(Self { folder, store, path: path.to_owned(), partial, complete: false })
+        let file = folder.create(&partial).map_err(|error| problem(&error.into()))?;
+        let store = if durable { file } else { Arc::new(Lax(file)) };
+        Ok(Self { folder, store, path: path.to_owned(), partial, durable, complete: false })
     }
 
     fn exists(path: &Path) -> Problem {
@@ -462,7 +466,7 @@ impl Making {
         problem(&Error { file, ..error })
     }
 
-    /// Gives the file its name, durably. A file that has come to bear that name meanwhile stays.
+    /// Gives the file its name, durably if that was asked for. A file that has come to bear that name meanwhile stays.
     fn finish(mut self) -> Result<(), Problem> {
         let partial = self.folder.path().join(&self.partial);
         match rustix::fs::renameat_with(CWD, &partial, CWD, &self.path, RenameFlags::NOREPLACE) {
@@ -473,6 +477,9 @@ impl Making {
             }
         }
         self.complete = true;
+        if !self.durable {
+            return Ok(());
+        }
         self.folder.sync().map_err(|error| problem(&error.into()))
     }
 }

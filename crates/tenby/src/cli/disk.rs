@@ -166,6 +166,9 @@ pub(crate) struct ConvertArgs {
     /// The new file has no holes: all of it takes space
     #[arg(long)]
     dense: bool,
+    /// Do not wait until the new file would survive a power cut, as cp and qemu-img do not
+    #[arg(long)]
+    no_sync: bool,
 }
 
 /// `disk serve`
@@ -327,7 +330,8 @@ async fn merge(child: &std::path::Path, into: Option<&std::path::Path>, out: &Ou
         return Ok(());
     };
     let source = Place::of(child, None)?;
-    let target = disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false };
+    let target =
+        disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false, durable: true };
     let info = disk::convert(source, target, out).await?;
     made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
     Ok(())
@@ -412,7 +416,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
             return Err(Problem::usage("a qcow2 image is dynamic; --dense fills the file"));
         }
         let source = Place::of(&args.source, format(args.from)?)?;
-        let made_file = disk::convert_to(source, &args.target, args.dense, out).await?;
+        let made_file = disk::convert_to(source, &args.target, args.dense, !args.no_sync, out).await?;
         made(&made_file, &done, out);
         return Ok(());
     }
@@ -421,6 +425,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
         format: new_format(args.to, &args.target)?,
         kind: args.kind.map(Into::into),
         dense: args.dense,
+        durable: !args.no_sync,
     };
     let info = if from_qcow2 {
         disk::convert_from(&args.source, target, out).await?
