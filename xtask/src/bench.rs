@@ -24,9 +24,10 @@ struct Bench {
 }
 
 const BENCHES: &[Bench] = &[
-    Bench { name: "nbd-depth", what: "reads through a chain of 50 layers beside one of 1", run: nbd::depth },
-    Bench { name: "nbd-peers", what: "our NBD server beside others", run: nbd::peers },
-    Bench { name: "nbd-first-write", what: "first writes to a new leaf beside the same again", run: nbd::first_write },
+    Bench { name: "disk-read", what: "random reads, cached, through 1 layer and through 50", run: nbd::read },
+    Bench { name: "disk-cold-read", what: "random reads past the page cache", run: nbd::cold_read },
+    Bench { name: "disk-first-write", what: "scattered writes to a new leaf, with flushes", run: nbd::first_write },
+    Bench { name: "disk-in-order", what: "reads and first writes in order", run: nbd::in_order },
     Bench { name: "disk-convert", what: "copies between raw and VHDX beside cp and qemu-img", run: disk::convert },
     Bench { name: "disk-merge", what: "a leaf of scattered writes merged into its parent", run: disk::merge },
     Bench { name: "disk-deep", what: "a chain of 1,000 layers opened", run: disk::deep },
@@ -34,7 +35,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "snapshot-pause", what: "what a running guest notices, and what is stored", run: snapshots::running },
 ];
 
-/// Measures what `names` says, or everything. The beginning of a name stands for all that begin so: `disk`, `nbd`, `snapshot`.
+/// Measures what `names` says, or everything. The beginning of a name stands for all that begin so: `disk`, `snapshot`.
 pub(crate) fn run(names: &[String]) -> Result<()> {
     let is_meant = |bench: &Bench, name: &String| bench.name == name || bench.name.starts_with(&format!("{name}-"));
     if let Some(unknown) = names.iter().find(|name| BENCHES.iter().all(|bench| !is_meant(bench, name))) {
@@ -42,6 +43,7 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
         bail!("there is no bench `{unknown}`; there are\n{}", known.join("\n"));
     }
     setup::run()?;
+    setup::for_benches()?;
     step("building Tenby");
     call(cargo().args(["build", "--release", "--package", "tenby"]))?;
     call(cargo().args(["build", "--release", "--package", "export", "--example", "serve"]))?;

@@ -34,9 +34,22 @@ const NEEDS: &[Need] = &[
 /// The image that the package grub-rescue-pc brings.
 const GRUB_CDROM: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";
 
+/// What only benches need.
+const BENCH_NEEDS: &[Need] =
+    &[Need { sign: "nbdkit", package: "nbdkit", why: "benches: an NBD server that is as fast as the protocol" }];
+
 /// Installs what is missing; does nothing where nothing is.
 pub(crate) fn run() -> Result<()> {
-    let missing: Vec<&Need> = NEEDS.iter().filter(|need| !is_here(need.sign)).collect();
+    provide(NEEDS)
+}
+
+/// The same of what only benches need.
+pub(crate) fn for_benches() -> Result<()> {
+    provide(BENCH_NEEDS)
+}
+
+fn provide(needs: &[Need]) -> Result<()> {
+    let missing: Vec<&Need> = needs.iter().filter(|need| !is_here(need.sign)).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -91,7 +104,7 @@ pub(crate) fn is_here(sign: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{NEEDS, as_root, is_here};
+    use super::{BENCH_NEEDS, NEEDS, as_root, is_here};
     use std::process::Command;
 
     #[test]
@@ -108,6 +121,6 @@ mod tests {
 
     #[test]
     fn every_need_has_a_reason() {
-        assert!(NEEDS.iter().all(|need| !need.why.is_empty() && !need.package.contains('/')));
+        assert!(NEEDS.iter().chain(BENCH_NEEDS).all(|need| !need.why.is_empty() && !need.package.contains('/')));
     }
 }

@@ -113,7 +113,7 @@ impl Default for Options {
         Self {
             read_only: false,
             name: String::new(),
-            threads: 16,
+            threads: 32,
             connections: 64,
             window: 128 << 20,
             before_first_change: None,

@@ -314,7 +314,7 @@ impl Chain {
         while at < end && out.len() <= limit {
             let len = step.min(end.next_multiple_of(self.sector) - at);
             for run in resolve(&stack.slots, at, len)? {
-                push_run(&mut out, run);
+                self.push_run(&stack, &mut out, run)?;
             }
             (at, step) = (at + len, (step * 2).min(SPAN));
         }
@@ -512,6 +512,50 @@ impl Chain {
     }
 }
 
+/// What [`Chain::runs`] says.
+impl Chain {
+    fn push_run(&self, stack: &Stack, out: &mut Vec<ChainRun>, found: Found) -> Result<()> {
+        let Found { offset, len, place } = found;
+        match place {
+            Place::Data { layer, at } if self.access == Access::Read => {
+                return self.push_data(stack.slot(layer), layer, out, (offset, len, at));
+            }
+            Place::Data { layer, .. } => {
+                push_run(out, ChainRun { offset, len, kind: RunKind::Data, layer: Some(layer) })
+            }
+            Place::Zero { layer } => push_run(out, ChainRun { offset, len, kind: RunKind::Zero, layer: Some(layer) }),
+            Place::Hole => push_run(out, ChainRun { offset, len, kind: RunKind::Absent, layer: None }),
+        }
+        Ok(())
+    }
+
+    /// Appends a run of data, less the holes that the layer's file has there: a block of megabytes often holds little. Of a chain that
+    /// is written holes are not asked for: they come and go.
+    fn push_data(
+        &self,
+        slot: &Slot,
+        layer: usize,
+        out: &mut Vec<ChainRun>,
+        (offset, len, at): (u64, u64, u64),
+    ) -> Result<()> {
+        let mut push = |from: u64, to: u64, kind| {
+            if from < to {
+                push_run(out, ChainRun { offset: offset + from, len: to - from, kind, layer: Some(layer) });
+            }
+        };
+        let mut done = 0;
+        while done < len {
+            let (start, end) = slot.data(at + done)?;
+            let start = (start.saturating_sub(at) / self.sector * self.sector).clamp(done, len);
+            let end = (end.saturating_sub(at).min(len)).next_multiple_of(self.sector).clamp(start, len);
+            push(done, start, RunKind::Zero);
+            push(start, end, RunKind::Data);
+            done = end;
+        }
+        Ok(())
+    }
+}
+
 /// Layers, guards and what folds need.
 impl Chain {
     fn push_logged(&self, leaf: Arc<dyn Layer>, log: Option<Arc<Log>>) -> Result<Arc<Slot>> {
@@ -657,15 +701,11 @@ fn blocks(offset: u64, len: u64) -> impl Iterator<Item = (u64, u64)> {
     pieces(offset, len, BLOCK)
 }
 
-fn push_run(out: &mut Vec<ChainRun>, run: Found) {
-    let (kind, layer) = match run.place {
-        Place::Data { layer, .. } => (RunKind::Data, Some(layer)),
-        Place::Zero { layer } => (RunKind::Zero, Some(layer)),
-        Place::Hole => (RunKind::Absent, None),
-    };
+/// Appends a run, joined to the last one if that holds the same.
+fn push_run(out: &mut Vec<ChainRun>, run: ChainRun) {
     match out.last_mut() {
-        Some(last) if last.kind == kind && last.layer == layer => last.len += run.len,
-        _ => out.push(ChainRun { offset: run.offset, len: run.len, kind, layer }),
+        Some(last) if last.kind == run.kind && last.layer == run.layer => last.len += run.len,
+        _ => out.push(run),
     }
 }
 

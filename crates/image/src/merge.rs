@@ -50,8 +50,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use uuid::Uuid;
 
-/// [`move_down`] lets go of no more than this at a time, bytes (or of one block, if that is larger). A power of two.
-const MOVED: u64 = 64 << 20;
+/// [`move_down`] lets go of what the parent holds durably once it is so many bytes, or less if room is scarce. Each time costs syncs.
+const MOVED: u64 = 256 << 20;
 /// Data moves in pieces of this many bytes.
 const PIECE: u64 = 1 << 20;
 /// A layer is looked at in windows of this many bytes, a multiple of every block size.
@@ -136,7 +136,7 @@ pub fn fold_down<E>(
 /// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
 /// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
 ///
-/// About `room` bytes may be taken twice for a moment; the child's block at least. Less room means more syncs.
+/// About `room` bytes may be taken twice for a moment; two of the child's blocks at least. Less room means more syncs.
 pub fn move_down<E>(
     child: &Arc<dyn Layer>,
     parent: &Arc<dyn Layer>,
@@ -148,7 +148,7 @@ pub fn move_down<E>(
     let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
     let _one = chain.folding();
     let mut fold = Fold::begin(&chain, child, parent, progress)?;
-    fold.step = Some((room.clamp(1, MOVED) / 2 + 1).next_power_of_two().max(fold.child.block()));
+    fold.most = Some((room / 2).min(MOVED));
     fold.run(Some(g), commit)
 }
 
@@ -190,8 +190,8 @@ struct Fold<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
-    /// The child gives up what was copied whenever so many bytes, a multiple of its blocks, have been looked at.
-    step: Option<u64>,
+    /// The child gives up what was copied before it is more than so many bytes (or one of its blocks).
+    most: Option<u64>,
 }
 
 impl Drop for Fold<'_> {
@@ -215,7 +215,7 @@ impl<'a> Fold<'a> {
         child.touched().start();
         drop(stack);
         let (progress, buffer) = (Progress::default(), vec![0; PIECE as usize]);
-        Ok(Self { chain, child, parent, report, progress, buffer, step: None })
+        Ok(Self { chain, child, parent, report, progress, buffer, most: None })
     }
 
     fn run<E>(&mut self, g: Option<Uuid>, commit: impl FnOnce() -> Result<(), E>) -> Result<Outcome, FoldError<E>> {
@@ -249,8 +249,8 @@ impl<'a> Fold<'a> {
         }
         self.progress.total = plan(self.child.layer(), self.parent.layer())?;
         self.tell()?;
-        match self.step {
-            Some(step) => self.copy_and_forget(step)?,
+        match self.most {
+            Some(most) => self.copy_and_forget(most)?,
             None => self.copy(0, self.child.size())?,
         }
         for _ in 0..PASSES {
@@ -326,17 +326,19 @@ impl<'a> Fold<'a> {
         self.child.layer().info().parent.filter(|_| !raw)
     }
 
-    /// Copies all, and lets the child forget what the parent holds durably, stretch by stretch of whole blocks.
-    fn copy_and_forget(&mut self, step: u64) -> Result<(), Stop> {
-        let size = self.child.size();
-        for at in (0..size).step_by(step as usize) {
-            let (len, before) = (step.min(size - at), self.progress.done);
-            self.copy(at, len)?;
-            if self.progress.done != before {
+    /// Copies all, and lets the child forget what the parent holds durably, in stretches of whole blocks. The last stretch goes with
+    /// the child.
+    fn copy_and_forget(&mut self, most: u64) -> Result<(), Stop> {
+        let (size, block) = (self.child.size(), self.child.block());
+        let (mut start, mut before) = (0, self.progress.done);
+        for at in (0..size).step_by(block as usize) {
+            if self.progress.done - before + block > most && self.progress.done != before {
                 self.parent.sync()?;
-                self.child.layer().forget(at, len)?;
+                self.child.layer().forget(start, at - start)?;
                 self.child.sync()?;
+                (start, before) = (at, self.progress.done);
             }
+            self.copy(at, block.min(size - at))?;
         }
         Ok(())
     }

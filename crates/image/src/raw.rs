@@ -1,6 +1,6 @@
 //! Raw files: the disk's bytes as they are.
 
-use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket, push_run};
+use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket};
 use crate::{Error, ErrorKind, Result};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -129,18 +129,6 @@ impl RawLayer {
         self.size.load(Ordering::Acquire)
     }
 
-    /// The next stretch of whole sectors at `at` or after it that is not a hole; at the disk's end, an empty one. Of a file that is
-    /// written holes are not asked for: they come and go.
-    fn data(&self, at: u64) -> Result<(u64, u64)> {
-        if self.writable {
-            return Ok((at, self.size()));
-        }
-        let data = self.store.data(at)?.filter(|(start, _)| *start < self.size());
-        let sectors =
-            |(start, end): (u64, u64)| (start / SECTOR * SECTOR, end.next_multiple_of(SECTOR).min(self.size()));
-        Ok(data.map_or((self.size(), self.size()), sectors))
-    }
-
     fn check_range(&self, offset: u64, len: u64) -> Result<()> {
         let inside = offset.checked_add(len).is_some_and(|end| end <= self.size());
         if inside && offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR) {
@@ -185,19 +173,8 @@ impl Layer for RawLayer {
 
     fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
         self.check_range(offset, len)?;
-        let end = offset + len;
-        let first = out.len();
-        let mut push = |start: u64, end: u64, source| {
-            if start < end {
-                push_run(out, first, Run { offset: start, len: end - start, source });
-            }
-        };
-        let mut at = offset;
-        while at < end {
-            let (start, stop) = self.data(at)?;
-            push(at, start.min(end), Source::Zero);
-            push(start, stop.min(end), Source::Data(start));
-            at = stop;
+        if len > 0 {
+            out.push(Run { offset, len, source: Source::Data(offset) });
         }
         Ok(())
     }

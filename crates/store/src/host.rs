@@ -12,7 +12,7 @@
 //! well, and convert atomically; but they would also meet QEMU's own byte locks, and `qemu-img info` on a file of a running
 //! machine would fail.) A conversion between shared and exclusive is not atomic: see [`Store::lock`].
 
-use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
+use crate::{Error, ErrorKind, Folder, Lax, Lock, Mode, Result, Store, check_name};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
     self, AtFlags, CWD, Dir, FallocateFlags, FileType, FlockOperation, OFlags, RenameFlags, ResolveFlags, SeekFrom,
@@ -213,17 +213,19 @@ pub struct NewFile {
     file: Arc<HostFile>,
     /// The name of its own.
     partial: Option<String>,
+    durable: bool,
 }
 
 impl NewFile {
-    /// Begins the file `path`, whose folder is there. [`ErrorKind::Exists`] if something has that name, be it a link to nothing.
-    pub fn begin(path: &Path) -> Result<Self> {
+    /// Begins the file `path`, whose folder is there. [`ErrorKind::Exists`] if something has that name, be it a link to nothing. Unless it
+    /// is to be durable, nobody waits for its syncs: see [`Lax`].
+    pub fn begin(path: &Path, durable: bool) -> Result<Self> {
         // An unnamed file gets its name by way of this.
         let unnamed = Path::new("/proc/self/fd").exists();
-        Self::begin_as(path, unnamed)
+        Self::begin_as(path, durable, unnamed)
     }
 
-    fn begin_as(path: &Path, unnamed: bool) -> Result<Self> {
+    fn begin_as(path: &Path, durable: bool, unnamed: bool) -> Result<Self> {
         if fs::lstat(path).is_ok() {
             return Err(failed("create", path, Errno::EXIST));
         }
@@ -232,12 +234,13 @@ impl NewFile {
         let path = folder.path.join(&name);
         let (fd, partial) = folder.nameless(unnamed).map_err(|errno| failed("create", &path, errno))?;
         let file = HostFile::new(fd, path, Mode::Write, "create")?;
-        Ok(Self { folder, name, file, partial })
+        Ok(Self { folder, name, file, partial, durable })
     }
 
     /// The file.
     pub fn store(&self) -> Arc<dyn Store> {
-        Arc::<HostFile>::clone(&self.file)
+        let file = Arc::<HostFile>::clone(&self.file);
+        if self.durable { file } else { Arc::new(Lax(file)) }
     }
 
     /// A path by which another process of ours can open it now.
@@ -248,7 +251,7 @@ impl NewFile {
         }
     }
 
-    /// Gives it its name, durably. [`ErrorKind::Exists`] if something has come to bear that name meanwhile.
+    /// Gives it its name, durably if that was wanted. [`ErrorKind::Exists`] if something has come to bear that name meanwhile.
     pub fn finish(mut self) -> Result<()> {
         let (folder, name) = (&self.folder.fd, self.name.as_str());
         let named = match &self.partial {
@@ -257,7 +260,7 @@ impl NewFile {
         };
         named.map_err(|errno| failed("create", &self.folder.path.join(name), errno))?;
         self.partial = None;
-        self.folder.sync()
+        if self.durable { self.folder.sync() } else { Ok(()) }
     }
 }
 
@@ -663,7 +666,7 @@ mod tests {
         let (place, folder) = folder();
         for unnamed in [true, false] {
             let path = place.path().join(format!("new-{unnamed}"));
-            let begin = || NewFile::begin_as(&path, unnamed);
+            let begin = || NewFile::begin_as(&path, true, unnamed);
             let dropped = begin().expect("begin");
             dropped.store().write_at(b"half", 0).expect("write");
             assert_eq!(open_file(&dropped.path(), Mode::Read).expect("others open it").len().expect("length"), 4);

@@ -20,7 +20,10 @@
 //! `pwrite` may. Ranges that overlap in time must be ordered by the caller.
 
 pub mod host;
+mod lax;
 pub mod sim;
+
+pub use lax::Lax;
 
 use std::fmt;
 use std::sync::Arc;

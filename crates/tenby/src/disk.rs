@@ -211,7 +211,7 @@ pub(crate) struct New {
 
 /// Makes an empty image. Nothing is left if it fails.
 pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
-    let file = begin(path)?;
+    let file = begin(path, true)?;
     let made = match new.format {
         Format::Raw if new.parent.is_some() => {
             return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
@@ -319,6 +319,8 @@ pub(crate) struct Target<'a> {
     pub(crate) kind: Option<Kind>,
     /// All of the file takes space.
     pub(crate) dense: bool,
+    /// It is to be durable when it is there.
+    pub(crate) durable: bool,
 }
 
 impl Target<'_> {
@@ -357,7 +359,7 @@ fn blank(
 
 /// Copies an image into a new file. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
-    let new = begin(target.path)?;
+    let new = begin(target.path, target.durable)?;
     let store = new.store();
     let what = format!("copying {}", source.path.display());
     let Target { format, kind, dense, .. } = target;
@@ -409,8 +411,8 @@ async fn interruptible<T: Send + 'static>(
 }
 
 /// Begins a new file; see [`NewFile`].
-fn begin(path: &Path) -> Result<NewFile, Problem> {
-    NewFile::begin(path).map_err(|error| unmade(error, path))
+fn begin(path: &Path, durable: bool) -> Result<NewFile, Problem> {
+    NewFile::begin(path, durable).map_err(|error| unmade(error, path))
 }
 
 /// Gives a new file its name.

@@ -61,10 +61,11 @@ fn median(mut samples: Vec<f64>) -> f64 {
 /// A number that SPECIFICATION.md promises.
 #[derive(Debug, Clone)]
 pub(super) enum Promise {
-    /// The named row is at least so many times the first one, by the median of the rounds.
-    Ratio(&'static str, f64),
-    /// The named row is at most so many times the first one, by the median of the rounds.
-    RatioAtMost(&'static str, f64),
+    /// The named row is at least so many times one of these, by the median of the rounds. A peer of which there are several kinds,
+    /// as in `peer (this way)`, is the best of them.
+    Times(&'static str, f64, &'static [&'static str]),
+    /// The named row is at most so many times this one.
+    TimesAtMost(&'static str, f64, &'static str),
     /// The named row's median is at most this.
     AtMost(&'static str, f64),
 }
@@ -91,20 +92,28 @@ impl Report {
         row.ratio_to(&self.rows[0])
     }
 
+    /// How many times the best row of a peer this one is.
+    fn beside(&self, name: &str, peer: &str) -> f64 {
+        let kinds = format!("{peer} ");
+        let of_peer = |row: &&Row| row.name == peer || (row.name.starts_with(&kinds) && row.name.ends_with(')'));
+        let best = self.rows.iter().filter(of_peer).max_by(|one, other| one.median().total_cmp(&other.median()));
+        self.row(name).zip(best).map_or(f64::NAN, |(row, best)| row.ratio_to(best))
+    }
+
     /// A promise in words, what came of it, and whether it is kept.
     fn verdict(&self, promise: &Promise) -> (String, f64, bool) {
-        let value = |name, of: fn(&Self, &Row) -> f64| self.row(name).map_or(f64::NAN, |row| of(self, row));
         match *promise {
-            Promise::Ratio(name, least) => {
-                let ratio = value(name, Self::ratio);
-                (format!("{name}: at least {least} x {}", self.rows[0].name), ratio, ratio >= least)
+            Promise::Times(name, least, peers) => {
+                let ratios = peers.iter().map(|peer| self.beside(name, peer));
+                let ratio = ratios.fold(f64::NAN, f64::max);
+                (format!("{name}: at least {least} x {}", peers.join(" or ")), ratio, ratio >= least)
             }
-            Promise::RatioAtMost(name, most) => {
-                let ratio = value(name, Self::ratio);
-                (format!("{name}: at most {most:.2} x {}", self.rows[0].name), ratio, ratio <= most)
+            Promise::TimesAtMost(name, most, peer) => {
+                let ratio = self.beside(name, peer);
+                (format!("{name}: at most {most:.2} x {peer}"), ratio, ratio <= most)
             }
             Promise::AtMost(name, most) => {
-                let median = value(name, |_, row| row.median());
+                let median = self.row(name).map_or(f64::NAN, Row::median);
                 (format!("{name}: at most {most} {}", self.unit), median, median <= most)
             }
         }
@@ -185,7 +194,7 @@ mod tests {
 
     #[test]
     fn medians_and_ratios() {
-        let report = report(vec![Promise::Ratio("other", 0.8), Promise::AtMost("one", 199.0)]);
+        let report = report(vec![Promise::Times("other", 0.8, &["one"]), Promise::AtMost("one", 199.0)]);
         let medians: Vec<String> = report.rows.iter().map(|row| figure(row.median())).collect();
         assert_eq!(medians, ["200", "170"]);
         // 0.9, 0.93, 0.85
@@ -195,8 +204,20 @@ mod tests {
 
     #[test]
     fn what_was_not_measured_keeps_no_promise() {
-        assert!(!report(vec![Promise::Ratio("third", 0.1)]).is_kept());
+        assert!(!report(vec![Promise::Times("third", 0.1, &["one"])]).is_kept());
+        assert!(!report(vec![Promise::Times("one", 0.1, &["third"])]).is_kept());
         assert!(!report(vec![Promise::AtMost("third", 1e9)]).is_kept());
+    }
+
+    #[test]
+    fn the_best_kind_of_a_peer_counts_and_the_slowest_peer_is_enough() {
+        let mut report = report(vec![]);
+        for (name, sample) in [("peer (slow)", 50.0), ("peer (fast)", 400.0), ("other peer", 100.0)] {
+            report.rows.push(Row { name: name.into(), samples: vec![sample; 3] });
+        }
+        assert!((report.beside("one", "peer") - 0.5).abs() < 1e-9);
+        let slowest = Promise::Times("one", 1.9, &["peer", "other peer"]);
+        assert!(report.verdict(&slowest).2);
     }
 
     #[test]

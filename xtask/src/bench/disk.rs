@@ -22,6 +22,8 @@ const ISLAND: u64 = 64 << 10;
 const MERGED: &str = "4G";
 const WRITES: u64 = 20_000;
 const PAYLOAD: u64 = WRITES * 4096;
+/// So far apart are as many places of 4 GiB, bytes.
+const SCATTER: u64 = 52 * 4096;
 /// The chain that is opened.
 const DEEP: usize = 1000;
 
@@ -34,12 +36,22 @@ pub(super) fn convert() -> Result<Vec<Report>> {
     let mut reports = Vec::new();
     for (name, source, to) in [("disk-to-raw", &vhdx, "raw"), ("disk-to-vhdx", &raw, "vhdx")] {
         let mut cp = Command::new("cp");
-        cp.arg("--sparse=always").arg(&raw).arg(&out);
+        cp.arg("--sparse=always").args([&raw, &out]);
+        let mut synced_cp = Command::new("sh");
+        synced_cp.args(["-c", r#"cp --sparse=always "$0" "$1" && sync --data "$1""#]).args([&raw, &out]);
         let mut ours = tenby_disk();
-        ours.args(["convert", "--to", to]).arg(source).arg(&out);
+        ours.args(["convert", "--no-sync", "--to", to]).args([source, &out]);
+        let mut synced_ours = tenby_disk();
+        synced_ours.args(["convert", "--to", to]).args([source, &out]);
         let mut theirs = Command::new("qemu-img");
-        theirs.args(["convert", "-O", to]).arg(source).arg(&out);
-        let commands = [("cp", cp), ("tenby", ours), ("qemu-img", theirs)];
+        theirs.args(["convert", "-O", to]).args([source, &out]);
+        let commands = [
+            ("cp", cp),
+            ("cp, synced", synced_cp),
+            ("tenby --no-sync", ours),
+            ("tenby", synced_ours),
+            ("qemu-img", theirs),
+        ];
         let mut processor: Vec<Row> =
             commands.iter().map(|(name, _)| Row { name: (*name).into(), samples: Vec::new() }).collect();
         let contestants = commands.into_iter().zip(&mut processor).map(|((name, mut command), row)| {
@@ -53,12 +65,17 @@ pub(super) fn convert() -> Result<Vec<Report>> {
         });
         let rows = in_turn(ROUNDS, contestants.collect())?;
         let what = format!("2 GiB, half full, to {to}");
+        // A copy that is durable beside one that is, and one that is not beside those that are not.
         let report = |suffix: &str, rows, most| Report {
             name: format!("{name}{suffix}"),
             what: format!("{what}{}", if suffix.is_empty() { "" } else { ": processor time" }),
             unit: "s",
             rows,
-            promises: vec![Promise::RatioAtMost("tenby", most)],
+            promises: vec![
+                Promise::TimesAtMost("tenby --no-sync", most, "cp"),
+                Promise::TimesAtMost("tenby", most, "cp, synced"),
+                Promise::TimesAtMost("tenby --no-sync", 1.0, "qemu-img"),
+            ],
         };
         reports.push(report("", rows, 1.2));
         reports.push(report("-cpu", processor, 1.5));
@@ -81,7 +98,8 @@ pub(super) fn merge() -> Result<Vec<Report>> {
         call(&mut Command::new("sync"))
     };
     let contestants: Vec<Contestant<'_>> = vec![
-        ("payload".into(), Box::new(|| written_once(&folder.join("payload")))),
+        ("payload".into(), Box::new(|| written_once(&folder.join("payload"), PAYLOAD / MIB, MIB, MIB))),
+        ("to its places".into(), Box::new(|| written_and_removed(&folder))),
         (
             "tenby".into(),
             Box::new(|| {
@@ -98,21 +116,26 @@ pub(super) fn merge() -> Result<Vec<Report>> {
         ),
     ];
     let rows = in_turn(ROUNDS, contestants)?;
-    let thirds = [("qemu-img", 2), ("tenby", 1)].map(|(name, index)| Row { name: name.into(), ..rows[index].clone() });
+    let thirds = [rows[3].clone(), rows[2].clone()];
     Ok(vec![
         Report {
             name: "disk-merge".into(),
-            what: "20,000 random 4 KiB writes over 4 GiB merged; the payload written with one fsync".into(),
+            what: "20,000 random 4 KiB writes over 4 GiB merged; the payload written with one fsync, in one piece, or to as \
+                   many places and as scattered a file removed"
+                .into(),
             unit: "s",
             rows,
-            promises: vec![Promise::RatioAtMost("tenby", 2.0)],
+            promises: vec![
+                Promise::TimesAtMost("tenby", 2.0, "payload"),
+                Promise::TimesAtMost("tenby", 1.5, "to its places"),
+            ],
         },
         Report {
             name: "disk-merge-peer".into(),
             what: "the same beside qemu-img commit (clusters of 64 KiB)".into(),
             unit: "s",
             rows: thirds.into(),
-            promises: vec![Promise::RatioAtMost("tenby", 1.0 / 3.0)],
+            promises: vec![Promise::TimesAtMost("tenby", 1.0 / 3.0, "qemu-img")],
         },
         Report {
             name: "disk-space".into(),
@@ -207,17 +230,26 @@ fn most_memory(pid: u32) -> Result<f64> {
     Ok(kib / 1024.0)
 }
 
-/// The payload of the merge, written in one go.
-fn written_once(path: &Path) -> Result<f64> {
-    let data = vec![0xA5; MIB as usize];
+/// The least that such a merge does to its two files.
+fn written_and_removed(folder: &Path) -> Result<f64> {
+    let (parent, child) = (folder.join("parent"), folder.join("child"));
+    written_once(&child, WRITES, 4096, SCATTER)?;
+    let written = written_once(&parent, WRITES, 4096, SCATTER)?;
+    let start = Instant::now();
+    fs::remove_file(child)?;
+    File::open(folder)?.sync_all()?;
+    Ok(written + start.elapsed().as_secs_f64())
+}
+
+/// Writes so many pieces of so many bytes, each so far behind the one before, with one fsync.
+fn written_once(path: &Path, count: u64, size: u64, apart: u64) -> Result<f64> {
+    if path.exists() {
+        fs::remove_file(path)?;
+    }
+    let data = vec![0xA5; size as usize];
     let start = Instant::now();
     let file = File::create(path)?;
-    let mut at = 0;
-    while at < PAYLOAD {
-        let piece = MIB.min(PAYLOAD - at);
-        file.write_all_at(&data[..piece as usize], at)?;
-        at += piece;
-    }
+    (0..count).try_for_each(|number| file.write_all_at(&data, number * apart))?;
     file.sync_all()?;
     Ok(start.elapsed().as_secs_f64())
 }

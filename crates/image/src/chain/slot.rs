@@ -103,6 +103,15 @@ impl Slot {
         Ok(self.store.read_at(buf, at)?)
     }
 
+    /// The next stretch of the layer's file, from and to, at `at` or behind it, that is no hole. What lies past the file's end is none:
+    /// whoever reads it is to hear of it.
+    pub(crate) fn data(&self, at: u64) -> Result<(u64, u64)> {
+        match self.store.data(at)? {
+            Some(data) => Ok(data),
+            None => Ok((self.store.len()?.max(at), u64::MAX)),
+        }
+    }
+
     /// Writes sectors of the guest, wherever the layer wants them; they are read back once this returns. Says where they went.
     pub(crate) fn write(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
         let result = self.copy_in(data, offset);

@@ -199,6 +199,9 @@ pub(crate) struct ConvertArgs {
     /// The new file has no holes: all of it takes space
     #[arg(long)]
     dense: bool,
+    /// Do not wait until the new file would survive a power cut, as cp and qemu-img do not
+    #[arg(long)]
+    no_sync: bool,
 }
 
 /// `disk serve`
@@ -367,7 +370,8 @@ async fn merge(
         made(&merged, &line, out);
         return Ok(());
     };
-    let target = disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false };
+    let format = new_format(None, target)?;
+    let target = disk::Target { path: target, format, kind: None, dense: false, durable: true };
     let info = disk::convert(place, target, out).await?;
     made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
     Ok(())
@@ -448,7 +452,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
             return Err(Problem::usage("a qcow2 image is dynamic; --dense fills the file"));
         }
         let source = args.reading.place(&args.source)?;
-        let made_file = disk::convert_to(source, &args.target, args.dense, out).await?;
+        let made_file = disk::convert_to(source, &args.target, args.dense, !args.no_sync, out).await?;
         made(&made_file, &done, out);
         return Ok(());
     }
@@ -457,6 +461,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
         format: new_format(args.to, &args.target)?,
         kind: args.kind.map(Into::into),
         dense: args.dense,
+        durable: !args.no_sync,
     };
     let info = if from_qcow2 {
         disk::convert_from(&args.source, target, out).await?

@@ -43,7 +43,7 @@ pub(crate) fn is_qcow2(path: &Path) -> Result<bool, Problem> {
 /// Copies a qcow2 into a new image. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
     let size = qcow2_size(source)?;
-    let new = begin(target.path)?;
+    let new = begin(target.path, target.durable)?;
     let store = new.store();
     let Target { format, kind, dense, .. } = target;
     let from = source_options(source)?;
@@ -68,8 +68,14 @@ pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -
 }
 
 /// Copies an image into a new qcow2. Nothing is left if it fails or is cancelled.
-pub(crate) async fn convert_to(source: Place, target: &Path, dense: bool, out: &Out) -> Result<Made, Problem> {
-    let new = begin(target)?;
+pub(crate) async fn convert_to(
+    source: Place,
+    target: &Path,
+    dense: bool,
+    durable: bool,
+    out: &Out,
+) -> Result<Made, Problem> {
+    let new = begin(target, durable)?;
     let (store, partial) = (new.store(), new.path());
     let what = format!("copying {}", source.path.display());
     let copied = interruptible(out, what, move |progress| {
