@@ -521,7 +521,7 @@ impl Chain {
                 return self.push_data(stack.slot(layer), layer, out, (offset, len, at));
             }
             Place::Data { layer, .. } => {
-                push_run(out, ChainRun { offset, len, kind: RunKind::Data, layer: Some(layer) })
+                push_run(out, ChainRun { offset, len, kind: RunKind::Data, layer: Some(layer) });
             }
             Place::Zero { layer } => push_run(out, ChainRun { offset, len, kind: RunKind::Zero, layer: Some(layer) }),
             Place::Hole => push_run(out, ChainRun { offset, len, kind: RunKind::Absent, layer: None }),
