@@ -571,6 +571,8 @@ fn failed(operation: &'static str, path: &Path, errno: Errno) -> Error {
     let detail = match errno {
         Errno::WOULDBLOCK => "in use by somebody else".to_owned(),
         Errno::LOOP => "a symbolic link, not a file".to_owned(),
+        Errno::ISDIR => "a folder, not a file".to_owned(),
+        Errno::NOTDIR => "a file, or below one, not a folder".to_owned(),
         Errno::NXIO => "a socket or a device, not a file".to_owned(),
         Errno::MFILE => too_many_files(),
         _ => std::io::Error::from(errno).to_string(),

@@ -19,6 +19,7 @@ pub(super) fn problem(error: &Error) -> Problem {
     };
     match (error.kind, cause.map(|cause| cause.kind)) {
         (_, Some(store::ErrorKind::WrongType)) => Problem::damaged(text),
+        (_, Some(store::ErrorKind::BadName)) => Problem::usage(text),
         // A lock is held by an open file, so all of a chain's are open. What the system grants has been asked for at the start.
         (_, Some(store::ErrorKind::TooManyFiles)) => Problem::failed(text)
             .hint("sudo prlimit --pid $$ --nofile=8192      (for this shell; a file for each layer)"),

@@ -80,6 +80,20 @@ impl Place {
         self.command(words).output().unwrap().into()
     }
 
+    /// Runs a command in no more than two gigabytes of address space.
+    pub(crate) fn in_little_memory(&self, words: &[&str]) -> Ended {
+        let command = self.command(words);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", r#"ulimit -v 2000000; exec "$0" "$@""#]).arg(command.get_program()).args(command.get_args());
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => shell.env(name, value),
+                None => shell.env_remove(name),
+            };
+        }
+        shell.current_dir(self.dir.path()).stdin(Stdio::null()).output().unwrap().into()
+    }
+
     /// A machine with one small disk.
     pub(crate) fn with_machine(name: &str) -> Self {
         let place = Self::new();
