@@ -5,6 +5,7 @@ use image::{Access, Chain, ErrorKind, Format, Layer, vhd, vhdx};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use store::Mode;
 use store::sim::{At, Sim, Times};
 use uuid::Uuid;
 
@@ -127,4 +128,39 @@ fn failed_fold(format: Format) {
     assert_eq!(folded, Outcome::Folded);
     let bytes = content(&chain);
     assert!(bytes[..512] == [3; 512] && bytes[512..] == expected[512..]);
+}
+
+/// Somebody cuts or lengthens a file while it is being read: what is missing is an error and never zeros; what is new is not looked at.
+#[test]
+fn a_file_that_changes_its_length_while_it_is_read() {
+    for format in [Format::Vhdx, Format::Vhd, Format::Raw] {
+        for sparse in [false, true] {
+            let sim = Sim::new();
+            let layer: Arc<dyn Layer> = match format {
+                Format::Raw => image::raw::create(sim.root().create("base").unwrap(), SIZE).unwrap(),
+                format => base(&sim, format),
+            };
+            let chain = Chain::new(vec![layer], Access::Write).unwrap();
+            let last = if sparse { SIZE - MIB } else { 0 };
+            chain.write(&vec![7; (SIZE - last) as usize], last).unwrap();
+            chain.close().unwrap();
+            drop(chain);
+            let said = (format == Format::Raw).then_some(format);
+            let open = || {
+                let file = sim.root().open("base", Mode::Read).unwrap();
+                Chain::new(vec![image::open::open_unlocked(file, said, Mode::Read).unwrap()], Access::Read).unwrap()
+            };
+            let hash =
+                |chain: &Chain| image::convert::hash(chain, &mut |_, _| true).map(|hash| hash.expect("to its end"));
+            let (chain, before) = (open(), hash(&open()).unwrap());
+            let file = sim.root().open("base", Mode::Write).unwrap();
+            let length = file.len().unwrap();
+            file.write_at(&[9; 4096], length).unwrap();
+            assert_eq!(hash(&chain).unwrap(), before, "{format:?} longer");
+            for cut in [length - 2 * MIB, length / 2, 4096, 0] {
+                file.set_len(cut).unwrap();
+                assert_eq!(kind(hash(&chain)), ErrorKind::Damaged, "{format:?} {sparse} cut to {cut}");
+            }
+        }
+    }
 }
