@@ -83,9 +83,7 @@ fn qemu(path: &Path) -> Option<Vec<u8>> {
 /// A VHD's content as qemu-img reads it, which knows no parents.
 fn qemu_vhd(path: &Path) -> Option<Vec<u8>> {
     let raw = path.with_extension("from-qemu");
-    // QEMU before 10 takes the size of creators that it does not know from the geometry.
-    let image = format!("driver=vpc,force_size_calc=current_size,file.filename={}", text(path));
-    content("qemu-img", &["convert", "--image-opts", &image, "-O", "raw", text(&raw)])?;
+    content("qemu-img", &["convert", "-f", "vpc", "-O", "raw", text(path), text(&raw)])?;
     let bytes = fs::read(&raw).expect("qemu-img wrote it");
     fs::remove_file(raw).expect("removed");
     Some(bytes)

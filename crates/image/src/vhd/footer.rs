@@ -4,8 +4,8 @@
 //! the end moves whenever the file grows.
 
 use super::format::{
-    CREATOR, FEATURES, FOOTER_CHECKSUM, FOOTER_COOKIE, HOST, KIND_DIFFERENCING, KIND_DYNAMIC, KIND_FIXED, RawFooter,
-    SECTOR, VERSION, checksum, geometry, now,
+    CREATOR, CREATOR_VERSION, FEATURES, FOOTER_CHECKSUM, FOOTER_COOKIE, HOST, KIND_DIFFERENCING, KIND_DYNAMIC,
+    KIND_FIXED, RawFooter, SECTOR, VERSION, checksum, geometry, now,
 };
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
@@ -27,7 +27,7 @@ impl Footer {
         raw.data_offset = header_at.into();
         raw.timestamp = now().into();
         raw.creator = CREATOR;
-        raw.creator_version = VERSION.into();
+        raw.creator_version = CREATOR_VERSION.into();
         raw.host = HOST;
         (raw.original_size, raw.size) = (size.into(), size.into());
         let (cylinders, heads, sectors) = geometry(size);
@@ -75,7 +75,7 @@ impl Footer {
 
     /// Whether we made the file: then nothing is in it that we do not know.
     pub(crate) fn is_ours(&self) -> bool {
-        self.0.creator == CREATOR
+        (self.0.creator, self.0.creator_version.get()) == (CREATOR, CREATOR_VERSION)
     }
 
     /// Fixed, dynamic or differencing; what else the number may be.
