@@ -516,16 +516,15 @@ impl Chain {
 impl Chain {
     fn push_run(&self, stack: &Stack, out: &mut Vec<ChainRun>, found: Found) -> Result<()> {
         let Found { offset, len, place } = found;
-        match place {
+        let (kind, layer) = match place {
             Place::Data { layer, at } if self.access == Access::Read => {
                 return self.push_data(stack.slot(layer), layer, out, (offset, len, at));
             }
-            Place::Data { layer, .. } => {
-                push_run(out, ChainRun { offset, len, kind: RunKind::Data, layer: Some(layer) })
-            }
-            Place::Zero { layer } => push_run(out, ChainRun { offset, len, kind: RunKind::Zero, layer: Some(layer) }),
-            Place::Hole => push_run(out, ChainRun { offset, len, kind: RunKind::Absent, layer: None }),
-        }
+            Place::Data { layer, .. } => (RunKind::Data, Some(layer)),
+            Place::Zero { layer } => (RunKind::Zero, Some(layer)),
+            Place::Hole => (RunKind::Absent, None),
+        };
+        push_run(out, ChainRun { offset, len, kind, layer });
         Ok(())
     }
 
