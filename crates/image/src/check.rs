@@ -116,6 +116,9 @@ pub(crate) struct Survey {
 fn survey(store: &Arc<dyn Store>, format: Option<Format>) -> Result<Survey> {
     let refuse = |message: String| Err(Error::new(ErrorKind::Unsupported, store.name(), message));
     match (probe(&**store)?, format) {
+        (None, _) if store.is_empty()? => {
+            Err(Error::new(ErrorKind::Damaged, store.name(), "it is empty, and there is nothing to check"))
+        }
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => vhdx::check::survey(store),
         (None, None | Some(Format::Vhdx)) if vhdx::check::looks_like_one(&**store)? => vhdx::check::survey(store),
         (Some(Signature::Vhd), None | Some(Format::Vhd)) => vhd::check::survey(store),

@@ -81,7 +81,8 @@ impl Store for Padded {
     }
 
     fn len(&self) -> store::Result<u64> {
-        Ok(self.size)
+        let inner = self.inner.len()?;
+        Ok(if inner < self.length { inner } else { self.size })
     }
 
     fn set_len(&self, _len: u64) -> store::Result<()> {

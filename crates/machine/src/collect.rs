@@ -9,12 +9,14 @@ use crate::garbage::{Fold, folded, garbage};
 use crate::job::{Cancel, Task};
 use crate::ledger::Journal;
 use crate::log;
+use crate::mark;
 use crate::request::{DeletePlan, Pending, Problem};
 use crate::tree::{JobId, LayerId, Machine, SnapshotId};
 use crate::views;
 use image::merge::{self, Outcome};
 use image::{Layer, ParentLink};
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 use store::Mode;
 use tokio::task::JoinHandle;
@@ -61,6 +63,7 @@ impl Owner {
             Some(fold) if !self.resting => {
                 if let Err(problem) = self.begin_fold(&rows.machine, *fold) {
                     self.rest(&problem);
+                    self.answer_waiting();
                 }
             }
             _ => self.answer_waiting(),
@@ -110,6 +113,7 @@ impl Owner {
             rows.insert_journal(row);
         })?;
         self.steps.at("remove:committed");
+        doomed.iter().filter(|row| row.in_place).for_each(|row| mark::clear(Path::new(&row.file)));
         self.forget(&journal)?;
         for file in files {
             log::write(&self.files, None, &format!("removed {file}: nothing needs it"));

@@ -12,16 +12,21 @@
 //! Files are named by random ids. Only a row gives a file a meaning; a file that no row names is garbage if a journal row says
 //! that we made it, and is left alone and reported otherwise.
 
+use crate::mark;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerFormat, LayerId, LayerKind, LayerRow, Machine};
 use image::{Kind, Layer, gate, vhd, vhdx};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use store::{Folder, Lock, Mode, Store};
 
 /// The folders that hold layers.
 const LAYER_FOLDERS: [&str; 2] = ["disks", "memory"];
+
+/// How long somebody else may hold a file that is to be written.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// The sector size of a memory disk, bytes: a page.
 pub const PAGE: u32 = 4096;
@@ -119,7 +124,8 @@ impl Files {
     }
 
     /// Opens a layer's file. No lock is taken on it: the machine's own keeps others out, and one layer may have two handles for a
-    /// moment, an old one that is only read and a new one.
+    /// moment, an old one that is only read and a new one. But a file that was taken in place lies where others may reach it: whoever
+    /// writes it has it locked.
     pub fn open_layer(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Layer>, Problem> {
         let store = self.open_store(row, mode)?;
         match row.format {
@@ -138,20 +144,14 @@ impl Files {
 
     fn open_store(&self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Store>, Problem> {
         if row.in_place {
-            return store::host::open_file(Path::new(&row.file), mode).map_err(|e| missing_layer(&e, row));
+            let store = store::host::open_file(Path::new(&row.file), mode).map_err(|e| missing_layer(&e, row))?;
+            if mode == Mode::Write {
+                lock_patiently(&*store).map_err(|e| file_problem(&e))?;
+            }
+            return Ok(store);
         }
         let (folder, name) = self.place(row)?;
         folder.open(&name, mode).map_err(|e| missing_layer(&e, row))
-    }
-
-    /// Locks the files that were taken in place, which lie where others may reach them, for as long as the locks are held.
-    pub fn lock_in_place(&self, machine: &Machine) -> Result<Vec<Arc<dyn Store>>, Problem> {
-        let lock = |row: &LayerRow| {
-            let store = self.open_store(row, Mode::Write)?;
-            store.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
-            Ok(store)
-        };
-        machine.layers.values().filter(|row| row.in_place).map(lock).collect()
     }
 
     /// Opens the layers from base to `leaf` for reading, and checks that each stands on the one below.
@@ -229,6 +229,19 @@ impl Files {
     }
 }
 
+/// Locks a file that is about to be written. A handle of our own may be on its way out.
+fn lock_patiently(store: &dyn Store) -> store::Result<()> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match store.lock(Lock::Exclusive) {
+            Err(e) if e.kind == store::ErrorKind::Locked && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            locked => return locked,
+        }
+    }
+}
+
 /// What a new layer stands on.
 #[derive(Debug)]
 pub struct Parent<'a> {
@@ -266,10 +279,12 @@ pub(crate) fn name_beside(row: &LayerRow) -> Option<&str> {
 
 /// A failed file operation, as a problem.
 pub fn file_problem(error: &store::Error) -> Problem {
+    if error.kind == store::ErrorKind::Locked {
+        return mark::in_use(Path::new(&error.name));
+    }
     let kind = match error.kind {
         store::ErrorKind::NotFound => ProblemKind::NotFound,
-        store::ErrorKind::Locked => ProblemKind::Refused,
-        store::ErrorKind::PastEnd => ProblemKind::Damaged,
+        store::ErrorKind::PastEnd | store::ErrorKind::WrongType => ProblemKind::Damaged,
         _ => ProblemKind::Failed,
     };
     let problem = Problem::new(kind, error.to_string());
@@ -289,14 +304,19 @@ fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
 
 /// A failed operation on an image, as a problem.
 pub fn image_problem(error: &image::Error) -> Problem {
+    if error.kind == image::ErrorKind::Locked {
+        return mark::in_use(Path::new(&error.file));
+    }
     let kind = match error.kind {
         image::ErrorKind::Damaged
         | image::ErrorKind::Parent
         | image::ErrorKind::Unsupported
         | image::ErrorKind::Unsigned => ProblemKind::Damaged,
         image::ErrorKind::Invalid => ProblemKind::Usage,
-        image::ErrorKind::Locked => ProblemKind::Refused,
         image::ErrorKind::NotFound => ProblemKind::NotFound,
+        _ if error.source.as_ref().is_some_and(|cause| cause.kind == store::ErrorKind::WrongType) => {
+            ProblemKind::Damaged
+        }
         _ => ProblemKind::Failed,
     };
     let cause = error.source.as_ref().map(|cause| format!(": {}", cause.detail)).unwrap_or_default();

@@ -3,6 +3,8 @@
 //! A mark is a help, not a lock: file systems without extended attributes have none, and one that its machine has left behind counts for
 //! nothing.
 
+use crate::plan::{quoted, shorten};
+use crate::request::Problem;
 use crate::root::{Found, Root};
 use crate::tree::MachineId;
 use rustix::fs::{XattrFlags, getxattr, removexattr, setxattr};
@@ -45,6 +47,32 @@ pub fn owner(file: &Path) -> Option<Owner> {
     let root = Root::open(&root).ok()?;
     let machine = root.list().ok()?.into_iter().find(|found| found.id == id)?;
     Some(Owner { root, machine })
+}
+
+/// That a file is in use, for people: by whom, and what to do.
+pub fn in_use(file: &Path) -> Problem {
+    let name = file.strip_prefix(".").unwrap_or(file).display();
+    let holders = store::host::holders(file);
+    if let Some(Owner { machine, .. }) = owner(file) {
+        let worker = format!(" worker {}", machine.id);
+        if holders.is_empty() || holders.iter().any(|holder| holder.command.ends_with(&worker)) {
+            return Problem::refused(format!("{name} is in use: the machine {} has it", machine.name))
+                .hint(format!("tenby vm show {}", quoted(&machine.name)));
+        }
+    }
+    let told: Vec<_> = holders
+        .iter()
+        .map(|holder| match shorten(&holder.command).as_str() {
+            "" => format!("process {}", holder.pid),
+            command => format!("process {} ({command})", holder.pid),
+        })
+        .collect();
+    match holders.first() {
+        Some(first) => Problem::refused(format!("{name} is in use by {}", told.join(", ")))
+            .hint(format!("ps -fp {}      (what it does; wait for it, or end it)", first.pid)),
+        None => Problem::refused(format!("{name} is in use by another process"))
+            .hint(format!("fuser -v {}      (who has it open)", quoted(&name.to_string()))),
+    }
 }
 
 /// `ROOT/ID/disks/FILE`

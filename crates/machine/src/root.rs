@@ -19,6 +19,7 @@ use crate::tree::{
 };
 use crate::views;
 use image::gate::Gate;
+use image::siblings::Siblings;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -328,11 +329,32 @@ pub fn take_in(
             Ok(TakenIn { row, size })
         }
         DiskSource::InPlace { path, format } => {
+            check_free_to_take(Path::new(path))?;
             let source = open_foreign(Path::new(path), said(path, format.as_deref()), &[])?;
             let [base] = source.layers().try_into().map_err(|_| stands_on_others(path))?;
             let (size, format) = (source.size(), base.info().format.into());
             let row = LayerRow { file: path.clone(), in_place: true, format, ..row };
             Ok(TakenIn { row, size })
+        }
+    }
+}
+
+/// Refuses to take a file in place that another machine has, or on which another image stands: it would change under them.
+fn check_free_to_take(path: &Path) -> Result<(), Problem> {
+    let (file, copied) = (path.display(), format!("--disk {}      (copied in)", quoted(&path.display().to_string())));
+    if let Some(owner) = mark::owner(path) {
+        return Err(Problem::refused(format!("{file} belongs to the machine {}", owner.machine.name)).hint(copied));
+    }
+    let (folder, name) = HostFolder::holding(path).map_err(|e| file_problem(&e))?;
+    let siblings = Siblings::of(&folder).map_err(|e| image_problem(&e))?;
+    let own = siblings.images.iter().find(|image| image.name == name);
+    let id = own.map_or(uuid::Uuid::nil(), |image| image.info.data_id);
+    let children: Vec<_> = siblings.children(&name, id).map(|child| child.name.as_str()).collect();
+    match children.as_slice() {
+        [] => Ok(()),
+        children => {
+            Err(Problem::refused(format!("{} stands on {file}, which a machine would change", children.join(", ")))
+                .hint(copied))
         }
     }
 }

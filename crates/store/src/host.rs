@@ -122,7 +122,7 @@ impl HostFolder {
             check_regular(&stat, &path, operation)?;
         }
         let fd = open_beneath(self.fd.as_fd(), name, flags | file_flags(mode)).map_err(failed)?;
-        Ok(HostFile::new(fd, path, mode, operation)?)
+        Ok(Arc::new(HostFile::new(fd, path, mode, operation)?))
     }
 }
 
@@ -200,7 +200,7 @@ pub fn open_file(path: &Path, mode: Mode) -> Result<Arc<dyn Store>> {
     let failed = |errno| failed("open", path, errno);
     check_regular(&retry_on_intr(|| fs::stat(path)).map_err(failed)?, path, "open")?;
     let fd = retry_on_intr(|| fs::openat(CWD, path, file_flags(mode), fs::Mode::empty())).map_err(failed)?;
-    Ok(HostFile::new(fd, path.to_owned(), mode, "open")?)
+    Ok(Arc::new(HostFile::new(fd, path.to_owned(), mode, "open")?))
 }
 
 /// A file that is being made. It has its name when it is complete and not before, and nothing is left of it if it never is, whatever
@@ -233,7 +233,9 @@ impl NewFile {
         check_name(&name, "create")?;
         let path = folder.path.join(&name);
         let (fd, partial) = folder.nameless(unnamed).map_err(|errno| failed("create", &path, errno))?;
-        let file = HostFile::new(fd, path, Mode::Write, "create")?;
+        let mut file = HostFile::new(fd, path, Mode::Write, "create")?;
+        file.nameless = partial.is_none();
+        let file = Arc::new(file);
         Ok(Self { folder, name, file, partial, durable })
     }
 
@@ -278,8 +280,8 @@ impl Drop for NewFile {
 pub struct Holder {
     /// The process.
     pub pid: u32,
-    /// Its program's name, 15 bytes of it.
-    pub program: String,
+    /// Its program's name and arguments, as far as we may see them.
+    pub command: String,
 }
 
 /// Who has the file locked, as far as the system tells (`/proc/locks`): processes of other containers are not seen, nor locks on
@@ -295,8 +297,9 @@ pub fn holders(path: &Path) -> Vec<Holder> {
     pids.sort_unstable();
     pids.dedup();
     let named = pids.into_iter().map(|pid| {
-        let program = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        Holder { pid, program: program.trim().to_owned() }
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let words = words.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+        Holder { pid, command: words.collect::<Vec<_>>().join(" ").trim().to_owned() }
     });
     named.collect()
 }
@@ -352,16 +355,19 @@ pub struct HostFile {
     fd: OwnedFd,
     path: PathBuf,
     mode: Mode,
+    /// It is being made and has no name yet.
+    nameless: bool,
     lock: Mutex<Lock>,
     /// A sync failed: the kernel has told us once and forgets it, so we remember.
     sync_failed: AtomicBool,
 }
 
 impl HostFile {
-    fn new(fd: OwnedFd, path: PathBuf, mode: Mode, operation: &'static str) -> Result<Arc<Self>> {
+    fn new(fd: OwnedFd, path: PathBuf, mode: Mode, operation: &'static str) -> Result<Self> {
         // The name may have come to mean something else since it was looked at.
         check_regular(&fs::fstat(&fd).map_err(|errno| failed(operation, &path, errno))?, &path, operation)?;
-        Ok(Arc::new(Self { fd, path, mode, lock: Mutex::new(Lock::None), sync_failed: AtomicBool::new(false) }))
+        let (lock, sync_failed) = (Mutex::new(Lock::None), AtomicBool::new(false));
+        Ok(Self { fd, path, mode, nameless: false, lock, sync_failed })
     }
 
     fn failed(&self, operation: &'static str, errno: Errno) -> Error {
@@ -441,7 +447,11 @@ impl Store for HostFile {
     fn write_at(&self, mut buf: &[u8], mut offset: u64) -> Result<()> {
         self.check_writable("write")?;
         while !buf.is_empty() {
-            let written = retry_on_intr(|| pwrite(&self.fd, buf, offset)).map_err(|e| self.failed("write", e))?;
+            let written =
+                retry_on_intr(|| pwrite(&self.fd, buf, offset)).map_err(|errno| match self.failed("write", errno) {
+                    error if error.kind == ErrorKind::NoSpace => Error { detail: no_room(buf.len()), ..error },
+                    error => error,
+                })?;
             if written == 0 {
                 return Err(self.error(ErrorKind::Io, "write", format!("nothing was written at {offset}")));
             }
@@ -491,6 +501,11 @@ impl Store for HostFile {
             self.failed("lock", errno)
         })?;
         *held = lock;
+        // Whoever held it until now may have been removing it: what is written to it from here on would be gone with the last handle.
+        let links = fs::fstat(&self.fd).map_err(|errno| self.failed("lock", errno))?.st_nlink;
+        if lock != Lock::None && links == 0 && !self.nameless {
+            return Err(self.error(ErrorKind::NotFound, "lock", "it was removed"));
+        }
         Ok(())
     }
 
@@ -561,6 +576,10 @@ fn failed(operation: &'static str, path: &Path, errno: Errno) -> Error {
         _ => std::io::Error::from(errno).to_string(),
     };
     Error::new(kind, operation, path.display().to_string(), detail)
+}
+
+fn no_room(bytes: usize) -> String {
+    format!("no room for {bytes} bytes")
 }
 
 fn too_many_files() -> String {
@@ -681,6 +700,16 @@ mod tests {
             assert_eq!(std::fs::read(&path).expect("read"), b"whole");
         }
         assert_eq!(folder.list().expect("list"), ["new-false", "new-true"], "and nothing else");
+    }
+
+    #[test]
+    fn what_was_removed_is_not_locked() {
+        let (_place, folder) = folder();
+        folder.create("a").expect("create");
+        let file = folder.open("a", Mode::Write).expect("open");
+        folder.unlink("a").expect("remove");
+        assert_eq!(kind(file.lock(Lock::Exclusive)), ErrorKind::NotFound);
+        assert_eq!(kind(file.lock(Lock::Shared)), ErrorKind::NotFound);
     }
 
     #[test]

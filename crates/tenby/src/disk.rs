@@ -7,9 +7,11 @@ mod edit;
 mod map;
 mod merge;
 mod place;
+mod problem;
 mod qemu;
 mod reconnect;
 mod resize;
+mod work;
 
 pub(crate) use chain::chain;
 pub(crate) use compact::compact;
@@ -26,69 +28,19 @@ pub(crate) mod check;
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;
-use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
+use image::{Access, Chain, Error, Format, Kind, Layer, vhd, vhdx};
 use machine::plan::quoted;
 use machine::request::Problem;
+use problem::{copy_problem, problem, unmade, words};
 use serde::Serialize;
 use std::fmt::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use store::host::{HostFolder, NewFile};
 use store::{Mode, Store};
 use tokio::signal::unix::{SignalKind, signal};
-
-/// What went wrong with an image, for people.
-fn problem(error: &Error) -> Problem {
-    let file = shown(&error.file);
-    let mut text = format!("{}: {}", file.display(), error.message);
-    let mut cause = std::error::Error::source(error);
-    while let Some(source) = cause {
-        // Each says its own part; what the last one said is not said again.
-        let said = source.to_string();
-        if !text.ends_with(&said) {
-            text = format!("{text}: {said}");
-        }
-        cause = source.source();
-    }
-    let cause = error.source.as_ref().map(|cause| cause.kind);
-    match error.kind {
-        // These verbs are about images that raw files are not.
-        ErrorKind::Unsigned if std::env::args().any(|word| ["create", "merge", "reconnect"].contains(&&*word)) => {
-            Problem::damaged(text)
-        }
-        ErrorKind::Unsigned => Problem::damaged(text).hint(format!("{} --from raw      (if it is)", words())),
-        ErrorKind::Damaged | ErrorKind::Unsupported | ErrorKind::Parent => Problem::damaged(text),
-        _ if cause == Some(store::ErrorKind::WrongType) => Problem::damaged(text),
-        // A lock is held by an open file, so all of a chain's are open. What the system grants has been asked for at the start.
-        _ if cause == Some(store::ErrorKind::TooManyFiles) => Problem::failed(text)
-            .hint("sudo prlimit --pid $$ --nofile=8192      (for this shell; a file for each layer)"),
-        ErrorKind::Invalid => Problem::usage(text),
-        ErrorKind::Locked => edit::in_use(&file),
-        ErrorKind::Exists => Problem::refused(text),
-        ErrorKind::NotFound => Problem::not_found(format!("{}: no such file", file.display())),
-        ErrorKind::NoSpace => {
-            let free = file.parent().and_then(free_space).map(|free| format!(" ({} left)", draw::size(free)));
-            Problem::failed(format!("{text}{}", free.unwrap_or_default()))
-                .hint("free some space on that file system, then try again")
-        }
-        _ => Problem::failed(text),
-    }
-}
-
-/// The command as it was typed, ready to be pasted.
-fn words() -> String {
-    let words = std::env::args_os().skip(1).map(|word| quoted(&word.to_string_lossy()));
-    std::iter::once("tenby".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
-}
-
-/// Bytes that are left to us on the file system of a folder.
-fn free_space(folder: &Path) -> Option<u64> {
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let stat = rustix::fs::statvfs(folder).ok()?;
-    Some(stat.f_bavail * stat.f_frsize)
-}
+use work::interruptible;
 
 /// The folder that a file lies in, and its name there.
 fn holding(path: &Path) -> Result<(HostFolder, String), Problem> {
@@ -297,6 +249,7 @@ pub(crate) struct Hash {
 
 /// The hash of all the content.
 pub(crate) async fn hash(place: Place, out: &Out) -> Result<Hash, Problem> {
+    edit::check_still(&place.path, out).await?;
     let what = format!("hashing {}", place.path.display());
     let hash = interruptible(out, what, move |progress| {
         image::convert::hash(&place.chain(Access::Read)?, progress).map_err(|error| problem(&error))
@@ -359,6 +312,7 @@ fn blank(
 
 /// Copies an image into a new file. Nothing is left if it fails or is cancelled.
 pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
+    edit::check_still(&source.path, out).await?;
     let new = begin(target.path, target.durable)?;
     let store = new.store();
     let what = format!("copying {}", source.path.display());
@@ -371,7 +325,7 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
             target.close()?;
             Ok(complete && (!dense || image::convert::fill(&*store, progress)?))
         });
-        copied.map_err(|error| edit::copy_problem(&error, &source, &*store, &file))
+        copied.map_err(|error| copy_problem(&error, &source, &*store, &file))
     })
     .await?;
     if !complete {
@@ -379,35 +333,6 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
     }
     finish(new, target.path)?;
     target.info()
-}
-
-/// Does something long with a progress that says `false` after Ctrl-C.
-async fn interruptible<T: Send + 'static>(
-    out: &Out,
-    what: String,
-    work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> Result<T, Problem> + Send + 'static,
-) -> Result<T, Problem> {
-    let stopped = Arc::new(AtomicBool::new(false));
-    let bar = out.progress();
-    let mut working = {
-        let stopped = Arc::clone(&stopped);
-        tokio::task::spawn_blocking(move || {
-            work(&mut |done, total| {
-                bar.bytes(&what, done, total);
-                !stopped.load(Ordering::Relaxed)
-            })
-        })
-    };
-    let mut interrupt =
-        signal(SignalKind::interrupt()).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
-    let done = tokio::select! {
-        done = &mut working => done,
-        _ = interrupt.recv() => {
-            stopped.store(true, Ordering::Relaxed);
-            working.await
-        }
-    };
-    done.map_err(|error| Problem::failed(format!("the work broke off: {error}")))?
 }
 
 /// Begins a new file; see [`NewFile`].
@@ -418,13 +343,6 @@ fn begin(path: &Path, durable: bool) -> Result<NewFile, Problem> {
 /// Gives a new file its name.
 fn finish(file: NewFile, path: &Path) -> Result<(), Problem> {
     file.finish().map_err(|error| unmade(error, path))
-}
-
-fn unmade(error: store::Error, path: &Path) -> Problem {
-    match error.kind {
-        store::ErrorKind::Exists => Problem::refused(format!("{} exists already; nothing was changed", path.display())),
-        _ => problem(&error.into()),
-    }
 }
 
 /// Where a disk is served.
@@ -444,8 +362,9 @@ struct Served {
 
 /// Serves the image until SIGTERM or Ctrl-C; then everything is flushed and the socket removed.
 pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> Result<(), Problem> {
-    if !read_only {
-        edit::check_owner(&place.path, out).await?;
+    match read_only {
+        true => edit::check_still(&place.path, out).await?,
+        false => edit::check_owner(&place.path, out).await?,
     }
     let failed = |what: &str, error: &dyn std::fmt::Display| Problem::failed(format!("{what}: {error}"));
     let hear = |kind| signal(kind).map_err(|error| failed("signals cannot be heard", &error));

@@ -222,7 +222,7 @@ impl Slot {
         if self.poisoned.load(Ordering::SeqCst) {
             return Err(Error::new(
                 ErrorKind::Poisoned,
-                "a layer",
+                self.store.name(),
                 "an earlier write or sync failed; it is not written any more",
             ));
         }

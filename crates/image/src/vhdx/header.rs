@@ -7,7 +7,6 @@ use super::format::{
 };
 use super::metadata::Fault;
 use crate::ErrorKind;
-use std::ops::Range;
 use store::Store;
 use uuid::Uuid;
 use zerocopy::FromZeros;
@@ -53,19 +52,26 @@ pub(crate) fn read(store: &dyn Store, offset: u64, length: usize) -> Result<Vec<
 /// How much of a stretch is read at once, in bytes.
 const STEP: u64 = MIB;
 
-/// Reads what the file holds of a stretch that begins at a page, and passes over its holes: `take` is given pages and where they lie in
-/// the stretch; what it is not given is zero. What lies past the file's end counts as a hole.
+/// Reads what the file holds of a region, or the beginning of one, and passes over its holes: `take` is given pages and where they lie
+/// in the region; what it is not given is zero. `what` it is, for messages.
 pub(crate) fn read_data(
     store: &dyn Store,
-    stretch: Range<u64>,
+    region: Region,
+    what: &str,
     mut take: impl FnMut(u64, &[u8]),
 ) -> Result<(), crate::Error> {
-    let mut at = stretch.start;
-    while let Some((start, end)) = store.data(at)?.filter(|(start, _)| *start < stretch.end) {
+    let mut at = region.offset;
+    while let Some((start, end)) = store.data(at)?.filter(|(start, _)| *start < region.end()) {
         let start = at.max(start / PAGE_BYTES * PAGE_BYTES);
-        let end = end.next_multiple_of(PAGE_BYTES).min(stretch.end).min(start + STEP);
-        take(start - stretch.start, &read(store, start, (end - start) as usize)?);
+        let end = end.next_multiple_of(PAGE_BYTES).min(region.end()).min(start + STEP);
+        take(start - region.offset, &read(store, start, (end - start) as usize)?);
         at = end;
+    }
+    // Asked behind the last look: what lies past the file's end is no hole.
+    let length = store.len()?;
+    if length < region.end() {
+        let message = format!("it was cut: {what} reaches to {}, and the file has {length} bytes", region.end());
+        return Err(crate::Error::new(ErrorKind::Damaged, store.name(), message));
     }
     Ok(())
 }

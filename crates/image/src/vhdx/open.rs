@@ -75,7 +75,7 @@ fn open_with(store: Arc<dyn Store>, mode: Mode, carry: Option<Carry>) -> Result<
         return Err(fault((ErrorKind::Unsupported, message)));
     }
     let mut region = vec![0; regions.metadata.length as usize];
-    read_data(&*store, regions.metadata.offset..regions.metadata.end(), |at, bytes| {
+    read_data(&*store, regions.metadata, "its metadata", |at, bytes| {
         region[at as usize..][..bytes.len()].copy_from_slice(bytes);
     })?;
     let metadata = metadata::read(&region).map_err(fault)?;
@@ -185,7 +185,7 @@ fn read_table(store: &dyn Store, region: Region, geometry: &Geometry) -> Result<
         return Err(Error::new(ErrorKind::Damaged, store.name(), message));
     }
     let bat = Bat::new();
-    read_data(store, region.offset..region.offset + bytes, |at, pages| {
+    read_data(store, Region { length: bytes, ..region }, "its block table", |at, pages| {
         (at / PAGE_BYTES..).zip(pages.chunks(PAGE)).for_each(|(page, bytes)| bat.load(page, bytes));
     })?;
     Ok(bat)

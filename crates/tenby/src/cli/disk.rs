@@ -284,7 +284,7 @@ impl Verb {
             Self::Create(args) => create(args, out),
             Self::Info { file, chain, reading } => {
                 let place = reading.place(&file)?;
-                let info = if chain { disk::chain(&place)? } else { disk::info(&place)? };
+                let info = if chain { disk::chain(place, out).await? } else { disk::info(&place)? };
                 out.show(&info, |look| info.draw(look));
                 Ok(())
             }
@@ -305,7 +305,7 @@ impl Verb {
             }
             Self::Check { file, repair, undo } => check(&file, repair, undo.as_deref(), out).await,
             Self::Map { file, reading } => {
-                let map = disk::map(&reading.place(&file)?)?;
+                let map = disk::map(reading.place(&file)?, out).await?;
                 out.show(&map, |_| map.draw());
                 Ok(())
             }
@@ -391,7 +391,7 @@ async fn check(file: &std::path::Path, repair: bool, undo: Option<&std::path::Pa
         disk::check::take_back(file, undo, out).await?;
         out.done(&format!("{}: the repair is taken back", file.display()));
     }
-    let checked = if repair { disk::check::repair(file, out).await? } else { disk::check::look(file)? };
+    let checked = if repair { disk::check::repair(file, out).await? } else { disk::check::check(file, out).await? };
     out.show(&checked, |_| checked.draw());
     if !checked.clean() && undo.is_none() {
         // The document is the report, also with `--json`; what is left is a line for people, and the code.

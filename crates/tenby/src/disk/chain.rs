@@ -1,8 +1,10 @@
 //! `disk info --chain`: all that an image stands on, and which of the files could go.
 
 use super::place::{Child, Neighbours};
+use super::work::look;
 use super::{Info, Place};
 use crate::draw::{Look, plain};
+use crate::out::Out;
 use image::Layer;
 use jiff::Timestamp;
 use machine::request::Problem;
@@ -27,7 +29,11 @@ pub(super) struct Link {
 }
 
 /// What the file is, and all that it stands on, base first.
-pub(crate) fn chain(place: &Place) -> Result<Info, Problem> {
+pub(crate) async fn chain(place: Place, out: &Out) -> Result<Info, Problem> {
+    look(out, format!("looking at {}", place.path.display()), move || links(&place)).await
+}
+
+fn links(place: &Place) -> Result<Info, Problem> {
     let layers = place.layers(Mode::Read)?;
     let neighbours = place.neighbours()?;
     let links = layers.iter().map(|layer| Link::of(&**layer, &neighbours)).collect::<Result<Vec<_>, _>>()?;

@@ -1,6 +1,8 @@
 //! `tenby disk check`: what is wrong with an image file, mending it, and taking a repair back.
 
-use super::{Parents, Place, edit, holding, problem, shown};
+use super::problem::problem;
+use super::work::{interruptible, look};
+use super::{Parents, Place, edit, holding, shown};
 use crate::draw::plain;
 use crate::out::Out;
 use image::check::{self, Finding, Remedy, Report, Severity};
@@ -149,10 +151,11 @@ impl Checked {
 }
 
 /// What is wrong with the image. Nothing is written.
-pub(crate) fn look(path: &Path) -> Result<Checked, Problem> {
+pub(crate) async fn check(path: &Path, out: &Out) -> Result<Checked, Problem> {
     let place = Place::of(path, None, Parents::default())?;
     let store = store::host::open_file(path, Mode::Read).map_err(|error| problem(&error.into()))?;
-    let report = check::check(&store, place.format).map_err(|error| problem(&error))?;
+    let work = move || check::check(&store, place.format).map_err(|error| problem(&error));
+    let report = look(out, format!("checking {}", path.display()), work).await?;
     Ok(Checked::of(path, &report))
 }
 
@@ -165,7 +168,12 @@ pub(crate) async fn repair(path: &Path, out: &Out) -> Result<Checked, Problem> {
     let folder: Arc<dyn Folder> = Arc::new(folder);
     let stamp = jiff::Timestamp::now().strftime("%Y%m%dT%H%M%S%3fZ").to_string();
     let undo = check::undo_name(&name, &stamp);
-    let done = check::repair(&folder, &name, place.format, &undo).map_err(|error| problem(&error))?;
+    // Not to be broken off, short of a kill: then the next repair takes it back.
+    let (what, undo_file) = (format!("repairing {}", path.display()), undo.clone());
+    let repair = move |_: &mut dyn FnMut(u64, u64) -> bool| {
+        check::repair(&folder, &name, place.format, &undo_file).map_err(|error| problem(&error))
+    };
+    let done = interruptible(out, what, repair).await?;
     let is_left = |finding: &Finding| done.after.findings.contains(finding);
     let mended = done.before.findings.iter().filter(|finding| done.changed && finding.remedy != Remedy::Nothing);
     Ok(Checked {

@@ -1,6 +1,8 @@
 //! `disk compact`: what an image takes and does not need goes back to the file system.
 
-use super::{Place, edit, interruptible, problem, words};
+use super::problem::{problem, words};
+use super::work::interruptible;
+use super::{Place, edit};
 use crate::out::Out;
 use crate::session::cancelled;
 use image::{Access, Chain};

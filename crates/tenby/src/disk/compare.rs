@@ -1,6 +1,8 @@
 //! `disk compare`: whether two images hold the same, and where not.
 
-use super::{Place, interruptible, problem};
+use super::problem::problem;
+use super::work::interruptible;
+use super::{Place, edit};
 use crate::out::Out;
 use crate::session::cancelled;
 use image::Access;
@@ -28,6 +30,8 @@ struct Range {
 
 /// Compares all of two images.
 pub(crate) async fn compare(one: Place, other: Place, out: &Out) -> Result<Comparison, Problem> {
+    edit::check_still(&one.path, out).await?;
+    edit::check_still(&other.path, out).await?;
     let what = format!("comparing {}", one.path.display());
     let compared = interruptible(out, what, move |progress| {
         let (one, other) = (one.chain(Access::Read)?, other.chain(Access::Read)?);

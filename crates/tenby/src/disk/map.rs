@@ -1,7 +1,10 @@
 //! `disk map`: where an image's content lies.
 
-use super::{Place, problem, shown};
+use super::problem::problem;
+use super::work::look;
+use super::{Place, edit, shown};
 use crate::draw::plain;
+use crate::out::Out;
 use image::{Access, RunKind};
 use machine::request::Problem;
 use serde::Serialize;
@@ -31,7 +34,12 @@ struct Run {
 }
 
 /// All of an image with its parents.
-pub(crate) fn map(place: &Place) -> Result<Map, Problem> {
+pub(crate) async fn map(place: Place, out: &Out) -> Result<Map, Problem> {
+    edit::check_still(&place.path, out).await?;
+    look(out, format!("looking at {}", place.path.display()), move || runs(&place)).await
+}
+
+fn runs(place: &Place) -> Result<Map, Problem> {
     let chain = place.chain(Access::Read)?;
     let mut runs: Vec<Run> = Vec::new();
     let mut at = 0;

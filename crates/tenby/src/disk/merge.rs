@@ -1,7 +1,9 @@
 //! `disk merge`: a child into its own parent.
 
 use super::place::{Child, Neighbours, chain_problem, told};
-use super::{Place, edit, free_space, interruptible, problem, shown, words};
+use super::problem::{free_space, problem, words};
+use super::work::interruptible;
+use super::{Place, edit, shown};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;

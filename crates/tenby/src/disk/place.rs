@@ -1,6 +1,7 @@
 //! Where images lie: the file that was named, the folders in which its parents may be, and who else is there.
 
-use super::{holding, problem, shown, words};
+use super::problem::{problem, words};
+use super::{holding, shown};
 use image::gate::Gate;
 use image::siblings::{Sibling, Siblings};
 use image::{Access, Chain, Error, ErrorKind, Format, Layer, gate};

@@ -1,6 +1,8 @@
 //! qcow2, which is QEMU's own format: `qemu-img` reads and writes it, from and to a disk that we serve.
 
-use super::{Info, Place, Target, begin, blank, cancelled, finish, interruptible, problem, refused};
+use super::problem::{data_bytes, no_room, problem};
+use super::work::interruptible;
+use super::{Info, Place, Target, begin, blank, cancelled, edit, finish, refused};
 use crate::out::Out;
 use export::{Export, Listener, Options, listen_unix};
 use image::{Access, Chain};
@@ -46,13 +48,18 @@ pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -
     let new = begin(target.path, target.durable)?;
     let store = new.store();
     let Target { format, kind, dense, .. } = target;
-    let from = source_options(source)?;
+    let (from, file) = (source_options(source)?, target.path.to_owned());
+    let source_bytes = std::fs::metadata(source).map_or(0, |data| data.len());
     let complete = interruptible(out, format!("copying {}", source.display()), move |progress| {
         let chain = Arc::new(blank(&store, format, kind, size, 512).map_err(|error| problem(&error))?);
         let served = Served::begin(&chain, false)?;
         let mut tool = Command::new("qemu-img");
         tool.args(["convert", "-p", "-n", "--target-is-zero", "--image-opts", "-O", "raw", &from, &served.uri]);
-        let complete = run(&mut tool, size, progress)?;
+        let complete = run(&mut tool, size, progress).map_err(|error| match is_no_room(&error) {
+            // What the source takes is what the copy will, roughly.
+            true => no_room(source_bytes, &*store, &file),
+            false => error,
+        })?;
         drop(served);
         chain.close().map_err(|error| problem(&error))?;
         let filled =
@@ -75,8 +82,9 @@ pub(crate) async fn convert_to(
     durable: bool,
     out: &Out,
 ) -> Result<Made, Problem> {
+    edit::check_still(&source.path, out).await?;
     let new = begin(target, durable)?;
-    let (store, partial) = (new.store(), new.path());
+    let (store, partial, file) = (new.store(), new.path(), target.to_owned());
     let what = format!("copying {}", source.path.display());
     let copied = interruptible(out, what, move |progress| {
         let chain = Arc::new(source.chain(Access::Read)?);
@@ -84,7 +92,10 @@ pub(crate) async fn convert_to(
         let served = Served::begin(&chain, true)?;
         let mut tool = Command::new("qemu-img");
         tool.args(["convert", "-p", "-f", "raw", "-O", "qcow2", &served.uri]).arg(partial_argument(&partial)?);
-        let complete = run(&mut tool, size, progress)?;
+        let complete = run(&mut tool, size, progress).map_err(|error| match data_bytes(&chain) {
+            Ok(need) if is_no_room(&error) => no_room(need, &*store, &file),
+            _ => error,
+        })?;
         drop(served);
         let filled =
             complete && (!dense || image::convert::fill(&*store, progress).map_err(|error| problem(&error))?);
@@ -195,6 +206,11 @@ fn run(tool: &mut Command, total: u64, progress: &mut dyn FnMut(u64, u64) -> boo
             Err(Problem::failed(format!("qemu-img: {said}")))
         }
     }
+}
+
+/// Whether it is for want of space that the tool failed, by its own words.
+fn is_no_room(problem: &Problem) -> bool {
+    problem.message.contains("No space left on device")
 }
 
 /// Waits for the tool; `None` if `go_on` said to stop, and then it is gone.

@@ -1,6 +1,7 @@
 //! `disk reconnect`: a child is told where its parent is.
 
-use super::{Place, edit, holding, name_below, problem};
+use super::problem::problem;
+use super::{Place, edit, holding, name_below};
 use crate::draw::{Look, plain};
 use crate::out::Out;
 use image::reconnect::Match;

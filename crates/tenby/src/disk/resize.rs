@@ -1,6 +1,8 @@
 //! `disk resize`: another size for a disk on which nothing stands.
 
-use super::{Info, Place, edit, info, interruptible, problem};
+use super::problem::problem;
+use super::work::interruptible;
+use super::{Info, Place, edit, info};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
