@@ -136,7 +136,7 @@ pub fn fold_down<E>(
 /// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
 /// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
 ///
-/// About `room` bytes may be taken twice for a moment; the child's block at least. Less room means more syncs.
+/// About `room` bytes may be taken twice for a moment; a block of either at least. Less room means more syncs.
 pub fn move_down<E>(
     child: &Arc<dyn Layer>,
     parent: &Arc<dyn Layer>,
@@ -148,7 +148,9 @@ pub fn move_down<E>(
     let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
     let _one = chain.folding();
     let mut fold = Fold::begin(&chain, child, parent, progress)?;
-    fold.step = Some((room.clamp(1, MOVED) / 2 + 1).next_power_of_two().max(fold.child.block()));
+    // Whole blocks: the child forgets no others, and the parent lets go of no others that become zeros.
+    let blocks = fold.child.block().max(fold.parent.block());
+    fold.step = Some((room.clamp(1, MOVED) / 2 + 1).next_power_of_two().max(blocks));
     fold.run(Some(g), commit)
 }
 
@@ -190,7 +192,7 @@ struct Fold<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
-    /// The child gives up what was copied whenever so many bytes, a multiple of its blocks, have been looked at.
+    /// The child gives up what was copied whenever so many bytes, a multiple of both layers' blocks, have been looked at.
     step: Option<u64>,
 }
 
