@@ -136,7 +136,7 @@ pub fn fold_down<E>(
 /// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
 /// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
 ///
-/// About `room` bytes may be taken twice for a moment; two of the child's blocks at least. Less room means more syncs.
+/// About `room` bytes may be taken twice for a moment; two blocks of either at least. Less room means more syncs.
 pub fn move_down<E>(
     child: &Arc<dyn Layer>,
     parent: &Arc<dyn Layer>,
@@ -190,7 +190,7 @@ struct Fold<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
-    /// The child gives up what was copied before it is more than so many bytes (or one of its blocks).
+    /// The child gives up what was copied before it is more than so many bytes (or one block).
     most: Option<u64>,
 }
 
@@ -329,7 +329,8 @@ impl<'a> Fold<'a> {
     /// Copies all, and lets the child forget what the parent holds durably, in stretches of whole blocks. The last stretch goes with
     /// the child.
     fn copy_and_forget(&mut self, most: u64) -> Result<(), Stop> {
-        let (size, block) = (self.child.size(), self.child.block());
+        // Whole blocks: the child forgets no others, and the parent lets go of no others that become zeros.
+        let (size, block) = (self.child.size(), self.child.block().max(self.parent.block()));
         let (mut start, mut before) = (0, self.progress.done);
         for at in (0..size).step_by(block as usize) {
             if self.progress.done - before + block > most && self.progress.done != before {

@@ -1,45 +1,21 @@
 //! Our VHDX and VHD against those of others: qemu-img, 7-Zip, and images that Windows and QEMU made.
 
+mod peers;
+
 use image::merge::{Outcome, fold_down};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Error, Kind, Layer, RunKind, convert, gate, vhd};
+use peers::{content, qemu, qemu_vhd, seven_zip, text};
 use std::fmt::Write as _;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use store::host::HostFolder;
 use store::{Folder, Mode};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
-
-/// Runs a tool; `None`, with a note, if it is not installed.
-fn tool(name: &str, args: &[&str]) -> Option<Output> {
-    let output = Command::new(name).args(args).stdin(Stdio::null()).output();
-    match output {
-        Ok(output) => Some(output),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            println!("skipped: {name} is not installed");
-            None
-        }
-        Err(error) => panic!("{name}: {error}"),
-    }
-}
-
-/// Runs a tool that must be content; `None` if it is not installed.
-fn content(name: &str, args: &[&str]) -> Option<Vec<u8>> {
-    let output = tool(name, args)?;
-    let words = String::from_utf8_lossy(&output.stderr).into_owned()
-        + &String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(2000)]);
-    assert!(output.status.success(), "{name} {args:?}: {words}");
-    Some(output.stdout)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in UTF-8")
-}
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -60,33 +36,6 @@ fn open(path: &Path) -> image::Result<Chain> {
 /// The SHA-256 of an image's content as we read it.
 fn hash(path: &Path) -> image::Result<String> {
     Ok(hex(&convert::hash(&open(path)?, &mut |_, _| true)?.expect("nobody stops it")))
-}
-
-/// An image's content as 7-Zip reads it. 7-Zip finds a parent by its name beside the child.
-fn seven_zip(path: &Path) -> Option<Vec<u8>> {
-    content("7z", &["t", text(path)])?;
-    content("7z", &["e", "-so", text(path)])
-}
-
-/// An image's content as qemu-img reads it.
-fn qemu(path: &Path) -> Option<Vec<u8>> {
-    let raw = path.with_extension("from-qemu");
-    let info = content("qemu-img", &["info", "--output=json", text(path)])?;
-    assert!(String::from_utf8_lossy(&info).contains(r#""format": "vhdx""#));
-    content("qemu-img", &["check", "-f", "vhdx", text(path)])?;
-    content("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", text(path), text(&raw)])?;
-    let bytes = fs::read(&raw).expect("qemu-img wrote it");
-    fs::remove_file(raw).expect("removed");
-    Some(bytes)
-}
-
-/// A VHD's content as qemu-img reads it, which knows no parents.
-fn qemu_vhd(path: &Path) -> Option<Vec<u8>> {
-    let raw = path.with_extension("from-qemu");
-    content("qemu-img", &["convert", "-f", "vpc", "-O", "raw", text(path), text(&raw)])?;
-    let bytes = fs::read(&raw).expect("qemu-img wrote it");
-    fs::remove_file(raw).expect("removed");
-    Some(bytes)
 }
 
 struct Disks {

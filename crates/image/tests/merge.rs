@@ -1,6 +1,6 @@
 //! Merging offline, comparing and reconnecting: images in a folder, without anybody who knows them.
 
-use image::merge::{FoldError, Outcome, move_down};
+use image::merge::{FoldError, Outcome, fold_down, move_down};
 use image::reconnect::{examine, reconnect};
 use image::siblings::Siblings;
 use image::vhdx::{self, Options};
@@ -109,6 +109,49 @@ fn a_merge_does_not_need_the_space_twice() {
     sim.set_capacity(Some(SIZE + 200 * MIB));
     merge(&sim).unwrap();
     assert!(content(&folder, "base").unwrap().iter().all(|byte| *byte == 5));
+}
+
+/// A raw file cannot take the id of the layer that is folded into it.
+#[test]
+fn what_stood_on_a_layer_that_is_folded_into_a_raw_base_stands_on_the_base() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    let base: Arc<dyn Layer> = image::raw::create(folder.create("base").unwrap(), 4 * MIB).unwrap();
+    let over = |name: &str, parent: &Arc<dyn Layer>| -> Arc<dyn Layer> {
+        let options = Options::differencing(&**parent, "parent").unwrap();
+        vhdx::create(folder.create(name).unwrap(), &options).unwrap()
+    };
+    let child = over("child", &base);
+    let chain = Chain::new(vec![Arc::clone(&base), Arc::clone(&child)], Access::Write).unwrap();
+    chain.write(&[7; 4096], MIB).unwrap();
+    let leaf = over("leaf", &child);
+    chain.push(Arc::clone(&leaf)).unwrap();
+    gate::check_link(&*leaf, &*child).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let folded = fold_down(Some(&chain), &child, &base, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    assert_eq!(folded.unwrap(), Outcome::Folded);
+    gate::check_link(&*leaf, &*base).unwrap();
+    let mut bytes = [0; 4096];
+    chain.read(&mut bytes, MIB).unwrap();
+    assert_eq!(bytes, [7; 4096]);
+}
+
+#[test]
+fn blocks_that_become_zeros_give_up_their_places_however_little_room_there_is() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    let large = Options { block_size: 4 << 20, ..Options::dynamic(32 * MIB) };
+    drop(vhdx::create(folder.create("base").unwrap(), &large).unwrap());
+    fill(&folder, "base", &[(0, 32 * MIB, 1)]);
+    drop(create(&folder, "child", Some("base"), 32 * MIB));
+    fill(&folder, "child", &[(0, 32 * MIB, 0)]);
+    let layers = gate::open_to_merge(&folder, "child", None).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let moved = move_down(&layers[1], &layers[0], 1, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    assert_eq!(moved.unwrap(), Outcome::Folded);
+    let mut runs = Vec::new();
+    layers[0].map(0, 32 * MIB, &mut runs).unwrap();
+    assert!(runs.iter().all(|run| !matches!(run.source, image::Source::Data(_))), "{runs:?}");
 }
 
 #[test]
