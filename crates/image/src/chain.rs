@@ -36,7 +36,7 @@ use crate::merge::{self, FoldError};
 use crate::{Error, ErrorKind, Layer, Result};
 use ambiguous::Log;
 use index::{BLOCK, MAX_LAYERS, Runs, Shard};
-use resolve::{Found, Place, resolve};
+pub(crate) use resolve::{Found, Place, resolve};
 pub(crate) use slot::Slot;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::SystemTime;

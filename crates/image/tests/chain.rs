@@ -2,13 +2,13 @@
 
 mod mem;
 
-use image::merge::{Outcome, fold_down, plan};
+use image::merge::{Outcome, fold_down, fold_run, plan};
 use image::vhdx::{self, Options, Parent};
 use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, RunKind};
 use mem::MemLayer;
 use proptest::prelude::*;
 use std::convert::Infallible;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use store::Folder;
@@ -82,9 +82,13 @@ fn go_on(_: image::merge::Progress) -> ControlFlow<()> {
 }
 
 fn fold(chain: &Chain, position: usize) -> Outcome {
+    fold_some(chain, position..position + 1)
+}
+
+fn fold_some(chain: &Chain, run: Range<usize>) -> Outcome {
     let layers = chain.layers();
-    let (parent, child) = (&layers[position - 1], &layers[position]);
-    fold_down(Some(chain), child, parent, Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap()
+    let parent = &layers[run.start - 1];
+    fold_run(Some(chain), &layers[run], parent, Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap()
 }
 
 #[derive(Debug, Clone)]
@@ -95,7 +99,7 @@ enum Op {
     Flush,
     Push { size: u64, block: u32 },
     Pop,
-    Fold { which: usize },
+    Fold { which: usize, most: usize },
     Reopen { index: usize },
 }
 
@@ -113,7 +117,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => Just(Op::Flush),
         3 => (size(), block()).prop_map(|(size, block)| Op::Push { size, block }),
         1 => Just(Op::Pop),
-        2 => any::<usize>().prop_map(|which| Op::Fold { which }),
+        2 => (any::<usize>(), 1..6usize).prop_map(|(which, most)| Op::Fold { which, most }),
         1 => prop_oneof![Just(0), Just(100 << 10), Just(64 << 20)].prop_map(|index| Op::Reopen { index }),
     ]
 }
@@ -204,16 +208,18 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
                 }
                 Err(error) => panic!("{error}"),
             },
-            Op::Fold { which } => {
+            Op::Fold { which, most } => {
                 let layers = chain.layers();
                 if layers.len() < 2 {
                     continue;
                 }
                 let position = 1 + which % (layers.len() - 1);
-                let (parent, child) = (&layers[position - 1], &layers[position]);
+                let run = position..layers.len().min(position + most);
+                let (parent, child) = (&layers[position - 1], &layers[run.end - 1]);
                 let (depth, id, size) = (layers.len(), child.info().data_id, child.info().size);
-                assert_eq!(fold(&chain, position), Outcome::Folded);
-                assert_eq!(chain.layers().len(), depth - 1);
+                let gone = run.len();
+                assert_eq!(fold_some(&chain, run), Outcome::Folded);
+                assert_eq!(chain.layers().len(), depth - gone);
                 assert_eq!((parent.info().data_id, parent.info().size), (id, size));
             }
             Op::Reopen { index } => {
@@ -226,6 +232,29 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
     let (at, len) = clip(1000, 3 * MIB + 77, chain.size());
     check_runs(&chain, &model, at, len);
     check_runs(&chain, &model, 0, chain.size());
+}
+
+#[test]
+fn of_what_a_run_wrote_often_only_the_newest_copy_moves() {
+    let place = Place::vhdx();
+    let base = place.layer(None, 4 * MIB, 512, 1 << 20);
+    let chain = Chain::new(vec![base], Access::Write).unwrap();
+    for version in 1..=9u8 {
+        let leaf = place.layer(chain.layers().last(), 4 * MIB, 512, 1 << 20);
+        chain.push(leaf).unwrap();
+        chain.write(&vec![version; MIB as usize], MIB / 2).unwrap();
+    }
+    let (before, layers) = (content(&chain), chain.layers());
+    let mut moved = 0;
+    let mut progress = |now: image::merge::Progress| {
+        moved = now.done;
+        assert!(now.done <= now.total);
+        ControlFlow::Continue(())
+    };
+    let commit = || Ok::<_, Infallible>(());
+    let outcome = fold_run(Some(&chain), &layers[1..], &layers[0], Uuid::new_v4(), &mut progress, commit);
+    assert_eq!((outcome.unwrap(), moved, chain.layers().len()), (Outcome::Folded, MIB, 1));
+    assert!(content(&chain) == before);
 }
 
 proptest! {

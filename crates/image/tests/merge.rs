@@ -145,7 +145,7 @@ fn blocks_that_become_zeros_give_up_their_places_however_little_room_there_is() 
     fill(&folder, "base", &[(0, 32 * MIB, 1)]);
     drop(create(&folder, "child", Some("base"), 32 * MIB));
     fill(&folder, "child", &[(0, 32 * MIB, 0)]);
-    let layers = gate::open_to_merge(&folder, "child", None).unwrap();
+    let layers = gate::Gate::default().open_to_merge(&folder, "child", None).unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());
     let moved = move_down(&layers[1], &layers[0], 1, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
     assert_eq!(moved.unwrap(), Outcome::Folded);
