@@ -8,6 +8,9 @@
 //!   several children   it waits, for each child reads a part of it
 //! ```
 //!
+//! What stands on each other and is to be folded is folded at once ([`Garbage::run`]): a block that was rewritten a thousand times moves
+//! once.
+//!
 //! This is the seed's "works out when it can merge and/or delete AVHD files". Nothing is remembered: after a crash the same rows
 //! give the same answer.
 
