@@ -856,6 +856,14 @@ impl Store for SimFile {
         Ok(())
     }
 
+    fn data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let mut disk = lock(&self.disk);
+        if !disk.powered {
+            return Err(power_lost("look for holes in", &self.name));
+        }
+        Ok(disk.file(self.inode).content.data(offset))
+    }
+
     fn allocated(&self) -> Result<u64> {
         let mut disk = lock(&self.disk);
         if !disk.powered {
