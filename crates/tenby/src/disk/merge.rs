@@ -7,7 +7,7 @@ use crate::session::cancelled;
 use image::layer::{Layer, ParentLink};
 use image::merge::{self, FoldError, Outcome};
 use image::siblings::{Siblings, file_name};
-use image::{ErrorKind, Format, gate};
+use image::{ErrorKind, gate};
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
@@ -32,10 +32,20 @@ pub(crate) struct Merged {
 
 /// The layers of a merge, locked.
 struct Pair {
-    child: Arc<dyn Layer>,
-    parent: Arc<dyn Layer>,
+    /// Base first; the last two are child and parent.
+    layers: Vec<Arc<dyn Layer>>,
     /// What stands on the child, open for writing.
     children: Vec<Arc<dyn Layer>>,
+}
+
+impl Pair {
+    fn child(&self) -> &Arc<dyn Layer> {
+        &self.layers[self.layers.len() - 1]
+    }
+
+    fn parent(&self) -> &Arc<dyn Layer> {
+        &self.layers[self.layers.len() - 2]
+    }
 }
 
 /// Merges a child into its parent, and removes it.
@@ -46,7 +56,7 @@ pub(crate) async fn merge(child: &Path, out: &Out) -> Result<Merged, Problem> {
     let folder: Arc<dyn Folder> = Arc::new(folder);
     let pair = open(&folder, &name, &siblings, &place)?;
     edit::tell_unread(&siblings, out);
-    let (parent_name, parent_file) = (file_name(&pair.parent), shown(&pair.parent.store().name()));
+    let (parent_name, parent_file) = (file_name(pair.parent()), shown(&pair.parent().store().name()));
     let names: Vec<_> = pair.children.iter().map(file_name).collect();
     let bytes = estimate(&pair, &parent_file, child, out)?;
     let what = format!("merging {}", child.display());
@@ -62,16 +72,15 @@ pub(crate) async fn merge(child: &Path, out: &Out) -> Result<Merged, Problem> {
 /// Opens all that a merge changes, or says why it must not.
 fn open(folder: &Arc<dyn Folder>, name: &str, siblings: &Siblings, place: &Place) -> Result<Pair, Problem> {
     let child = &place.path;
-    let mut layers = gate::open_to_merge(folder, name, place.format).map_err(|error| problem(&error))?;
-    let leaf = layers.pop().expect("an image is a chain of one at least");
-    let Some(parent) = layers.pop() else {
+    let layers = gate::open_to_merge(folder, name, place.format).map_err(|error| problem(&error))?;
+    let [.., parent, leaf] = layers.as_slice() else {
         return Err(Problem::refused(format!(
             "{} stands on nothing: there is nothing to merge it into",
             child.display()
         )));
     };
     edit::check_owner(Path::new(&parent.store().name()))?;
-    let parent_name = file_name(&parent);
+    let parent_name = file_name(parent);
     let others: Vec<_> = siblings
         .children(&parent_name, parent.info().data_id)
         .map(|other| other.name.as_str())
@@ -88,7 +97,7 @@ fn open(folder: &Arc<dyn Folder>, name: &str, siblings: &Siblings, place: &Place
         let store = folder.open(&other.name, Mode::Write).map_err(|error| problem(&error.into()))?;
         children.push(image::open(store, None, Mode::Write).map_err(|error| problem(&error))?);
     }
-    Ok(Pair { child: leaf, parent, children })
+    Ok(Pair { layers, children })
 }
 
 /// Whether an image names this file as its parent.
@@ -99,14 +108,11 @@ fn stands_on(siblings: &Siblings, other: &str, name: &str) -> bool {
 
 /// Says how much there is to do before anything is done.
 fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, Problem> {
-    let bytes = merge::plan(&pair.child, &pair.parent).map_err(|error| problem(&error))?;
+    let bytes = merge::plan(pair.child(), pair.parent()).map_err(|error| problem(&error))?;
     let free = parent.parent().and_then(free_space);
     let free = free.map(|free| format!(" ({} is free)", draw::size(free))).unwrap_or_default();
-    // A block of a VHD stays where it is once it has a place.
-    let gives_back = pair.child.info().format == Format::Vhdx;
-    let space = if gives_back { "space is given back as it goes" } else { "space is given back at the end" };
     out.note(&format!(
-        "{} to copy from {} into {}; {space}{free}",
+        "{} to copy from {} into {}; space is given back as it goes{free}",
         draw::size(bytes),
         child.display(),
         parent.display()
@@ -115,17 +121,17 @@ fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, 
 }
 
 fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<Outcome, Problem> {
-    let id = pair.parent.info().data_id;
+    let id = pair.parent().info().data_id;
     // The parent has the child's id once it holds all that the child held: a merge that was cut off behind that.
-    if id.is_nil() || id != pair.child.info().data_id {
+    if id.is_nil() || id != pair.child().info().data_id {
         let mut told = |now: merge::Progress| match progress(now.done, now.total) {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(()),
         };
         let commit = || Ok::<_, Infallible>(());
         // Others may take some of it meanwhile.
-        let room = folder_of(&pair.parent).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
-        let folded = merge::move_down(&pair.child, &pair.parent, room, uuid::Uuid::new_v4(), &mut told, commit);
+        let room = folder_of(pair.parent()).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
+        let folded = merge::move_down(&pair.layers, room, uuid::Uuid::new_v4(), &mut told, commit);
         let outcome = folded.map_err(|error| match error {
             FoldError::Image(error) if error.kind == ErrorKind::NoSpace => {
                 problem(&error).hint(format!("free some space, then go on: {}", words()))
@@ -134,11 +140,11 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
             FoldError::Commit(never) => match never {},
         })?;
         if outcome == Outcome::Cancelled {
-            pair.parent.close().and_then(|()| pair.child.close()).map_err(|error| problem(&error))?;
+            pair.parent().close().and_then(|()| pair.child().close()).map_err(|error| problem(&error))?;
             return Ok(outcome);
         }
     }
-    pair.parent.close().map_err(|error| problem(&error))?;
+    pair.parent().close().map_err(|error| problem(&error))?;
     for child in &pair.children {
         rename_parent(child, parent_name).map_err(|error| problem(&error))?;
     }
