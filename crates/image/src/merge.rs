@@ -145,19 +145,21 @@ pub fn fold_run<E>(
     fold.run(Some(g), commit)
 }
 
-/// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
-/// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
+/// [`fold_down`] of the last of these layers, base first, which nobody uses, into the one below: what was copied is given up in the
+/// child, so that the fold never needs the space twice. (What lies below the two is only asked for its size.) Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
 ///
 /// About `room` bytes may be taken twice for a moment; two blocks of either at least. Less room means more syncs.
 pub fn move_down<E>(
-    child: &Arc<dyn Layer>,
-    parent: &Arc<dyn Layer>,
+    layers: &[Arc<dyn Layer>],
     room: u64,
     g: Uuid,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
-    let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
+    let [.., parent, child] = layers else {
+        return Err(invalid("there is nothing to fold the only layer into").into());
+    };
+    let chain = Chain::new(layers.to_vec(), Access::Write)?;
     let _one = chain.folding();
     let mut fold = Fold::begin(&chain, std::slice::from_ref(child), parent, progress)?;
     fold.most = Some((room / 2).min(MOVED));
@@ -323,7 +325,7 @@ impl<'a> Fold<'a> {
             self.take_apart(g)?;
         }
         if self.parent.size() != self.child.size() {
-            self.parent.resize(self.child.size())?;
+            self.chain.resize_slot(&self.parent, self.child.size())?;
         }
         self.progress.total = self.run.bytes()?;
         self.tell()?;

@@ -118,8 +118,8 @@ impl Layer for Lazy {
         self.layer.check_resize(size)
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
-        self.layer.resize(size)
+    fn resize(&self, size: u64, beneath: u64) -> Result<()> {
+        self.layer.resize(size, beneath)
     }
 
     fn close(&self) -> Result<()> {
@@ -260,9 +260,7 @@ impl World {
 
     fn push(&mut self) -> Result<()> {
         let position = self.names.len() - 1;
-        // The size of a VHD stays.
-        let size = if self.formats.contains(&Format::Vhd) { 0 } else { self.next(4) as usize };
-        let (then, size) = (self.model.latest(), SIZES[size]);
+        let (then, size) = (self.model.latest(), SIZES[self.next(4) as usize]);
         let leaf = self.new_leaf(size)?;
         self.chain.push(leaf)?;
         self.flush()?;

@@ -503,6 +503,7 @@ impl World {
     fn fold(&mut self, position: usize) -> bool {
         let layers = self.chain().layers();
         let (parent, child) = (Arc::clone(&layers[position - 1]), Arc::clone(&layers[position]));
+        let up_to_child = layers[..=position].to_vec();
         drop(layers);
         let refused = Self::refused(&*parent, &*child);
         let (go_on, commit) = (&mut |_| ControlFlow::Continue(()), || Ok::<_, Infallible>(()));
@@ -514,7 +515,7 @@ impl World {
             println!("move {} down", child.store().name());
             self.chain.take().expect("open").flush().expect("flush");
             let room = self.dice.pick(&[1, MIB, 64 * MIB]);
-            move_down(&child, &parent, room, id, go_on, commit)
+            move_down(&up_to_child, room, id, go_on, commit)
         };
         match folded {
             Ok(outcome) => assert!(outcome == Outcome::Folded && !refused),
@@ -524,7 +525,7 @@ impl World {
         if !refused && self.plates[position - 1].format != Format::Raw {
             assert_eq!(parent.info().data_id, child.info().data_id, "what stands on the child accepts the parent");
         }
-        drop(child);
+        drop((child, up_to_child));
         if self.chain.is_none() {
             parent.close().expect("close");
         }
@@ -556,7 +557,7 @@ impl World {
         let leaf = self.layers(self.plates.len(), Mode::Write).pop().expect("a leaf");
         println!("resize {} to {size}", leaf.store().name());
         let possible = leaf.check_resize(size).is_ok();
-        let resized = leaf.resize(size);
+        let resized = leaf.resize(size, u64::MAX);
         assert_eq!(resized.is_ok(), possible, "{resized:?}");
         if possible {
             self.truth().resize(size);

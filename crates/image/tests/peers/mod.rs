@@ -32,8 +32,10 @@ pub(crate) fn text(path: &Path) -> &str {
 
 /// An image's content as 7-Zip reads it. 7-Zip finds a parent by its name beside the child.
 pub(crate) fn seven_zip(path: &Path) -> Option<Vec<u8>> {
-    content("7z", &["t", text(path)])?;
-    content("7z", &["e", "-so", text(path)])
+    // Else it looks into the file system that it may find on the disk.
+    let as_image = if text(path).ends_with("vhd") { "-tVHD" } else { "-tVHDX" };
+    content("7z", &["t", as_image, text(path)])?;
+    content("7z", &["e", "-so", as_image, text(path)])
 }
 
 /// A VHDX's content as qemu-img reads it, which knows no parents.

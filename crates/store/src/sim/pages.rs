@@ -89,15 +89,6 @@ impl Pages {
         }
     }
 
-    /// The next stretch, from and to, of pages that are there, at `offset` or after it; a long one comes in parts.
-    pub(super) fn data(&self, offset: u64) -> Option<(u64, u64)> {
-        let mut pages = self.pages.range(offset / PAGE..).map(|(index, _)| *index);
-        let first = pages.next()?;
-        let rest = (first + 1..).zip(pages).take_while(|(next, page)| next == page).take(1024);
-        let (start, end) = ((first * PAGE).max(offset), (rest.last().map_or(first, |(_, page)| page) + 1) * PAGE);
-        (start < end.min(self.len)).then_some((start, end.min(self.len)))
-    }
-
     /// The pages in a range that are there.
     pub(super) fn touched(&self, offset: u64, len: u64) -> Vec<u64> {
         self.pages.range(offset / PAGE..(offset + len).div_ceil(PAGE)).map(|(index, _)| *index).collect()
