@@ -306,3 +306,30 @@ fn two_of_one_name() {
     lab.settle();
     lab.assert_tidy();
 }
+
+/// Everything below Now goes at once, while the guest runs: what lay in many files is moved in one merge a disk.
+#[test]
+fn a_run_of_files_is_merged_as_one() {
+    let (lab, mut witness) = Lab::running();
+    let days = ["one", "two", "three", "four", "five"];
+    for day in days {
+        mark(&mut witness, day);
+        lab.snapshot(day);
+    }
+    mark(&mut witness, "now");
+    lab.ok(&["snapshot", "delete", BASE, days[0], "--subtree", "--wait"]);
+    assert_day(&mut witness, "now");
+    let disks = lab.json(&["vm", "show", BASE])["disks"].clone();
+    for disk in disks.as_array().expect("a list") {
+        assert_eq!(disk["depth"], 1, "{disk}");
+    }
+    let log = lab.ok(&["vm", "log", BASE]);
+    assert_eq!(log.matches("merging ").count(), 2, "{log}");
+    lab.settle();
+    lab.assert_tidy();
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    assert_eq!(witness.ask("read vda 4M")["text"], "now");
+}

@@ -36,7 +36,7 @@ use crate::merge::{self, FoldError};
 use crate::{Error, ErrorKind, Layer, Result};
 use ambiguous::Log;
 use index::{BLOCK, MAX_LAYERS, Runs, Shard};
-use resolve::{Found, Place, resolve};
+pub(crate) use resolve::{Found, Place, resolve};
 pub(crate) use slot::Slot;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::SystemTime;
@@ -361,6 +361,29 @@ impl Chain {
         Ok(())
     }
 
+    /// Gives the leaf, and with it the disk, another size between two requests; see [`Layer::resize`].
+    pub fn resize(&self, size: u64) -> Result<()> {
+        let leaf = {
+            let stack = self.open_to_write(0, 0)?;
+            Arc::clone(stack.leaf())
+        };
+        self.resize_slot(&leaf, size)
+    }
+
+    /// Gives a layer of the chain another size, between two requests: what lies where in its file may change.
+    pub(crate) fn resize_slot(&self, slot: &Slot, size: u64) -> Result<()> {
+        let stack = self.alone();
+        let position = stack.position(slot.layer()).ok_or_else(|| invalid("the layer is not in this chain"))?;
+        let beneath = match position.checked_sub(1) {
+            Some(below) => stack.slot(below).size(),
+            None if slot.differencing() => u64::MAX,
+            None => 0,
+        };
+        let resized = slot.resize(size, beneath);
+        self.forget_all();
+        resized
+    }
+
     /// Flushes, leaves every layer's file clean, and refuses every request from now on. Waits for those under way.
     pub fn close(&self) -> Result<()> {
         let _one = locked(&self.flushing);
@@ -516,16 +539,15 @@ impl Chain {
 impl Chain {
     fn push_run(&self, stack: &Stack, out: &mut Vec<ChainRun>, found: Found) -> Result<()> {
         let Found { offset, len, place } = found;
-        match place {
+        let (kind, layer) = match place {
             Place::Data { layer, at } if self.access == Access::Read => {
                 return self.push_data(stack.slot(layer), layer, out, (offset, len, at));
             }
-            Place::Data { layer, .. } => {
-                push_run(out, ChainRun { offset, len, kind: RunKind::Data, layer: Some(layer) });
-            }
-            Place::Zero { layer } => push_run(out, ChainRun { offset, len, kind: RunKind::Zero, layer: Some(layer) }),
-            Place::Hole => push_run(out, ChainRun { offset, len, kind: RunKind::Absent, layer: None }),
-        }
+            Place::Data { layer, .. } => (RunKind::Data, Some(layer)),
+            Place::Zero { layer } => (RunKind::Zero, Some(layer)),
+            Place::Hole => (RunKind::Absent, None),
+        };
+        push_run(out, ChainRun { offset, len, kind, layer });
         Ok(())
     }
 

@@ -72,8 +72,8 @@ fn names_elsewhere(link: &ParentLink) -> Vec<String> {
 
 /// Checks that `parent` is what `child` says that its parent is: the same content (by id) and the same sectors.
 ///
-/// A parent without ids (a raw file) passes only if the child was made over one: what says that it is unchanged is not in the
-/// images then.
+/// A raw parent has no id, and passes: what says that it is the one, and unchanged, is not in the images then, but with whoever opens
+/// it as the parent (the ledger). What stood on a layer that was folded into it still names that layer.
 pub fn check_link(child: &dyn Layer, parent: &dyn Layer) -> Result<()> {
     let (info, parent_info) = (child.info(), parent.info());
     let (file, parent_file) = (child.store().name(), parent.store().name());
@@ -86,7 +86,7 @@ pub fn check_link(child: &dyn Layer, parent: &dyn Layer) -> Result<()> {
         return refuse(format!("it has sectors of {own} bytes, but {parent_file} has sectors of {other}"));
     }
     let id = parent_info.data_id;
-    if link.linkage == id || link.linkage2 == Some(id) {
+    if parent_info.format == Format::Raw || link.linkage == id || link.linkage2 == Some(id) {
         return Ok(());
     }
     refuse(format!(

@@ -221,20 +221,24 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// Whether the disk may be made `size` bytes: what this refuses, [`Layer::resize`] refuses too, before anything has changed.
     ///
     /// # Errors
-    /// [`ErrorKind::Invalid`] for a size that the format does not know, [`ErrorKind::Unsupported`] if no size can be changed.
+    /// [`ErrorKind::Invalid`] for a size that no disk has, [`ErrorKind::Unsupported`] for one that this format cannot have, or if no size
+    /// can be changed.
     fn check_resize(&self, _size: u64) -> Result<()> {
         let message = "the size of an image of this format cannot be changed";
         Err(Error::new(ErrorKind::Unsupported, self.store().name(), message))
     }
 
     /// Makes the disk `size` bytes. What is cut off is gone; what is added reads as zeros, whatever a parent holds there. Durable and
-    /// atomic when it returns. What was not flushed is. Nobody may use what is cut off meanwhile; the rest may be read and mapped.
-    fn resize(&self, size: u64) -> Result<()> {
+    /// atomic when it returns. What was not flushed is. Nobody may use the layer meanwhile, for places change.
+    ///
+    /// `beneath` is how far anything but zeros can show through where nothing is here, in bytes: the size of the layer below; `u64::MAX` if
+    /// that is not known. (VHD has no zeros without a place: what nothing shows through is left absent.)
+    fn resize(&self, size: u64, _beneath: u64) -> Result<()> {
         self.check_resize(size)
     }
 
     /// What this layer holds of the range is the parent's as well, durably: whole blocks of it may become [`Source::Absent`], and their
-    /// places free with the next flush. A layer need not do it.
+    /// places free with the next flush. Nobody may write the range meanwhile. A layer need not do it.
     fn forget(&self, _offset: u64, _len: u64) -> Result<()> {
         Ok(())
     }

@@ -21,6 +21,7 @@
 //! - An image's format is what its signature says. A raw file has none, and is opened only by somebody who says that it is raw.
 //! - After a failed write or sync of metadata a layer takes no more changes ([`ErrorKind::Poisoned`]).
 
+mod cells;
 pub mod chain;
 pub mod check;
 pub mod compact;

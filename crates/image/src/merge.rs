@@ -12,6 +12,10 @@
 //! reads the same at every moment, and a fold that was cut off anywhere is repeated or forgotten without loss. After it the parent
 //! is, and the child's file is of no use.
 //!
+//! A run of layers that nothing else needs is folded as one: its top plays the child, and of each sector only the topmost copy moves,
+//! however often it was written ([`fold_run`]). The link that is changed is then that of the run's lowest layer, and the id that the
+//! parent takes at the end that of its top.
+//!
 //! If the child is the leaf, the guest goes on writing to it: passes copy again what was written meanwhile, and the last, short one
 //! happens while requests wait.
 //!
@@ -43,8 +47,8 @@
 //! [`move_down`] lets go of what the child holds as soon as the parent holds it durably, so that both together never need much
 //! more than before. The child alone is not the truth then, but child and parent are, and nobody else stands on the parent.
 
-use crate::chain::{Access, Chain, Slot, Stack, invalid};
-use crate::{Error, Format, Layer, ParentLink, Result, Run, Source};
+use crate::chain::{Access, Chain, Found, Place, Slot, Stack, invalid, resolve};
+use crate::{Error, Format, Layer, ParentLink, Result, Source};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Duration;
@@ -96,14 +100,7 @@ pub enum FoldError<E> {
 pub fn plan(child: &Arc<dyn Layer>, parent: &Arc<dyn Layer>) -> Result<u64> {
     let (child, parent) = (Slot::new(Arc::clone(child)), Slot::new(Arc::clone(parent)));
     check_pair(&child, &parent)?;
-    let mut bytes = 0;
-    each_window(0, child.size(), &child, |run| {
-        if matches!(run.source, Source::Data(_)) {
-            bytes += run.len;
-        }
-        Ok::<_, Error>(())
-    })?;
-    Ok(bytes)
+    Run::new(vec![Arc::new(child)]).bytes()
 }
 
 /// Folds `child` into `parent`, live in `chain` (where they stand next to each other; see [`Chain::replace`]) or offline (`None`).
@@ -121,33 +118,50 @@ pub fn fold_down<E>(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
+    fold_run(chain, std::slice::from_ref(child), parent, g, progress, commit)
+}
+
+/// [`fold_down`] of several layers at once, lowest first, each standing on the one before and the first on `parent`: of each sector only
+/// the topmost copy moves. The top is the child; what lies between is left as it is, and out of the chain with the rest at the end. Only
+/// the lowest of them and the parent need be writable.
+pub fn fold_run<E>(
+    chain: Option<&Chain>,
+    run: &[Arc<dyn Layer>],
+    parent: &Arc<dyn Layer>,
+    g: Uuid,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    commit: impl FnOnce() -> Result<(), E>,
+) -> Result<Outcome, FoldError<E>> {
     let offline;
     let chain = if let Some(chain) = chain {
         chain
     } else {
-        offline = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
+        let layers = std::iter::once(parent).chain(run).cloned().collect();
+        offline = Chain::new(layers, Access::Write)?;
         &offline
     };
     let _one = chain.folding();
-    let mut fold = Fold::begin(chain, child, parent, progress)?;
+    let mut fold = Fold::begin(chain, run, parent, progress)?;
     fold.run(Some(g), commit)
 }
 
-/// [`fold_down`] of layers that nobody uses: what was copied is given up in the child, so that the fold never needs the space twice.
-/// Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
+/// [`fold_down`] of the last of these layers, base first, which nobody uses, into the one below: what was copied is given up in the
+/// child, so that the fold never needs the space twice. (What lies below the two is only asked for its size.) Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
 ///
-/// About `room` bytes may be taken twice for a moment; two of the child's blocks at least. Less room means more syncs.
+/// About `room` bytes may be taken twice for a moment; two blocks of either at least. Less room means more syncs.
 pub fn move_down<E>(
-    child: &Arc<dyn Layer>,
-    parent: &Arc<dyn Layer>,
+    layers: &[Arc<dyn Layer>],
     room: u64,
     g: Uuid,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
-    let chain = Chain::new(vec![Arc::clone(parent), Arc::clone(child)], Access::Write)?;
+    let [.., parent, child] = layers else {
+        return Err(invalid("there is nothing to fold the only layer into").into());
+    };
+    let chain = Chain::new(layers.to_vec(), Access::Write)?;
     let _one = chain.folding();
-    let mut fold = Fold::begin(&chain, child, parent, progress)?;
+    let mut fold = Fold::begin(&chain, std::slice::from_ref(child), parent, progress)?;
     fold.most = Some((room / 2).min(MOVED));
     fold.run(Some(g), commit)
 }
@@ -166,7 +180,7 @@ pub(crate) fn fold_back<E>(
         return Err(invalid("the last push is still ambiguous: cancel it").into());
     }
     let progress = &mut |_| ControlFlow::Continue(());
-    Fold::begin(chain, leaf, parent, progress)?.run(None, commit)?;
+    Fold::begin(chain, std::slice::from_ref(leaf), parent, progress)?.run(None, commit)?;
     Ok(Arc::clone(leaf))
 }
 
@@ -182,15 +196,74 @@ impl From<Error> for Stop {
     }
 }
 
+/// The layers that are folded as one, lowest first.
+struct Run {
+    slots: Vec<Arc<Slot>>,
+    /// Where the first layer below the top ends: what the top does not say beyond it is zeros, whatever lies below.
+    cut: u64,
+}
+
+impl Run {
+    fn new(slots: Vec<Arc<Slot>>) -> Self {
+        let below = slots.split_last().map_or(&[][..], |(_, below)| below);
+        let cut = below.iter().map(|slot| slot.size()).min().unwrap_or(u64::MAX);
+        Self { slots, cut }
+    }
+
+    /// The one whose link names the parent.
+    fn lowest(&self) -> &Slot {
+        &self.slots[0]
+    }
+
+    /// Hands out what the run says of a range, topmost copies only; what it does not say is left out.
+    fn each<E: From<Error>>(
+        &self,
+        offset: u64,
+        len: u64,
+        mut visit: impl FnMut(u64, u64, Place) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let end = offset + len;
+        let mut at = offset;
+        while at < end {
+            let next = end.min((at / WINDOW + 1) * WINDOW);
+            for Found { offset, len, place } in resolve(&self.slots, at, next - at)? {
+                let cut = self.cut.clamp(offset, offset + len);
+                match place {
+                    Place::Hole if cut < offset + len => {
+                        visit(cut, offset + len - cut, Place::Zero { layer: self.slots.len() - 1 })?;
+                    }
+                    Place::Hole => {}
+                    _ => visit(offset, len, place)?,
+                }
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Bytes of data to be moved.
+    fn bytes(&self) -> Result<u64> {
+        let mut bytes = 0;
+        let size = self.slots.last().map_or(0, |top| top.size());
+        self.each(0, size, |_, len, place| {
+            bytes += if matches!(place, Place::Data { .. }) { len } else { 0 };
+            Ok::<_, Error>(())
+        })?;
+        Ok(bytes)
+    }
+}
+
 /// A fold under way; the child's writes are noted as long as it lives.
 struct Fold<'a> {
     chain: &'a Chain,
+    /// The top of the run.
     child: Arc<Slot>,
+    run: Arc<Run>,
     parent: Arc<Slot>,
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     progress: Progress,
     buffer: Vec<u8>,
-    /// The child gives up what was copied before it is more than so many bytes (or one of its blocks).
+    /// The child gives up what was copied before it is more than so many bytes (or one block).
     most: Option<u64>,
 }
 
@@ -203,19 +276,26 @@ impl Drop for Fold<'_> {
 impl<'a> Fold<'a> {
     fn begin(
         chain: &'a Chain,
-        child: &Arc<dyn Layer>,
+        run: &[Arc<dyn Layer>],
         parent: &Arc<dyn Layer>,
         report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Self> {
         let stack = chain.alone();
-        let position = stack.position(child).filter(|&at| at > 0 && stack.slot(at - 1).is(parent));
-        let position = position.ok_or_else(|| invalid("child and parent are not neighbours in this chain"))?;
-        let (child, parent) = (Arc::clone(stack.slot(position)), Arc::clone(stack.slot(position - 1)));
+        let neighbours = || {
+            let base = stack.position(parent)?;
+            let at = |(number, layer): (usize, &Arc<dyn Layer>)| {
+                stack.position(layer).filter(|at| *at == base + 1 + number).map(|at| Arc::clone(stack.slot(at)))
+            };
+            Some((Arc::clone(stack.slot(base)), run.iter().enumerate().map(at).collect::<Option<Vec<_>>>()?))
+        };
+        let not_neighbours = || invalid("child and parent are not neighbours in this chain");
+        let (parent, slots) = neighbours().ok_or_else(not_neighbours)?;
+        let child = Arc::clone(slots.last().ok_or_else(not_neighbours)?);
         check_pair(&child, &parent)?;
         child.touched().start();
         drop(stack);
         let (progress, buffer) = (Progress::default(), vec![0; PIECE as usize]);
-        Ok(Self { chain, child, parent, report, progress, buffer, most: None })
+        Ok(Self { chain, child, run: Arc::new(Run::new(slots)), parent, report, progress, buffer, most: None })
     }
 
     fn run<E>(&mut self, g: Option<Uuid>, commit: impl FnOnce() -> Result<(), E>) -> Result<Outcome, FoldError<E>> {
@@ -245,9 +325,9 @@ impl<'a> Fold<'a> {
             self.take_apart(g)?;
         }
         if self.parent.size() != self.child.size() {
-            self.parent.resize(self.child.size())?;
+            self.chain.resize_slot(&self.parent, self.child.size())?;
         }
-        self.progress.total = plan(self.child.layer(), self.parent.layer())?;
+        self.progress.total = self.run.bytes()?;
         self.tell()?;
         match self.most {
             Some(most) => self.copy_and_forget(most)?,
@@ -289,8 +369,10 @@ impl<'a> Fold<'a> {
             return Ok(Some(Err(error)));
         }
         let mut stack = held.unwrap_or_else(|| chain.alone());
-        let position = stack.position(self.child.layer()).expect("one fold at a time takes layers away");
-        chain.splice(&mut stack, position);
+        for slot in &self.run.slots {
+            let position = stack.position(slot.layer()).expect("one fold at a time takes layers away");
+            chain.splice(&mut stack, position);
+        }
         Ok(Some(Ok(())))
     }
 
@@ -307,7 +389,7 @@ impl<'a> Fold<'a> {
         if link.linkage2 == Some(id) {
             return Ok(()); // An earlier fold has come this far: its G serves.
         }
-        self.child.layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
+        self.run.lowest().layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
         self.parent.layer().relink(Some(g), None)
     }
 
@@ -316,20 +398,21 @@ impl<'a> Fold<'a> {
         let Some(link) = self.link() else { return Ok(()) };
         let id = self.child.layer().info().data_id;
         let g = self.parent.layer().info().data_id;
-        self.child.layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
+        self.run.lowest().layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
         self.parent.layer().relink(Some(id), None)
     }
 
-    /// The child's link, if ids matter: a raw parent has none, and only the ledger knows whose it is.
+    /// The link to the parent, if ids matter: a raw parent has none, and only the ledger knows whose it is.
     fn link(&self) -> Option<ParentLink> {
         let raw = self.parent.layer().info().format == Format::Raw;
-        self.child.layer().info().parent.filter(|_| !raw)
+        self.run.lowest().layer().info().parent.filter(|_| !raw)
     }
 
     /// Copies all, and lets the child forget what the parent holds durably, in stretches of whole blocks. The last stretch goes with
     /// the child.
     fn copy_and_forget(&mut self, most: u64) -> Result<(), Stop> {
-        let (size, block) = (self.child.size(), self.child.block());
+        // Whole blocks: the child forgets no others, and the parent lets go of no others that become zeros.
+        let (size, block) = (self.child.size(), self.child.block().max(self.parent.block()));
         let (mut start, mut before) = (0, self.progress.done);
         for at in (0..size).step_by(block as usize) {
             if self.progress.done - before + block > most && self.progress.done != before {
@@ -356,20 +439,19 @@ impl<'a> Fold<'a> {
 
     /// Copies what the child holds of a range. Beside writes of the guest the copy may be torn; it is then made again.
     fn copy(&mut self, offset: u64, len: u64) -> Result<(), Stop> {
-        let child = Arc::clone(&self.child);
-        each_window(offset, len, &child, |run| match run.source {
-            Source::Data(at) => self.copy_data(run.offset, run.len, at),
-            Source::Zero => self.copy_zeros(run.offset, run.len),
-            Source::Absent => Ok(()),
+        let run = Arc::clone(&self.run);
+        run.each(offset, len, |offset, len, place| match place {
+            Place::Data { layer, at } => self.copy_data(&run.slots[layer], offset, len, at),
+            Place::Zero { .. } | Place::Hole => self.copy_zeros(offset, len),
         })
     }
 
-    fn copy_data(&mut self, offset: u64, len: u64, at: u64) -> Result<(), Stop> {
+    fn copy_data(&mut self, from: &Slot, offset: u64, len: u64, at: u64) -> Result<(), Stop> {
         let mut done = 0;
         while done < len {
             let piece = PIECE.min(len - done);
             let data = &mut self.buffer[..piece as usize];
-            self.child.read(data, at + done)?;
+            from.read(data, at + done)?;
             self.parent.copy_in(data, offset + done)?;
             done += piece;
             self.progress.done += piece;
@@ -416,23 +498,4 @@ impl<'a> Fold<'a> {
 /// After the fold the parent has the child's size.
 fn check_pair(child: &Slot, parent: &Slot) -> Result<()> {
     if child.size() == parent.size() { Ok(()) } else { parent.layer().check_resize(child.size()) }
-}
-
-fn each_window<E: From<Error>>(
-    offset: u64,
-    len: u64,
-    layer: &Slot,
-    mut visit: impl FnMut(Run) -> Result<(), E>,
-) -> Result<(), E> {
-    let end = offset + len;
-    let mut runs = Vec::new();
-    let mut at = offset;
-    while at < end {
-        let next = end.min((at / WINDOW + 1) * WINDOW);
-        runs.clear();
-        layer.map(at, next - at, &mut runs)?;
-        runs.drain(..).try_for_each(&mut visit)?;
-        at = next;
-    }
-    Ok(())
 }

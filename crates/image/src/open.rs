@@ -68,6 +68,7 @@ pub fn open_unlocked(store: Arc<dyn Store>, format: Option<Format>, mode: Mode) 
         (Some(Signature::Vhdx), None | Some(Format::Vhdx)) => Ok(vhdx::open(store, mode)?),
         (Some(Signature::Vhd), None | Some(Format::Vhd)) => Ok(vhd::open(store, mode)?),
         (None, Some(Format::Raw)) => Ok(raw::open(store, mode)?),
+        (None, None | Some(Format::Vhd)) if vhd::is_padded(&*store)? => Ok(vhd::open(store, mode)?),
         (None, _) if store.is_empty()? => {
             Err(Error::new(ErrorKind::Damaged, store.name(), "it is empty, and no image"))
         }

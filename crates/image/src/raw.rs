@@ -224,7 +224,7 @@ impl Layer for RawLayer {
         Ok(())
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    fn resize(&self, size: u64, _beneath: u64) -> Result<()> {
         self.check_writable()?;
         self.check_resize(size)?;
         self.store.set_len(size)?;

@@ -223,6 +223,34 @@ fn one_footer_lost() {
     }
 }
 
+/// As a growth leaves it that was cut off, or a tool that pads files; and zeros that are not there.
+#[test]
+fn zeros_behind_a_fixed_disk() {
+    let sound = sound(Kind::Fixed);
+    let expected = content(&sound).unwrap();
+    for zeros in [1, 512, 1000, MIB - 512, 3 * MIB] {
+        let padded = [sound.as_slice(), &vec![0; zeros]].concat();
+        if zeros < 1000 {
+            mended(&padded, "footer", &expected, &[]);
+            continue;
+        }
+        // As far as the file system knows of holes.
+        let sim = disk(&sound);
+        sim.root().open(NAME, Mode::Write).unwrap().set_len(padded.len() as u64).unwrap();
+        let layer = image::open(sim.root().open(NAME, Mode::Write).unwrap(), None, Mode::Write).unwrap();
+        assert!(read(&*layer, 0, SIZE, 0).unwrap() == expected[0]);
+        write(&*layer, 512, &[7; 512]).unwrap();
+        layer.close().unwrap();
+        assert_eq!(bytes(&sim).len(), sound.len(), "the first change mends it");
+    }
+    mended(&sound[..sound.len() - 100], "footer", &expected, &[]);
+    let mut other = sound.clone();
+    other[SIZE as usize + 70] ^= 1;
+    other.resize(sound.len() + 512, 0);
+    let file = disk(&other).root().open(NAME, Mode::Read).unwrap();
+    assert_eq!(check::check(&file, None).unwrap_err().kind, image::ErrorKind::Unsupported, "no footer but a sound one");
+}
+
 #[test]
 fn footers_that_differ() {
     for kind in SPARSE {

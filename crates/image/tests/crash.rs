@@ -4,12 +4,12 @@
 //! may then be in, the chain is opened by that list and compared, sector by sector: what was flushed is there, what was not is old
 //! or new; what was sealed is what it was; a fold that was under way is begun again and loses nothing.
 
-use image::merge::{FoldError, Outcome, fold_down};
+use image::merge::{FoldError, Outcome, fold_run};
 use image::{
     Access, Chain, Change, Error, Format, Kind, Layer, LayerInfo, ParentLink, Received, Result, Run, Ticket, vhd, vhdx,
 };
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use store::sim::{At, Crash, Sim};
@@ -118,8 +118,8 @@ impl Layer for Lazy {
         self.layer.check_resize(size)
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
-        self.layer.resize(size)
+    fn resize(&self, size: u64, beneath: u64) -> Result<()> {
+        self.layer.resize(size, beneath)
     }
 
     fn close(&self) -> Result<()> {
@@ -152,8 +152,8 @@ struct World {
     model: Model,
     /// Sealed content by the layer's position.
     sealed: BTreeMap<usize, Vec<u32>>,
-    /// The fold under way: the child's position.
-    folding: Option<usize>,
+    /// The fold under way: the positions of the layers that are folded into the one below.
+    folding: Option<Range<usize>>,
     versions: u32,
     files: u32,
     dice: u64,
@@ -260,9 +260,7 @@ impl World {
 
     fn push(&mut self) -> Result<()> {
         let position = self.names.len() - 1;
-        // The size of a VHD stays.
-        let size = if self.formats.contains(&Format::Vhd) { 0 } else { self.next(4) as usize };
-        let (then, size) = (self.model.latest(), SIZES[size]);
+        let (then, size) = (self.model.latest(), SIZES[self.next(4) as usize]);
         let leaf = self.new_leaf(size)?;
         self.chain.push(leaf)?;
         self.flush()?;
@@ -285,10 +283,11 @@ impl World {
         }
         if self.next(3) == 0 {
             // No point: the leaf goes again, like any leaf.
-            self.folding = Some(position + 1);
+            let run = position + 1..position + 2;
+            self.folding = Some(run.clone());
             let names = &mut self.names;
-            ambiguous.cancel(|| drop_name(names, position + 1)).map_err(image)?;
-            self.after_fold(position + 1);
+            ambiguous.cancel(|| drop_names(names, &run)).map_err(image)?;
+            self.after_fold(run);
             return Ok(());
         }
         let then = self.model.latest();
@@ -303,10 +302,11 @@ impl World {
         if position == 0 {
             return Ok(());
         }
-        self.begin_fold(position);
+        let run = position..position + 1;
+        self.begin_fold(&run);
         let names = &mut self.names;
-        self.chain.pop_leaf(|| drop_name(names, position)).map_err(image)?;
-        self.after_fold(position);
+        self.chain.pop_leaf(|| drop_names(names, &run)).map_err(image)?;
+        self.after_fold(run);
         Ok(())
     }
 
@@ -315,7 +315,9 @@ impl World {
             return Ok(());
         }
         let position = 1 + self.next(self.names.len() as u64 - 1) as usize;
-        self.begin_fold(position);
+        let most = if self.next(2) == 0 { 1 } else { self.names.len() - position };
+        let run = position..position + 1 + self.next(most as u64) as usize;
+        self.begin_fold(&run);
         let layers = self.chain.layers();
         // The guest writes once while the fold copies.
         let (from, count) = self.range();
@@ -331,58 +333,57 @@ impl World {
             ControlFlow::Continue(())
         };
         let names = &mut self.names;
-        let commit = || drop_name(names, position);
-        let folded = fold_down(
+        let commit = || drop_names(names, &run);
+        let folded = fold_run(
             Some(&self.chain),
-            &layers[position],
+            &layers[run.clone()],
             &layers[position - 1],
             Uuid::new_v4(),
             &mut progress,
             commit,
         );
         assert_eq!(folded.map_err(image)?, Outcome::Folded);
-        self.after_fold(position);
+        self.after_fold(run);
         Ok(())
     }
 
-    fn begin_fold(&mut self, position: usize) {
-        self.folding = Some(position);
-        // From now on the parent is nobody's snapshot any more.
-        self.sealed.remove(&(position - 1));
-        let parent = &self.omits[position - 1];
+    fn begin_fold(&mut self, run: &Range<usize>) {
+        self.folding = Some(run.clone());
+        // From now on the parent is nobody's snapshot any more, nor is what lies below the top.
+        self.sealed.retain(|at, _| !(run.start - 1..run.end - 1).contains(at));
+        let parent = &self.omits[run.start - 1];
         parent.flush.store(self.fault == Fault::Folds, Ordering::SeqCst);
         parent.relink.store(self.fault == Fault::Ids, Ordering::SeqCst);
     }
 
-    fn after_fold(&mut self, position: usize) {
+    fn after_fold(&mut self, run: Range<usize>) {
         self.folding = None;
-        self.omits.remove(position);
-        self.sealed = std::mem::take(&mut self.sealed)
-            .into_iter()
-            .map(|(at, content)| (if at >= position { at - 1 } else { at }, content))
-            .collect();
+        let moved = |at: usize| if at >= run.start { at - run.len() } else { at };
+        self.sealed = std::mem::take(&mut self.sealed).into_iter().map(|(at, content)| (moved(at), content)).collect();
+        self.omits.drain(run);
     }
 
     /// Opens what the ledger names on another disk, and compares.
     fn check(&self, sim: &Sim) -> std::result::Result<(), String> {
         let layers = open_all(sim, &self.names, Mode::Read)?;
         // A fold under way has renumbered nothing yet, or all: the ledger's length says which.
-        let committed = self.folding.filter(|_| self.names.len() < self.omits.len());
+        let committed = self.folding.as_ref().filter(|_| self.names.len() < self.omits.len());
         compare(&layers, |sector, version| self.model.allows(sector, version))?;
         for (position, content) in &self.sealed {
-            let position = if committed.is_some_and(|child| *position >= child) { position - 1 } else { *position };
+            let moved = committed.filter(|run| *position >= run.start).map_or(0, Range::len);
+            let position = position - moved;
             compare(&layers[..=position], |sector, version| content[sector] == version)
                 .map_err(|error| format!("sealed layer {position}: {error}"))?;
         }
         drop(layers);
-        if let Some(child) = self.folding.filter(|_| committed.is_none()) {
+        if let Some(run) = self.folding.clone().filter(|_| committed.is_none()) {
             let layers = open_all(sim, &self.names, Mode::Write)?;
             let go_on = &mut |_| ControlFlow::Continue(());
             let commit = || Ok::<_, Error>(());
-            fold_down(None, &layers[child], &layers[child - 1], Uuid::new_v4(), go_on, commit)
+            fold_run(None, &layers[run.clone()], &layers[run.start - 1], Uuid::new_v4(), go_on, commit)
                 .map_err(|error| format!("fold again: {error:?}"))?;
             let mut names = self.names.clone();
-            names.remove(child);
+            names.drain(run);
             drop(layers);
             let layers = open_all(sim, &names, Mode::Read)?;
             compare(&layers, |sector, version| self.model.allows(sector, version))
@@ -411,8 +412,8 @@ fn create(
 
 /// A commit to the ledger of this test.
 #[expect(clippy::unnecessary_wraps, reason = "a commit may fail, this one does not")]
-fn drop_name<E>(names: &mut Vec<String>, position: usize) -> std::result::Result<(), E> {
-    let _gone = names.remove(position);
+fn drop_names<E>(names: &mut Vec<String>, run: &Range<usize>) -> std::result::Result<(), E> {
+    names.drain(run.clone());
     Ok(())
 }
 

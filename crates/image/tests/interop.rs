@@ -1,45 +1,21 @@
 //! Our VHDX and VHD against those of others: qemu-img, 7-Zip, and images that Windows and QEMU made.
 
+mod peers;
+
 use image::merge::{Outcome, fold_down};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Error, Kind, Layer, RunKind, convert, gate, vhd};
+use peers::{content, qemu, qemu_vhd, seven_zip, text};
 use std::fmt::Write as _;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use store::host::HostFolder;
 use store::{Folder, Mode};
 use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
-
-/// Runs a tool; `None`, with a note, if it is not installed.
-fn tool(name: &str, args: &[&str]) -> Option<Output> {
-    let output = Command::new(name).args(args).stdin(Stdio::null()).output();
-    match output {
-        Ok(output) => Some(output),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            println!("skipped: {name} is not installed");
-            None
-        }
-        Err(error) => panic!("{name}: {error}"),
-    }
-}
-
-/// Runs a tool that must be content; `None` if it is not installed.
-fn content(name: &str, args: &[&str]) -> Option<Vec<u8>> {
-    let output = tool(name, args)?;
-    let words = String::from_utf8_lossy(&output.stderr).into_owned()
-        + &String::from_utf8_lossy(&output.stdout[..output.stdout.len().min(2000)]);
-    assert!(output.status.success(), "{name} {args:?}: {words}");
-    Some(output.stdout)
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in UTF-8")
-}
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -60,35 +36,6 @@ fn open(path: &Path) -> image::Result<Chain> {
 /// The SHA-256 of an image's content as we read it.
 fn hash(path: &Path) -> image::Result<String> {
     Ok(hex(&convert::hash(&open(path)?, &mut |_, _| true)?.expect("nobody stops it")))
-}
-
-/// An image's content as 7-Zip reads it. 7-Zip finds a parent by its name beside the child.
-fn seven_zip(path: &Path) -> Option<Vec<u8>> {
-    content("7z", &["t", text(path)])?;
-    content("7z", &["e", "-so", text(path)])
-}
-
-/// An image's content as qemu-img reads it.
-fn qemu(path: &Path) -> Option<Vec<u8>> {
-    let raw = path.with_extension("from-qemu");
-    let info = content("qemu-img", &["info", "--output=json", text(path)])?;
-    assert!(String::from_utf8_lossy(&info).contains(r#""format": "vhdx""#));
-    content("qemu-img", &["check", "-f", "vhdx", text(path)])?;
-    content("qemu-img", &["convert", "-f", "vhdx", "-O", "raw", text(path), text(&raw)])?;
-    let bytes = fs::read(&raw).expect("qemu-img wrote it");
-    fs::remove_file(raw).expect("removed");
-    Some(bytes)
-}
-
-/// A VHD's content as qemu-img reads it, which knows no parents.
-fn qemu_vhd(path: &Path) -> Option<Vec<u8>> {
-    let raw = path.with_extension("from-qemu");
-    // QEMU before 10 takes the size of creators that it does not know from the geometry.
-    let image = format!("driver=vpc,force_size_calc=current_size,file.filename={}", text(path));
-    content("qemu-img", &["convert", "--image-opts", &image, "-O", "raw", text(&raw)])?;
-    let bytes = fs::read(&raw).expect("qemu-img wrote it");
-    fs::remove_file(raw).expect("removed");
-    Some(bytes)
 }
 
 struct Disks {
@@ -197,6 +144,62 @@ fn scribble(chain: &Chain, seed: u64) {
 fn scribble_on(disks: &Disks, name: &str, seed: u64) {
     let layers = gate::open_chain(&disks.folder, name, Mode::Write).expect("a chain");
     scribble(&Chain::new(layers, Access::Write).expect("a chain"), seed);
+}
+
+/// Opens an image with its parents, for writing.
+fn chain(disks: &Disks, name: &str) -> Chain {
+    let layers = gate::open_chain(&disks.folder, name, Mode::Write).expect("a chain");
+    Chain::new(layers, Access::Write).expect("a chain")
+}
+
+/// Makes a disk larger, writes to it, makes it smaller, and compacts it: each time others read it as we do. Larger, it has zeros behind
+/// its old end; and as before it is only before that.
+fn reshape(disks: &Disks, name: &str, larger: u64) {
+    let path = disks.path(name);
+    let agree = |what: &str| {
+        let ours = hash(&path).expect("ours");
+        let differencing = open(&path).expect("open").layers().len() > 1;
+        // 7-Zip stops at a parent's end.
+        if (!differencing || what != "grown")
+            && let Some(theirs) = seven_zip(&path)
+        {
+            assert_eq!(ours, sha256(&theirs), "7-Zip reads {name}, {what}, as we do");
+        }
+        if !differencing && let Some(theirs) = qemu_vhd(&path) {
+            assert_eq!(ours, sha256(&theirs), "qemu-img reads {name}, {what}, as we do");
+        }
+    };
+    let before = chain(disks, name);
+    let (size, mut content) = (before.size(), vec![0; before.size() as usize]);
+    before.read(&mut content, 0).expect("read");
+    before.resize(larger).expect("grown");
+    content.resize(larger as usize, 0);
+    let mut now = vec![1; larger as usize];
+    before.read(&mut now, 0).expect("read");
+    assert!(now == content, "{name}");
+    before.close().expect("closed");
+    drop(before);
+    assert_eq!(hash(&path).expect("ours"), sha256(&content));
+    agree("grown");
+    let grown = chain(disks, name);
+    grown.write(&[3; 5000], larger - 70_000).expect("write");
+    grown.zero(size / 2 / 512 * 512, 4 * MIB).expect("zero");
+    grown.close().expect("closed");
+    drop(grown);
+    agree("grown");
+    let shrunk = chain(disks, name);
+    shrunk.resize(size).expect("shrunk");
+    shrunk.close().expect("closed");
+    drop(shrunk);
+    agree("shrunk");
+    let before = hash(&path).expect("ours");
+    assert!(image::compact::compact(&chain(disks, name), &mut |_, _| true).expect("compacted"));
+    assert_eq!(hash(&path).expect("ours"), before, "{name}");
+    agree("compacted");
+    scribble_on(disks, name, 77);
+    agree("written again");
+    let report = image::check::check(&disks.folder.open(name, Mode::Read).expect("there"), None).expect("checked");
+    assert!(report.clean(), "{name}: {report:#?}");
 }
 
 #[test]
@@ -327,6 +330,8 @@ fn others_read_our_vhds() {
         if let Some(theirs) = qemu_vhd(&path) {
             assert_eq!(ours, sha256(&theirs), "qemu-img reads {name} as we do");
         }
+        // Of small blocks the table needs more room.
+        reshape(&disks, &file, 190 * MIB + 512);
     }
 }
 
@@ -404,6 +409,7 @@ fn we_read_and_write_vhds_that_qemu_writes() {
         if let Some(theirs) = seven_zip(&path) {
             assert_eq!(ours, sha256(&theirs), "{options}, written by us");
         }
+        reshape(&disks, &name, 60 * MIB + 1024);
     }
 }
 
@@ -766,6 +772,8 @@ mod corpus {
                 unpack(&root, &disks, &image.path.replace("differential", "parent"));
             }
             let name = path.file_name().and_then(|name| name.to_str()).expect("a name");
+            let larger = open(&path).expect("open").size() + 5 * MIB + 512;
+            reshape(&disks, name, larger);
             scribble_on(&disks, name, 11);
             scribble_on(&disks, name, 12);
             let ours = hash(&path).expect("ours");

@@ -1,10 +1,10 @@
 //! Merging offline, comparing and reconnecting: images in a folder, without anybody who knows them.
 
-use image::merge::{FoldError, Outcome, move_down};
+use image::merge::{FoldError, Outcome, fold_down, move_down};
 use image::reconnect::{examine, reconnect};
 use image::siblings::Siblings;
 use image::vhdx::{self, Options};
-use image::{Access, Chain, Error, ErrorKind, Layer, compare, gate};
+use image::{Access, Chain, Error, ErrorKind, Format, Layer, compare, gate, vhd};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use store::sim::{At, Crash, Sim};
@@ -15,14 +15,20 @@ const MIB: u64 = 1 << 20;
 const SECTOR: u64 = 512;
 
 fn create(folder: &Arc<dyn Folder>, name: &str, below: Option<&str>, size: u64) -> Arc<dyn Layer> {
-    let options = match below {
-        None => Options::dynamic(size),
-        Some(below) => {
-            let parent = vhdx::open(folder.open(below, Mode::Read).unwrap(), Mode::Read).unwrap();
-            Options { size, ..Options::differencing(&*parent, below).unwrap() }
-        }
+    create_as(Format::Vhdx, folder, name, below, size)
+}
+
+fn create_as(format: Format, folder: &Arc<dyn Folder>, name: &str, below: Option<&str>, size: u64) -> Arc<dyn Layer> {
+    let parent =
+        below.map(|below| (image::open(folder.open(below, Mode::Read).unwrap(), None, Mode::Read).unwrap(), below));
+    let (file, block_size) = (folder.create(name).unwrap(), MIB as u32);
+    let layer: Arc<dyn Layer> = if format == Format::Vhd {
+        let options = parent.map(|(parent, below)| vhd::Options::differencing(&*parent, below).unwrap());
+        vhd::create(file, &vhd::Options { size, block_size, ..options.unwrap_or_default() }).unwrap()
+    } else {
+        let options = parent.map(|(parent, below)| Options::differencing(&*parent, below).unwrap());
+        vhdx::create(file, &Options { size, block_size, ..options.unwrap_or_default() }).unwrap()
     };
-    let layer = vhdx::create(folder.create(name).unwrap(), &Options { block_size: MIB as u32, ..options }).unwrap();
     folder.sync().unwrap();
     layer
 }
@@ -46,12 +52,16 @@ fn content(folder: &Arc<dyn Folder>, name: &str) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
+/// Formats of a base and of its child.
+type Formats = (Format, Format);
+const FORMATS: [Formats; 3] = [(Format::Vhdx, Format::Vhdx), (Format::Vhd, Format::Vhd), (Format::Vhd, Format::Vhdx)];
+
 /// A base, and a child of another size that has data, zeros and nothing.
-fn pair(sim: &Sim, sizes: (u64, u64)) -> Vec<u8> {
+fn pair(sim: &Sim, formats: Formats, sizes: (u64, u64)) -> Vec<u8> {
     let folder = sim.root();
-    drop(create(&folder, "base", None, sizes.0));
+    drop(create_as(formats.0, &folder, "base", None, sizes.0));
     fill(&folder, "base", &[(0, sizes.0, 1)]);
-    drop(create(&folder, "child", Some("base"), sizes.1));
+    drop(create_as(formats.1, &folder, "child", Some("base"), sizes.1));
     fill(&folder, "child", &[(SECTOR, 2 * SECTOR, 2), (MIB, MIB, 3), (2 * MIB + 5 * SECTOR, 300 * SECTOR, 0)]);
     content(&folder, "child").unwrap()
 }
@@ -59,22 +69,22 @@ fn pair(sim: &Sim, sizes: (u64, u64)) -> Vec<u8> {
 fn merge(sim: &Sim) -> Result<(), Error> {
     let folder = sim.root();
     let layers = gate::Gate::default().open_to_merge(&folder, "child", None)?;
-    let [base, child] = layers.as_slice() else { panic!("two layers") };
     let go_on = &mut |_| ControlFlow::Continue(());
-    let outcome = move_down(child, base, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    let outcome = move_down(&layers, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
     let outcome = outcome.map_err(|error| match error {
         FoldError::Image(error) | FoldError::Commit(error) => error,
     })?;
     assert_eq!(outcome, Outcome::Folded);
-    base.close()
+    layers[layers.len() - 2].close()
 }
 
 #[test]
 fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
-    for sizes in [(4 * MIB, 4 * MIB), (4 * MIB, 3 * MIB - SECTOR), (3 * MIB + 7 * SECTOR, 5 * MIB)] {
+    let sizes = [(4 * MIB, 4 * MIB), (4 * MIB, 3 * MIB - SECTOR), (3 * MIB + 7 * SECTOR, 5 * MIB)];
+    for (formats, sizes) in FORMATS.into_iter().flat_map(|formats| sizes.map(|sizes| (formats, sizes))) {
         let (first, last) = {
             let sim = Sim::new();
-            let before = pair(&sim, sizes);
+            let before = pair(&sim, formats, sizes);
             let first = sim.counts().operations;
             merge(&sim).unwrap();
             assert!(content(&sim.root(), "base").unwrap() == before);
@@ -82,12 +92,12 @@ fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
         };
         for cut in first..last {
             let sim = Sim::new();
-            let before = pair(&sim, sizes);
+            let before = pair(&sim, formats, sizes);
             sim.cut(At::Operation(cut));
             assert!(merge(&sim).is_err());
             for crash in Crash::several(cut, 3) {
                 let after = sim.after_crash(crash);
-                let what = format!("{sizes:?}, cut at {cut} of {last}, {crash:?}");
+                let what = format!("{formats:?}, {sizes:?}, cut at {cut} of {last}, {crash:?}");
                 let now = content(&after.root(), "child").unwrap_or_else(|error| panic!("{error} ({what})"));
                 assert!(now == before, "{what}");
                 merge(&after).unwrap_or_else(|error| panic!("{error} ({what})"));
@@ -101,14 +111,81 @@ fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
 #[test]
 fn a_merge_does_not_need_the_space_twice() {
     const SIZE: u64 = 512 * MIB;
+    for formats in FORMATS {
+        let sim = Sim::new();
+        let folder = sim.root();
+        drop(create_as(formats.0, &folder, "base", None, SIZE));
+        drop(create_as(formats.1, &folder, "child", Some("base"), SIZE));
+        fill(&folder, "child", &[(0, SIZE, 5)]);
+        sim.set_capacity(Some(SIZE + 200 * MIB));
+        merge(&sim).unwrap();
+        assert!(content(&folder, "base").unwrap().iter().all(|byte| *byte == 5));
+    }
+}
+
+/// What a layer hides beneath it by its end stays hidden when that layer grows with what is folded into it.
+#[test]
+fn a_merge_into_a_shorter_layer_brings_nothing_back_from_beneath_it() {
+    for format in [Format::Vhdx, Format::Vhd] {
+        for base in [2 * MIB, 10 * MIB] {
+            let sim = Sim::new();
+            let folder = sim.root();
+            drop(create_as(format, &folder, "bottom", None, base));
+            fill(&folder, "bottom", &[(0, base, 7)]);
+            drop(create_as(format, &folder, "base", Some("bottom"), 2 * MIB + SECTOR));
+            drop(create_as(format, &folder, "child", Some("base"), 64 * MIB));
+            fill(&folder, "child", &[(5 * MIB, SECTOR, 3), (63 * MIB, SECTOR, 4)]);
+            let before = content(&folder, "child").unwrap();
+            assert!(before[(2 * MIB + SECTOR) as usize..(5 * MIB) as usize].iter().all(|byte| *byte == 0));
+            merge(&sim).unwrap();
+            assert!(content(&folder, "base").unwrap() == before, "{format:?}, {base}");
+            let length = folder.open("base", Mode::Read).unwrap().len().unwrap();
+            assert!(format == Format::Vhdx || length < base + 5 * MIB, "zeros take no place: {length}");
+        }
+    }
+}
+
+/// A raw file cannot take the id of the layer that is folded into it.
+#[test]
+fn what_stood_on_a_layer_that_is_folded_into_a_raw_base_stands_on_the_base() {
     let sim = Sim::new();
     let folder = sim.root();
-    drop(create(&folder, "base", None, SIZE));
-    drop(create(&folder, "child", Some("base"), SIZE));
-    fill(&folder, "child", &[(0, SIZE, 5)]);
-    sim.set_capacity(Some(SIZE + 200 * MIB));
-    merge(&sim).unwrap();
-    assert!(content(&folder, "base").unwrap().iter().all(|byte| *byte == 5));
+    let base: Arc<dyn Layer> = image::raw::create(folder.create("base").unwrap(), 4 * MIB).unwrap();
+    let over = |name: &str, parent: &Arc<dyn Layer>| -> Arc<dyn Layer> {
+        let options = Options::differencing(&**parent, "parent").unwrap();
+        vhdx::create(folder.create(name).unwrap(), &options).unwrap()
+    };
+    let child = over("child", &base);
+    let chain = Chain::new(vec![Arc::clone(&base), Arc::clone(&child)], Access::Write).unwrap();
+    chain.write(&[7; 4096], MIB).unwrap();
+    let leaf = over("leaf", &child);
+    chain.push(Arc::clone(&leaf)).unwrap();
+    gate::check_link(&*leaf, &*child).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let folded = fold_down(Some(&chain), &child, &base, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    assert_eq!(folded.unwrap(), Outcome::Folded);
+    gate::check_link(&*leaf, &*base).unwrap();
+    let mut bytes = [0; 4096];
+    chain.read(&mut bytes, MIB).unwrap();
+    assert_eq!(bytes, [7; 4096]);
+}
+
+#[test]
+fn blocks_that_become_zeros_give_up_their_places_however_little_room_there_is() {
+    let sim = Sim::new();
+    let folder = sim.root();
+    let large = Options { block_size: 4 << 20, ..Options::dynamic(32 * MIB) };
+    drop(vhdx::create(folder.create("base").unwrap(), &large).unwrap());
+    fill(&folder, "base", &[(0, 32 * MIB, 1)]);
+    drop(create(&folder, "child", Some("base"), 32 * MIB));
+    fill(&folder, "child", &[(0, 32 * MIB, 0)]);
+    let layers = gate::Gate::default().open_to_merge(&folder, "child", None).unwrap();
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let moved = move_down(&layers, 1, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    assert_eq!(moved.unwrap(), Outcome::Folded);
+    let mut runs = Vec::new();
+    layers[0].map(0, 32 * MIB, &mut runs).unwrap();
+    assert!(runs.iter().all(|run| !matches!(run.source, image::Source::Data(_))), "{runs:?}");
 }
 
 #[test]

@@ -128,7 +128,11 @@ fn the_file_is_as_others_expect_it() {
     let file = bytes(&**layer.store());
     let word = |at: usize| u32::from_be_bytes(file[at..at + 4].try_into().unwrap());
     assert_eq!(file[..512], file[file.len() - 512..], "two footers");
-    assert_eq!((&file[28..32], &file[36..40]), (&b"tnby"[..], &b"Wi2k"[..]));
+    assert_eq!(
+        (&file[28..36], &file[36..40]),
+        (&b"win \0\x0atn"[..], &b"Wi2k"[..]),
+        "old QEMU takes its size for true"
+    );
     assert_eq!(&file[512..520], b"cxsparse", "the header is where every reader finds it");
     assert_eq!((word(512 + 28), word(512 + 32)), (3, 2 << 20), "entries, block size");
     assert_eq!(&file[576..580], &[0, b'b', 0, b'a'], "the name in the header is big-endian");
@@ -292,7 +296,13 @@ fn a_fixed_disk_without_its_end_is_never_taken_for_another() {
     old.close().expect("close");
     assert_eq!(file.len().expect("length"), 4 * MIB + 512, "a whole footer");
     file.write_at(&[0; 512], 0).expect("no head");
-    for cut in [2, 100, 512, MIB] {
+    // As long as nothing but zeros of it is lost it can be told.
+    for cut in [2, 100] {
+        file.set_len(4 * MIB + 512 - cut).expect("cut");
+        let store = sim.root().open("disk.vhd", Mode::Read).expect("there");
+        assert_eq!(image::open(store, None, Mode::Read).expect("a VHD").info().size, 4 * MIB);
+    }
+    for cut in [440, 512, MIB] {
         file.set_len(4 * MIB + 512 - cut).expect("cut");
         let store = || sim.root().open("disk.vhd", Mode::Read).expect("there");
         let refused = image::open(store(), None, Mode::Read).expect_err("no footer");
@@ -401,4 +411,199 @@ fn options_out_of_range_are_refused() {
     let native = image::vhdx::Options { sector_size: 4096, ..image::vhdx::Options::dynamic(MIB) };
     let native = image::vhdx::create(new_file(&sim, "native"), &native).expect("made");
     assert_eq!(Parent::of(&*native, None).expect_err("refused").kind, ErrorKind::Unsupported);
+}
+
+fn word(file: &[u8], at: usize) -> u32 {
+    u32::from_be_bytes(file[at..at + 4].try_into().unwrap())
+}
+
+/// Gives the structures of a small file the checksums that their bytes ask for, and both ends the footer of the beginning.
+fn seal(file: &mut [u8]) {
+    for (from, to, at) in [(0, 512, 64), (512, 1536, 36)] {
+        let bytes = &mut file[from..to];
+        bytes[at..at + 4].fill(0);
+        let sum = !bytes.iter().fold(0u32, |sum, byte| sum.wrapping_add(u32::from(*byte)));
+        bytes[at..at + 4].copy_from_slice(&sum.to_be_bytes());
+    }
+    let tail = file.len() - 512;
+    file.copy_within(..512, tail);
+}
+
+#[test]
+fn a_table_grows_where_it_is_and_everything_else_makes_room() {
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, 40 * MIB, 1 << 20);
+        for block in [7, 3, 20] {
+            write(&*layer, block * MIB, &[block as u8; 4096]).expect("write");
+        }
+        layer.flush().expect("flush");
+        let table = word(&bytes(&**layer.store()), 512 + 20);
+        layer.resize(2000 << 30, 40 * MIB).expect("grown");
+        layer.close().expect("close");
+        let file = bytes(&**layer.store());
+        assert_eq!(&file[512..520], b"cxsparse", "the header is where every reader finds it");
+        assert_eq!((word(&file, 512 + 20), word(&file, 512 + 28)), (table, 2_048_000), "place and entries");
+        assert_eq!(file[..512], file[file.len() - 512..], "two footers");
+        assert_eq!(file[48..56], (2000u64 << 30).to_be_bytes());
+        assert_eq!(
+            (word(&file, 56), &file[40..48]),
+            (0xFFFF_10FF, &(40 * MIB).to_be_bytes()[..]),
+            "geometry, original"
+        );
+        let end = u64::from(table) + 4 * 2_048_000;
+        let places: Vec<u64> = (0..40).map(|block| u64::from(word(&file, table as usize + 4 * block)) * 512).collect();
+        assert!(places.iter().all(|place| *place > 1 << 40 || *place >= end), "no block in front of the table's end");
+        assert!((file.len() as u64) < end + 5 * MIB, "and nothing else behind it");
+        assert!(file[table as usize + 4 * 40..end as usize].iter().all(|byte| *byte == 0xFF));
+        drop(layer);
+        let fill = if kind == Kind::Differencing { PARENT } else { 0 };
+        for block in [7, 3, 20] {
+            assert_eq!(read(&*open(&sim, Mode::Read), block * MIB, 4096, fill).expect("read"), [block as u8; 4096]);
+        }
+    }
+}
+
+#[test]
+fn sizes_that_a_vhd_cannot_have_are_refused_before_anything_changes() {
+    let sim = Sim::new();
+    let layer = new_layer(&sim, Kind::Dynamic, 4 * MIB, 2 << 20);
+    let before = bytes(&**layer.store());
+    for (size, kind) in [
+        (0, ErrorKind::Invalid),
+        (1000, ErrorKind::Invalid),
+        ((2040 << 30) + 512, ErrorKind::Unsupported),
+        (u64::MAX - 511, ErrorKind::Unsupported),
+    ] {
+        assert_eq!(layer.check_resize(size).expect_err("refused").kind, kind);
+        assert_eq!(layer.resize(size, 0).expect_err("refused").kind, kind);
+    }
+    assert!(bytes(&**layer.store()) == before);
+    let ticket = layer.prepare(0, 512, image::Change::Data).expect("a ticket");
+    assert_eq!(layer.resize(8 * MIB, 0).expect_err("being written").kind, ErrorKind::Invalid);
+    drop(ticket);
+    layer.resize(8 * MIB, 0).expect("resized");
+}
+
+#[test]
+fn a_growth_without_space_changes_nothing_and_with_space_it_goes_on() {
+    for kind in [Kind::Dynamic, Kind::Differencing, Kind::Fixed] {
+        let sim = Sim::new();
+        let layer = new_layer(&sim, kind, 4 * MIB, 1 << 20);
+        for block in 0..4 {
+            write(&*layer, block * MIB, &vec![block as u8 + 1; 1 << 20]).expect("write");
+        }
+        layer.close().expect("close");
+        drop(layer);
+        let layer = open(&sim, Mode::Write);
+        layer.wrote();
+        let used = layer.store().allocated().expect("allocated");
+        let base = sim.root().open("base.vhd", Mode::Read).map_or(0, |base| base.allocated().expect("allocated"));
+        let mut size = 4 * MIB;
+        // Each time it comes a bit further.
+        for room in (0..).map(|page| page * 4096) {
+            sim.set_capacity(Some(used + base + room));
+            match layer.resize(300 << 30, 20 * MIB) {
+                Ok(()) => {
+                    size = 300 << 30;
+                    break;
+                }
+                Err(error) => assert_eq!(error.kind, ErrorKind::NoSpace, "{error}, {kind:?}, {room}"),
+            }
+            assert_eq!(layer.info().size, size);
+            for block in 0..4 {
+                assert_eq!(read(&*layer, block * MIB, 512, 0).expect("read"), [block as u8 + 1; 512]);
+            }
+        }
+        sim.set_capacity(None);
+        write(&*layer, 4 * MIB, &[9; 512]).expect("write");
+        layer.close().expect("close");
+        drop(layer);
+        let layer = open(&sim, Mode::Read);
+        assert_eq!(layer.info().size, size);
+        for block in 0..4 {
+            assert_eq!(read(&*layer, block * MIB, 512, 0).expect("read"), [block as u8 + 1; 512], "{kind:?}");
+        }
+        assert_eq!(read(&*layer, 4 * MIB, 1024, PARENT).expect("read"), [[9; 512], [0; 512]].concat());
+    }
+}
+
+/// A file as others make it: unaligned blocks, more entries than blocks, things that only they know of between the table and the blocks,
+/// the last block cut off where the disk ends.
+fn foreign(sim: &Sim, kind: Kind) -> (Arc<VhdLayer>, Vec<u8>) {
+    let layer = new_layer(sim, kind, 5 * MIB + 1024, 1 << 20);
+    let block = 512 + MIB as usize;
+    let mut file = bytes(&**layer.store());
+    let table = word(&file, 512 + 20) as usize;
+    file.truncate(table);
+    file[28..36].copy_from_slice(b"tap\0\0\x01\0\x03");
+    file[512 + 28..][..4].copy_from_slice(&200u32.to_be_bytes());
+    file.resize(table + 1024, 0xFF);
+    file.extend([0x77; 1024]);
+    let mut content = vec![if kind == Kind::Differencing { PARENT } else { 0 }; 5 * MIB as usize + 1024];
+    for (number, of_disk) in [2, 0, 4, 5].into_iter().enumerate() {
+        let at = table + 2048 + number * block;
+        file[table + 4 * of_disk..][..4].copy_from_slice(&(at as u32 / 512).to_be_bytes());
+        let inside = (content.len() - of_disk * MIB as usize).min(MIB as usize);
+        // All of the others' zeros, and of block 4 nothing at all.
+        let (bits, byte) = if of_disk == 4 { (0, 0) } else { (0xFF, of_disk as u8 + 1) };
+        file.resize(at + 512, bits);
+        file.resize(at + 512 + inside, byte);
+        if of_disk != 4 {
+            content[of_disk * MIB as usize..][..inside].fill(byte);
+        }
+    }
+    file.resize(file.len() + 512, 0);
+    seal(&mut file);
+    let store = Arc::clone(layer.store());
+    drop(layer);
+    store.set_len(file.len() as u64).expect("length");
+    store.write_at(&file, 0).expect("write");
+    (open(sim, Mode::Write), content)
+}
+
+#[test]
+fn a_file_that_others_made_is_ours_once_its_shape_has_changed() {
+    for kind in [Kind::Dynamic, Kind::Differencing] {
+        let fill = if kind == Kind::Differencing { PARENT } else { 0 };
+        let expect = |layer: &VhdLayer, content: &[u8], what: &str| {
+            let found = read(layer, 0, layer.info().size, fill).expect("read");
+            assert!(found == content, "{kind:?}, {what}");
+        };
+        // The last block is cut off: it moves, and another one has come behind it before.
+        let sim = Sim::new();
+        let (layer, mut content) = foreign(&sim, kind);
+        expect(&layer, &content, "as it was made");
+        write(&*layer, MIB, &[7; 512]).expect("write");
+        content[MIB as usize..][..512].fill(7);
+        layer.flush().expect("flush");
+        assert_eq!(bytes(&**layer.store())[28..32], *b"tap\0", "a write changes nothing else");
+        let table = word(&bytes(&**layer.store()), 512 + 20) as usize;
+        assert_eq!(bytes(&**layer.store())[table + 1024..][..1024], [0x77; 1024]);
+        layer.resize(130 * MIB, u64::MAX).expect("grown");
+        content.resize(130 * MIB as usize, 0);
+        expect(&layer, &content, "grown");
+        layer.close().expect("close");
+        drop(layer);
+        let layer = open(&sim, Mode::Write);
+        expect(&layer, &content, "grown and opened again");
+        assert_eq!(bytes(&**layer.store())[28..36], *b"win \0\x0atn", "old QEMU takes its size for true");
+        layer.resize(3 * MIB, 0).expect("shrunk");
+        content.truncate(3 * MIB as usize);
+        expect(&layer, &content, "shrunk");
+        drop(layer);
+        // Compacted: of block 4 there is nothing, and what is cut off stays so.
+        let sim = Sim::new();
+        let (layer, content) = foreign(&sim, kind);
+        let before = layer.store().len().expect("length");
+        assert!(layer.pack(&mut |_, _| true).expect("packed"));
+        layer.close().expect("close");
+        expect(&layer, &content, "packed");
+        assert!(layer.store().len().expect("length") < before, "{kind:?}");
+        let file = bytes(&**layer.store());
+        let table = word(&file, 512 + 20) as usize;
+        assert_eq!((word(&file, 512 + 28), word(&file, table + 16)), (6, u32::MAX), "entries, block 4");
+        drop(layer);
+        expect(&open(&sim, Mode::Read), &content, "packed and opened again");
+    }
 }

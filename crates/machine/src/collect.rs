@@ -24,7 +24,8 @@ use tokio::task::JoinHandle;
 /// A fold under way, on a thread of its own.
 #[derive(Debug)]
 pub(crate) struct Folding {
-    fold: Fold,
+    /// From the base upwards; the last one's child is what stays.
+    run: Vec<Fold>,
     task: Task,
     cancel: Arc<Cancel>,
     thread: JoinHandle<Result<Outcome, Problem>>,
@@ -33,7 +34,7 @@ pub(crate) struct Folding {
 /// How a fold ended.
 #[derive(Debug)]
 pub(crate) struct Folded {
-    fold: Fold,
+    run: Vec<Fold>,
     task: Task,
     outcome: Result<Outcome, Problem>,
 }
@@ -45,28 +46,27 @@ impl Folding {
         let outcome = (&mut running.thread).await;
         let ended = folding.take().expect("it was there, and nobody else takes it");
         let outcome = outcome.unwrap_or_else(|e| Err(Problem::failed(format!("a merge broke off: {e}"))));
-        Folded { fold: ended.fold, task: ended.task, outcome }
+        Folded { run: ended.run, task: ended.task, outcome }
     }
 }
 
 impl Owner {
     /// Does what little there is to do at once, and begins a fold if one is due.
     pub(crate) fn collect(&mut self) {
-        if self.folding.is_some() || self.resting {
-            return self.answer_waiting();
-        }
-        if let Err(problem) = self.remove_garbage() {
-            self.rest(&problem);
-        }
-        let rows = self.machine();
-        match garbage(&rows.machine).fold.first() {
-            Some(fold) if !self.resting => {
-                if let Err(problem) = self.begin_fold(&rows.machine, *fold) {
-                    self.rest(&problem);
-                    self.answer_waiting();
-                }
+        if self.folding.is_none() && !self.resting {
+            let begun = self.remove_garbage().and_then(|()| self.begin_next_fold());
+            if let Err(problem) = begun {
+                self.rest(&problem);
             }
-            _ => self.answer_waiting(),
+        }
+        self.answer_waiting();
+    }
+
+    fn begin_next_fold(&mut self) -> Result<(), Problem> {
+        let rows = self.machine();
+        match garbage(&rows.machine).run() {
+            [] => Ok(()),
+            run => self.begin_fold(&rows.machine, run.to_vec()),
         }
     }
 
@@ -76,6 +76,10 @@ impl Owner {
         log::write(&self.files, None, &format!("cleaning up rests: {problem}"));
         let words = problem.message.clone();
         self.shared.set_moment(|moment| moment.alert = Some(format!("cleaning up rests: {words}")));
+        for (task, _) in std::mem::take(&mut self.waiting) {
+            let words = format!("it is deleted, but its files could not be cleaned up: {words}");
+            self.finish(&task, &Err(Problem { message: words, ..problem.clone() }));
+        }
     }
 
     /// Deletions that wait for merging have ended when nothing more can be done.
@@ -121,27 +125,35 @@ impl Owner {
         Ok(())
     }
 
-    fn begin_fold(&mut self, machine: &Machine, fold: Fold) -> Result<(), Problem> {
-        let rows = |id: LayerId| {
+    fn begin_fold(&mut self, machine: &Machine, run: Vec<Fold>) -> Result<(), Problem> {
+        let row = |id: LayerId| {
             machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))
         };
-        let (into, child) = (rows(fold.into)?, rows(fold.child)?);
-        // While QEMU runs on this chain, the fold goes through it; its handles are made writable.
-        let chain = self.live.as_ref().and_then(|live| live.chain_of(machine, fold.child));
-        let (into_layer, child_layer) = match &mut self.live {
-            Some(live) if chain.is_some() => (live.writable(&self.files, into)?, live.writable(&self.files, child)?),
-            _ => (self.files.open_layer(into, Mode::Write)?, self.files.open_layer(child, Mode::Write)?),
+        let into = row(run[0].into)?;
+        let children = run.iter().map(|fold| row(fold.child)).collect::<Result<Vec<_>, _>>()?;
+        let top = children[children.len() - 1];
+        // While QEMU runs on this chain, the fold goes through it; the handles of what changes are made writable.
+        let chain = self.live.as_ref().and_then(|live| live.chain_of(machine, top.id));
+        let mut open = |row, mode| match &mut self.live {
+            Some(live) if chain.is_some() && mode == Mode::Write => live.writable(&self.files, row),
+            Some(live) if chain.is_some() => live.layer(row),
+            _ => self.files.open_layer(row, mode),
         };
+        let into_layer = open(into, Mode::Write)?;
+        let mode = |number| if number == 0 { Mode::Write } else { Mode::Read };
+        let layers: Vec<_> =
+            children.iter().enumerate().map(|(number, row)| open(row, mode(number))).collect::<Result<_, _>>()?;
         let task = self
             .shared
             .jobs
             .open(JobId::new(), &machine.name, "merge")
             .map_err(|_| Problem::failed("a fresh job id is taken"))?;
         task.running();
-        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", child.file, into.file));
+        let gone: Vec<String> = children.iter().map(|row| row.file.clone()).collect();
+        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), into.file));
         self.shared.set_moment(|moment| moment.doing = vec!["merging".to_owned()]);
         let cancel = Arc::<Cancel>::default();
-        let child_file = child.file.clone();
+        let (folds, top) = (run.clone(), top.id);
         let (book, steps) = (self.book.clone(), Arc::clone(&self.steps));
         let (told, stop) = (task.clone(), Arc::clone(&cancel));
         let live = chain.is_some();
@@ -150,12 +162,14 @@ impl Owner {
             let commit = || {
                 steps.at("merge:copied");
                 book.commit(|rows| {
-                    folded(&mut rows.machine, fold.into, fold.child);
+                    for fold in &folds {
+                        folded(&mut rows.machine, fold.into, fold.child);
+                    }
                     rows.insert_journal(Journal {
                         job,
                         request: serde_json::json!("merge"),
-                        files: vec![child_file],
-                        note: fold.child.to_string(),
+                        files: gone,
+                        note: top.to_string(),
                     });
                 })?;
                 steps.at("merge:committed");
@@ -167,18 +181,19 @@ impl Owner {
                 if stop.asked() || told.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             let g = uuid::Uuid::new_v4();
-            let outcome = merge::fold_down(chain.as_deref(), &child_layer, &into_layer, g, &mut progress, commit)
-                .map_err(|e| match e {
+            let outcome = merge::fold_run(chain.as_deref(), &layers, &into_layer, g, &mut progress, commit).map_err(
+                |e| match e {
                     merge::FoldError::Image(e) => image_problem(&e),
                     merge::FoldError::Commit(problem) => problem,
-                })?;
+                },
+            )?;
             // Left clean for other tools; a live leaf is closed with its chain.
             if !live {
                 into_layer.close().map_err(|e| image_problem(&e))?;
             }
             Ok(outcome)
         });
-        self.folding = Some(Folding { fold, task, cancel, thread });
+        self.folding = Some(Folding { run, task, cancel, thread });
         Ok(())
     }
 
@@ -193,12 +208,12 @@ impl Owner {
 
     /// A fold has ended.
     pub(crate) fn folded(&mut self, ended: Folded) {
-        let Folded { fold, task, outcome } = ended;
+        let Folded { run, task, outcome } = ended;
         self.shared.set_moment(|moment| moment.doing.retain(|what| what != "merging"));
         let cancelled =
             || Problem::new(crate::request::ProblemKind::Cancelled, "the merge was stopped; nothing is lost");
         let outcome = match outcome {
-            Ok(Outcome::Folded) => self.folded_well(&fold, &task),
+            Ok(Outcome::Folded) => self.folded_well(&run, &task),
             Ok(Outcome::Cancelled) => {
                 // Its user's wish holds until the tree changes again; ours is only for a moment.
                 self.resting = task.cancelled();
@@ -214,13 +229,16 @@ impl Owner {
         self.finish(&task, &outcome);
     }
 
-    fn folded_well(&mut self, fold: &Fold, task: &Task) -> Result<serde_json::Value, Problem> {
+    fn folded_well(&mut self, run: &[Fold], task: &Task) -> Result<serde_json::Value, Problem> {
         if let Some(live) = &mut self.live {
-            live.folded(fold.into, fold.child);
+            for fold in run {
+                live.folded(fold.into, fold.child);
+            }
         }
         let rows = self.machine();
-        let file = rows.machine.layers.get(&fold.child).map(|row| row.file.clone()).unwrap_or_default();
-        self.rename_parents(fold.child)?;
+        let top = run[run.len() - 1].child;
+        let file = rows.machine.layers.get(&top).map(|row| row.file.clone()).unwrap_or_default();
+        self.rename_parents(top)?;
         self.seal()?;
         if let Some(journal) = rows.journal(task.id()) {
             self.forget(journal)?;

@@ -8,11 +8,17 @@
 //!   several children   it waits, for each child reads a part of it
 //! ```
 //!
+//! What stands on each other and is to be folded is folded at once ([`Garbage::run`]): a block that was rewritten a thousand times moves
+//! once.
+//!
 //! This is the seed's "works out when it can merge and/or delete AVHD files". Nothing is remembered: after a crash the same rows
 //! give the same answer.
 
 use crate::tree::{LayerId, Machine, Now, Snapshot};
 use std::collections::{BTreeMap, BTreeSet};
+
+/// Not more layers are folded as one: they are all open meanwhile.
+const RUN: usize = 1000;
 
 /// What is to be done about the layers that nothing names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -32,6 +38,14 @@ pub struct Fold {
     pub into: LayerId,
     /// The one layer that stands on it: its row stays, its file goes.
     pub child: LayerId,
+}
+
+impl Garbage {
+    /// The first folds that can be done as one: a run of layers that stand on each other. Of each block only the topmost copy moves then.
+    pub fn run(&self) -> &[Fold] {
+        let together = self.fold.windows(2).take_while(|pair| pair[0].child == pair[1].into).count() + 1;
+        &self.fold[..together.min(self.fold.len()).min(RUN)]
+    }
 }
 
 /// What is to be done about the layers that nothing names. The rows must be sound ([`Machine::check`]).
@@ -99,16 +113,15 @@ fn removable(
     remove
 }
 
-/// All layers, each after the one that it stands on. A run of foldable layers is folded from its base upwards: each block then
-/// moves into the base's file once for each layer that holds it, and never on a detour through the layers between.
+/// All layers, each after the one that it stands on, and right after it where that is possible: the folds of a run are neighbours
+/// (see [`Garbage::run`]), and go from its base upwards.
 fn from_the_base(machine: &Machine) -> Vec<LayerId> {
     let children = machine.children();
-    let mut order: Vec<LayerId> =
-        machine.layers.values().filter(|row| row.parent.is_none()).map(|row| row.id).collect();
-    let mut next = 0;
-    while let Some(id) = order.get(next) {
-        order.extend(children.get(id).into_iter().flatten());
-        next += 1;
+    let mut order = Vec::new();
+    let mut open: Vec<LayerId> = machine.layers.values().filter(|row| row.parent.is_none()).map(|row| row.id).collect();
+    while let Some(id) = open.pop() {
+        order.push(id);
+        open.extend(children.get(&id).into_iter().flatten());
     }
     order
 }

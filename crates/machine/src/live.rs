@@ -279,6 +279,14 @@ impl Live {
         Ok(Arc::clone(&served.handles[at].layer))
     }
 
+    /// A layer as it is served.
+    pub(crate) fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+        let mut handles = self.disks.served.values().flat_map(|served| &served.handles);
+        let handle = handles.find(|handle| handle.id == row.id);
+        let handle = handle.ok_or_else(|| Problem::failed(format!("{} is not being served", row.file)))?;
+        Ok(Arc::clone(&handle.layer))
+    }
+
     /// A layer's content lies in `into`'s file now, which has taken its id.
     pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
         for served in self.disks.served.values_mut() {

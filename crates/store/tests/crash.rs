@@ -289,3 +289,19 @@ fn the_same_seed_is_the_same_crash() {
     assert_ne!(digests(1), digests(2));
     assert!(digests(1).iter().collect::<BTreeSet<_>>().len() > 25);
 }
+
+/// What a file holds besides holes is found, wherever one begins to look.
+#[test]
+fn holes_are_told_from_data() {
+    let file = Sim::new().root().create("a").expect("create");
+    file.set_len(100_000).expect("length");
+    assert_eq!(file.data(0).expect("data"), None);
+    file.write_at(&[1; 10], 5000).expect("write");
+    file.write_at(&[2; 9000], 16_000).expect("write");
+    let found: Vec<_> = [0, 4096, 5000, 8192, 20_000].iter().map(|at| file.data(*at).expect("data")).collect();
+    let first = Some((4096, 8192));
+    assert_eq!(found, [first, first, Some((5000, 8192)), Some((12_288, 28_672)), Some((20_000, 28_672))]);
+    assert_eq!(file.data(28_672).expect("data"), None);
+    file.punch(4096, 4096).expect("punch");
+    assert_eq!(file.data(0).expect("data"), Some((12_288, 28_672)));
+}

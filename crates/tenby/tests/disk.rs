@@ -119,9 +119,10 @@ fn a_comparison_says_where_and_ends_with_1() {
 fn a_disk_grows_and_shrinks_as_far_as_it_is_empty() {
     let place = Place::new();
     raw(&place, "a.raw", 8 * MIB, &[(3 * MIB, &[9; 1000])]);
-    for file in ["a.vhdx", "a.raw"] {
-        if file == "a.vhdx" {
-            tenby(&place, &["disk", "convert", "a.raw", "a.vhdx"]).well();
+    for file in ["a.vhdx", "a.vhd", "fixed.vhd", "a.raw"] {
+        let kind = if file == "fixed.vhd" { "fixed" } else { "dynamic" };
+        if file != "a.raw" {
+            tenby(&place, &["disk", "convert", "a.raw", file, "--type", kind]).well();
         }
         let before = hash(&place, file);
         assert_eq!(json(&place, &["disk", "resize", file, "100M"])["size"], 100 * MIB);
@@ -136,6 +137,12 @@ fn a_disk_grows_and_shrinks_as_far_as_it_is_empty() {
     assert_eq!(json(&place, &["disk", "info", "a.vhdx"])["size"], 2000_u64 << 30);
     tenby(&place, &["disk", "resize", "a.vhdx", "8M"]).well();
     assert!(tenby(&place, &["disk", "compare", "a.vhdx", "a.raw"]).well().out.contains("same"));
+    tenby(&place, &["disk", "resize", "a.vhd", "2040G"]).well();
+    let refused = tenby(&place, &["disk", "resize", "a.vhd", "2041G"]).with(3);
+    assert!(refused.err.contains("hint: tenby disk convert a.vhd a.vhdx"), "{refused:?}");
+    tenby(&place, &["disk", "resize", "a.vhd", "8M"]).well();
+    assert!(tenby(&place, &["disk", "compare", "a.vhd", "a.raw"]).well().out.contains("same"));
+    assert_eq!(fs::metadata(place.path("fixed.vhd")).unwrap().len(), 8 * MIB + 512);
 }
 
 #[test]
@@ -165,7 +172,8 @@ fn a_compaction_gives_space_back_and_changes_nothing() {
     raw(&place, "a.raw", 64 * MIB, &[(0, &vec![1; 8 * MIB as usize]), (40 * MIB, &[2; 4096])]);
     tenby(&place, &["disk", "convert", "a.raw", "a.vhdx", "--type", "fixed", "--dense"]).well();
     tenby(&place, &["disk", "convert", "a.vhdx", "b.vhdx"]).well();
-    for file in ["a.vhdx", "b.vhdx"] {
+    tenby(&place, &["disk", "convert", "a.vhdx", "c.vhd", "--dense"]).well();
+    for file in ["a.vhdx", "b.vhdx", "c.vhd"] {
         let (before, id) = (hash(&place, file), json(&place, &["disk", "info", file])["id"].clone());
         let compacted = json(&place, &["disk", "compact", file]);
         assert!(compacted["bytes"].as_u64().unwrap() < 16 * MIB, "{compacted}");
@@ -205,7 +213,7 @@ fn a_merge_leaves_one_file_that_holds_all() {
 }
 
 #[test]
-fn vhd_is_compared_merged_and_compacted_too_but_keeps_its_size() {
+fn vhd_is_compared_merged_compacted_and_resized_too() {
     let place = Place::new();
     raw(&place, "a.raw", 8 * MIB, &[(3 * MIB, &[1; 4096])]);
     tenby(&place, &["disk", "convert", "a.raw", "base.vhd"]).well();
@@ -216,8 +224,21 @@ fn vhd_is_compared_merged_and_compacted_too_but_keeps_its_size() {
     tenby(&place, &["disk", "merge", "child.avhd"]).well();
     tenby(&place, &["disk", "compact", "base.vhd"]).well();
     tenby(&place, &["disk", "compare", "base.vhd", "a.raw"]).well();
-    let refused = tenby(&place, &["disk", "resize", "base.vhd", "16M"]).with(3);
-    assert!(refused.err.contains("hint: tenby disk convert base.vhd base.vhdx"), "{refused:?}");
+    // A child of another size, and a grandchild.
+    tenby(&place, &["disk", "create", "child.avhd", "--parent", "base.vhd"]).well();
+    tenby(&place, &["disk", "resize", "child.avhd", "700M"]).well();
+    assert!(fs::metadata(place.path("child.avhd")).unwrap().len() < MIB, "what nothing shows through takes no place");
+    tenby(&place, &["disk", "create", "grandchild.avhd", "--parent", "child.avhd"]).well();
+    tenby(&place, &["disk", "resize", "grandchild.avhd", "6M"]).well();
+    let before = hash(&place, "grandchild.avhd");
+    tenby(&place, &["disk", "merge", "grandchild.avhd"]).well();
+    assert_eq!(
+        (hash(&place, "child.avhd"), &json(&place, &["disk", "info", "child.avhd"])["size"]),
+        (before.clone(), &(6 * MIB).into())
+    );
+    tenby(&place, &["disk", "merge", "child.avhd"]).well();
+    assert_eq!(hash(&place, "base.vhd"), before);
+    tenby(&place, &["disk", "check", "base.vhd"]).well();
 }
 
 #[test]

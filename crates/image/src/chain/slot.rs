@@ -61,9 +61,9 @@ impl Slot {
     }
 
     /// Makes the layer's disk `size` bytes; see [`Layer::resize`].
-    pub(crate) fn resize(&self, size: u64) -> Result<()> {
+    pub(crate) fn resize(&self, size: u64, beneath: u64) -> Result<()> {
         self.trusted()?;
-        self.layer.resize(size)?;
+        self.layer.resize(size, beneath)?;
         self.size.store(size, Ordering::SeqCst);
         Ok(())
     }

@@ -58,9 +58,32 @@ impl Space {
         Self { footer_at, next: end, fresh: footer_at, returned: Vec::new(), gaps: Vec::new(), block }
     }
 
-    /// Makes a stretch of the file free that lies before the end of what is used: what a crash left behind, or room that was kept.
-    pub(crate) fn add_gap(&mut self, gap: Range<u64>) {
-        self.gaps.extend((gap.end - gap.start >= MIN_GAP).then_some(gap));
+    /// Makes what lies between the stretches of `used` free: what a crash left behind, or room that was kept. Before the table, at
+    /// `front`, small gaps count too: a header goes there.
+    pub(crate) fn with_gaps(mut self, mut used: Vec<Range<u64>>, front: u64) -> Self {
+        used.sort_unstable_by_key(|place| place.start);
+        let mut at = 0;
+        for place in used {
+            if place.start >= at + MIN_GAP || (at < place.start && place.start <= front) {
+                self.gaps.push(at..place.start);
+            }
+            at = at.max(place.end.next_multiple_of(SECTOR));
+        }
+        self
+    }
+
+    /// The same space when something else is used. The file has not changed.
+    pub(crate) fn around(&self, used: Vec<Range<u64>>, front: u64) -> Self {
+        let end = used.iter().map(|place| place.end).max().unwrap_or(0).next_multiple_of(SECTOR);
+        let (bitmap, block) = self.block;
+        // What was handed out may have been written.
+        let fresh = self.fresh.max(self.next);
+        Self { fresh, ..Self::new(self.footer_at, end, bitmap, block) }.with_gaps(used, front)
+    }
+
+    /// Whether there is room for a header of `length` bytes before `front`.
+    pub(crate) fn has_room(&self, length: u64, front: u64) -> bool {
+        self.gaps.iter().any(|gap| gap.end - gap.start >= length && gap.end <= front)
     }
 
     /// Takes a place for a block and its bitmap out of a gap.
@@ -96,6 +119,11 @@ impl Space {
         });
     }
 
+    /// The end of everything that was handed out.
+    pub(crate) fn end(&self) -> u64 {
+        self.next
+    }
+
     /// Where the footer lies that the file ends with.
     pub(crate) fn footer_at(&self) -> u64 {
         self.footer_at
@@ -104,6 +132,27 @@ impl Space {
     /// The place, at `from` or behind, of something whose first `head` bytes stand before an aligned rest.
     fn fit(from: u64, head: u64) -> u64 {
         (from + head).next_multiple_of(ALIGNMENT) - head
+    }
+
+    /// Whether data that begins at `at` is where we would put it.
+    pub(crate) fn is_aligned(at: u64) -> bool {
+        at.is_multiple_of(ALIGNMENT)
+    }
+
+    /// Places for blocks with their bitmaps between the stretches of `used`, the lowest first: aligned, or at any sector.
+    pub(crate) fn holes(mut used: Vec<Range<u64>>, bitmap: u64, block: u64, aligned: bool) -> Vec<u64> {
+        let fit = |from: u64| if aligned { Self::fit(from, bitmap) } else { from };
+        used.sort_unstable_by_key(|place| place.start);
+        let (mut holes, mut at) = (Vec::new(), 0);
+        for place in used {
+            let mut hole = fit(at);
+            while hole + bitmap + block <= place.start {
+                holes.push(hole);
+                hole = fit(hole + bitmap + block);
+            }
+            at = at.max(place.end.next_multiple_of(SECTOR));
+        }
+        holes
     }
 
     /// A place for a block and its bitmap. `footer` is written if the file has to grow. If it cannot, nothing has changed.
@@ -115,9 +164,9 @@ impl Space {
         self.place(store, footer, bitmap, block)
     }
 
-    /// Takes back a block's place that nobody has used.
-    pub(crate) fn give(&mut self, at: u64) {
-        self.returned.push(at);
+    /// Takes back places of blocks that nobody uses any more.
+    pub(crate) fn give(&mut self, places: impl IntoIterator<Item = u64>) {
+        self.returned.extend(places);
     }
 
     /// A place for `head` and `body` bytes, both whole sectors, of which the body is aligned.
@@ -150,6 +199,15 @@ impl Space {
         }
     }
 
+    /// Makes the file reach `need`: no further, unlike what grows for blocks. The footer is not synced.
+    pub(crate) fn reach(&mut self, store: &dyn Store, footer: &Footer, need: u64) -> Result<()> {
+        if need <= self.footer_at {
+            return Ok(());
+        }
+        // Not over the old one: the file's end has a whole footer at every moment.
+        self.move_footer(store, footer, need.max((self.footer_at + SECTOR).next_multiple_of(SECTOR)))
+    }
+
     fn move_footer(&mut self, store: &dyn Store, footer: &Footer, at: u64) -> Result<()> {
         if let Err(error) = store.write_at(footer.bytes(), at) {
             // A part of a footer must not be the file's end.
@@ -160,10 +218,12 @@ impl Space {
         Ok(())
     }
 
-    /// Cuts off what the file grew ahead of need: the footer is written, and durable, before the file is cut behind it.
-    pub(crate) fn trim(&mut self, store: &dyn Store, footer: &Footer) -> Result<()> {
-        let at = self.next.next_multiple_of(SECTOR);
-        if at >= self.footer_at {
+    /// Cuts the file behind `end`: the footer is written there, and durable, before that. The space is of no use afterwards, but for a
+    /// fixed disk, which has none.
+    pub(crate) fn trim(&mut self, store: &dyn Store, footer: &Footer, end: u64) -> Result<()> {
+        let at = end.next_multiple_of(SECTOR);
+        // Not over a part of the old one: it counts until the new one is durable.
+        if at + SECTOR > self.footer_at {
             return Ok(());
         }
         store.write_at(footer.bytes(), at)?;
@@ -202,7 +262,7 @@ mod tests {
             assert_eq!(store.len().unwrap(), space.footer_at() + 512);
         }
         assert!(space.footer_at() > end);
-        space.trim(&*store, &footer()).unwrap();
+        space.trim(&*store, &footer(), end).unwrap();
         assert_eq!(store.len().unwrap(), end + 512);
     }
 
@@ -222,8 +282,7 @@ mod tests {
     #[test]
     fn headers_take_turns_in_the_room_that_is_kept() {
         let store = Sim::new().root().create("disk").unwrap();
-        let mut space = Space::new(8192, 8192, 512, BLOCK);
-        space.add_gap(2560..8192);
+        let mut space = Space::new(8192, 8192, 512, BLOCK).with_gaps(vec![8192..8704, 0..2560], 8192);
         let first = space.header(&*store, &footer(), 2560).unwrap();
         assert_eq!(first, 2560);
         space.give_header(&[512..1536, 1536..2560]);
@@ -237,11 +296,21 @@ mod tests {
     #[test]
     fn what_a_crash_left_is_used_again() {
         let store = Sim::new().root().create("disk").unwrap();
-        let mut space = Space::new(4 * BLOCK, 4 * BLOCK, 512, BLOCK);
-        space.add_gap(100 * 512..2 * BLOCK);
+        let used = vec![0..100 * 512, 2 * BLOCK..4 * BLOCK];
+        let mut space = Space::new(4 * BLOCK, 4 * BLOCK, 512, BLOCK).with_gaps(used, 100 * 512);
         let place = space.block(&*store, &footer()).unwrap();
         assert!(place.stale && place.at + 512 + BLOCK <= 2 * BLOCK && (place.at + 512).is_multiple_of(ALIGNMENT));
         assert!(!space.block(&*store, &footer()).unwrap().stale);
+    }
+
+    #[test]
+    fn holes_are_found_between_what_is_used() {
+        let used = || vec![5 * BLOCK..6 * BLOCK, 0..2048, 2048 + 2 * (BLOCK + 512)..2048 + 2 * (BLOCK + 512) + 512];
+        let anywhere = Space::holes(used(), 512, BLOCK, false);
+        assert_eq!(anywhere[..2], [2048, 2048 + BLOCK + 512]);
+        let aligned = Space::holes(used(), 512, BLOCK, true);
+        assert_eq!((aligned[0], aligned.len()), (4096 - 512, anywhere.len() - 1));
+        assert!(aligned.iter().all(|at| Space::is_aligned(at + 512) && at + 512 + BLOCK <= 5 * BLOCK));
     }
 
     #[test]

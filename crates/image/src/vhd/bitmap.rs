@@ -5,6 +5,7 @@
 
 use super::bat::Geometry;
 use super::format::SECTOR;
+use crate::cells::Cells;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -32,18 +33,17 @@ type Group = Box<[OnceLock<Words>]>;
 pub(crate) struct Bitmaps {
     /// Bytes of one.
     bytes: u64,
-    groups: Box<[OnceLock<Group>]>,
+    groups: Cells<Group>,
 }
 
 impl Bitmaps {
     /// Bitmaps of which none is loaded.
     pub(crate) fn new(geometry: &Geometry) -> Self {
-        let groups = geometry.blocks().div_ceil(GROUP);
-        Self { bytes: geometry.bitmap(), groups: (0..groups).map(|_| OnceLock::new()).collect() }
+        Self { bytes: geometry.bitmap(), groups: Cells::new() }
     }
 
     fn get(&self, block: u64) -> Option<&Words> {
-        self.groups[(block / GROUP) as usize].get()?[(block % GROUP) as usize].get()
+        self.groups.get(block / GROUP)?[(block % GROUP) as usize].get()
     }
 
     /// Whether a block's bitmap is in memory.
@@ -54,14 +54,17 @@ impl Bitmaps {
     /// Takes a bitmap over, unless it is in memory already: then what is in memory is newer.
     pub(crate) fn load(&self, block: u64, bytes: &[u8]) {
         debug_assert_eq!(bytes.len() as u64, self.bytes);
-        let group = self.groups[(block / GROUP) as usize].get_or_init(|| (0..GROUP).map(|_| OnceLock::new()).collect());
+        let group = self.groups.get_or_init(block / GROUP, || (0..GROUP).map(|_| OnceLock::new()).collect());
         let words = bytes.chunks_exact(8).map(|word| u64::from_be_bytes(word.try_into().expect("chunks of eight")));
         let _ = group[(block % GROUP) as usize].set(words.map(AtomicU64::new).collect());
     }
 
-    /// The bitmap of a block that has just been placed.
+    /// The bitmap of a block that gets a place, whatever it was in an earlier life of the block.
     pub(crate) fn create(&self, block: u64, set: bool) {
         self.load(block, &vec![if set { 0xFF } else { 0 }; self.bytes as usize]);
+        for word in self.get(block).into_iter().flatten() {
+            word.store(if set { u64::MAX } else { 0 }, Ordering::SeqCst);
+        }
     }
 
     fn word(&self, block: u64, bit: u64) -> u64 {

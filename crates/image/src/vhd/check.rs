@@ -29,9 +29,9 @@ const USUAL_HEADER_AT: u64 = SECTOR;
 /// The bytes of a footer that say something; the rest is reserved.
 const TELLING: usize = 84;
 
-/// Whether a file without the signature of a VHD is one all the same: it has a header.
+/// Whether a file without the signature of a VHD is one all the same: it has a header, or a footer before nothing but zeros.
 pub(crate) fn looks_like_one(store: &dyn Store) -> Result<bool> {
-    Ok(padded(store, USUAL_HEADER_AT, HEADER_COOKIE.len())? == HEADER_COOKIE)
+    Ok(padded(store, USUAL_HEADER_AT, HEADER_COOKIE.len())? == HEADER_COOKIE || footer::before_zeros(store)?.is_some())
 }
 
 /// Everything that is wrong with a VHD, and what would mend it.
@@ -352,6 +352,10 @@ impl Exam {
     fn footers(&mut self, found: &Found, kind: Kind) -> Result<()> {
         self.footer_notes(found);
         let mut tail_at = found.tail;
+        if let Some(tail) = found.tail.filter(|tail| kind == Kind::Fixed && self.length > tail + SECTOR) {
+            // Where the file ends, but not over the one that is there.
+            tail_at = Some(((self.length - SECTOR) / SECTOR * SECTOR).max((tail + SECTOR).next_multiple_of(SECTOR)));
+        }
         let broken = if found.sealed { self.copies(found, kind)? } else { self.unsealed(found, kind)? };
         if tail_at.is_none() && !self.cut {
             tail_at = Some(self.place_for_tail(&found.footer)?);
@@ -385,6 +389,17 @@ impl Exam {
             let remedy = cannot("something else that is cut off by the file's end belongs where it was");
             self.damage("footer", "the footer at the end", "the footer is missing", good, remedy);
             return Ok(false);
+        }
+        if !found.tail_sound && kind == Kind::Fixed {
+            let what = if found.tail.is_some_and(|tail| tail + SECTOR > self.length) {
+                "the footer's last bytes, which are zeros, are missing"
+            } else {
+                "nothing but zeros lie behind the footer: the file was cut off while it grew, or was padded"
+            };
+            let effect = "none here; other programs take the file for raw bytes";
+            let remedy = mend("the footer is written again where the file ends");
+            self.damage("footer", "the footer at the end", what, effect, remedy);
+            return Ok(true);
         }
         if !found.tail_sound {
             let what = if found.tail.is_none() { "the footer is missing" } else { "the footer is destroyed" };

@@ -104,7 +104,7 @@ fn create_fixed(store: Arc<dyn Store>, size: u64) -> Result<Arc<VhdLayer>> {
     let footer = Footer::new(Kind::Fixed, size, Uuid::new_v4(), NOWHERE);
     store.write_at(footer.bytes(), size)?;
     store.sync()?;
-    Ok(layer(store, &footer, Kind::Fixed, None, Bat::new(0), Space::new(size, size, 0, 0)))
+    Ok(layer(store, &footer, Kind::Fixed, None, Bat::new(), Space::new(size, size, 0, 0)))
 }
 
 fn create_sparse(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdLayer>> {
@@ -119,7 +119,7 @@ fn create_sparse(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdLaye
     header.place_table(table_at);
     let end = table_at + geometry.table();
     let footer = Footer::new(*kind, *size, Uuid::new_v4(), HEADER_AT);
-    let bat = Bat::new(geometry.blocks());
+    let bat = Bat::new();
     store.write_at(footer.bytes(), end)?;
     for sector in 0..geometry.table() / SECTOR {
         store.write_at(&bat.sector(sector), table_at + sector * SECTOR)?;
@@ -127,8 +127,8 @@ fn create_sparse(store: Arc<dyn Store>, options: &Options) -> Result<Arc<VhdLaye
     store.write_at(&header.encode(HEADER_AT), HEADER_AT)?;
     store.write_at(footer.bytes(), 0)?;
     store.sync()?;
-    let mut space = Space::new(end, end, geometry.bitmap(), geometry.block);
-    space.add_gap(room..table_at);
+    let space = Space::new(end, end, geometry.bitmap(), geometry.block);
+    let space = space.with_gaps(vec![0..room, table_at..end], table_at);
     Ok(layer(store, &footer, *kind, Some(header), bat, space))
 }
 

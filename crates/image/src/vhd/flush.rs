@@ -1,11 +1,12 @@
 //! Making what was committed durable, and changing the ids.
 
 use super::footer::Footer;
-use super::format::SECTOR;
+use super::format::{HEADER_BYTES, SECTOR};
 use super::parent::{Fault, Header};
 use super::{Inner, Meta, lock};
 use crate::layer::{Kind, ParentLink};
 use crate::{ErrorKind, Result};
+use std::ops::Range;
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
 
@@ -18,12 +19,23 @@ pub(crate) struct Session {
     pub(crate) identified: bool,
 }
 
+/// How much of a header is written anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Put {
+    /// With its locators' data.
+    Whole,
+    /// Alone: the locators' data stays where it is.
+    Alone,
+}
+
 /// What one flush makes durable: file offsets and bytes.
 struct Capture {
     /// Bitmaps of blocks that the table in the file does not name yet.
     placed: Vec<(u64, Vec<u8>)>,
     /// Sectors of bitmaps and of the table: what exposes data. Each is sound without the others.
     exposing: Vec<(u64, Vec<u8>)>,
+    /// Stretches that no entry of the table names any more.
+    freed: Vec<Range<u64>>,
 }
 
 impl Inner {
@@ -40,6 +52,10 @@ impl Inner {
         let mut meta = lock(&self.meta);
         let id = if session.identified { meta.footer.id() } else { Uuid::new_v4() };
         if !(session.identified && meta.head_sound && meta.tail_sound) {
+            if self.shape.kind == Kind::Fixed && !meta.tail_sound {
+                // Zeros behind the footer: it was cut off while it grew.
+                self.poison_on_error(self.store.set_len(meta.space.footer_at() + SECTOR).map_err(Into::into))?;
+            }
             let footer = meta.footer.with(id, meta.footer.header_at());
             self.poison_on_error(self.put_footers(&mut meta, &footer))?;
         }
@@ -61,10 +77,10 @@ impl Inner {
 
     /// Replaces the footer, durably: both copies, one after the other, so that a whole one is there at every moment. A copy that is
     /// not sound goes first. Else the one at the end does: it counts.
-    fn put_footers(&self, meta: &mut Meta, footer: &Footer) -> Result<()> {
+    pub(super) fn put_footers(&self, meta: &mut Meta, footer: &Footer) -> Result<()> {
         let (head, tail) = (0, meta.space.footer_at());
         let both = if meta.tail_sound && !meta.head_sound { [head, tail] } else { [tail, head] };
-        for at in both.into_iter().filter(|at| *at == tail || self.geometry.kind != Kind::Fixed) {
+        for at in both.into_iter().filter(|at| *at == tail || self.shape.kind != Kind::Fixed) {
             self.store.write_at(footer.bytes(), at)?;
             self.store.sync()?;
         }
@@ -81,30 +97,44 @@ impl Inner {
         self.check_sound()?;
         // Taken before the sync: what is written from here on is the next flush's.
         let wrote = self.wrote.swap(false, Ordering::AcqRel);
-        let capture = self.capture();
+        let capture = self.capture(&mut lock(&self.meta));
         if !wrote && capture.exposing.is_empty() {
             return Ok(());
         }
-        self.poison_on_error(self.write_out(&capture))
+        self.poison_on_error(self.write_out(&capture))?;
+        self.release(capture.freed, &mut lock(&self.meta));
+        Ok(())
+    }
+
+    /// Makes what was committed durable by somebody who uses the layer alone, and has taken the session's lock.
+    pub(super) fn flush_alone(&self, meta: &mut Meta) -> Result<()> {
+        let capture = self.capture(meta);
+        self.poison_on_error(self.write_out(&capture))?;
+        self.release(capture.freed, meta);
+        Ok(())
+    }
+
+    /// Gives what no entry in the file names any more back to the file system, and the places of whole blocks to others. Where that
+    /// cannot be done they are lost until the image is opened again; nothing else depends on them.
+    fn release(&self, freed: Vec<Range<u64>>, meta: &mut Meta) {
+        let punched = freed.into_iter().filter(|place| self.store.punch(place.start, place.end - place.start).is_ok());
+        let whole = self.shape.bitmap() + self.shape.block;
+        meta.space.give(punched.filter(|place| place.end - place.start == whole).map(|place| place.start));
     }
 
     /// Takes over everything that was committed and is not durable. Only committed tickets have set bits and entries, so that their
     /// data is in the file already and the sync that follows covers it.
-    fn capture(&self) -> Capture {
-        let mut meta = lock(&self.meta);
-        let placed = std::mem::take(&mut meta.placed).into_iter().map(|block| {
-            let place = self.bat.get(block).expect("a block that was placed has a place");
-            (place, self.bitmaps.bytes(block))
-        });
-        let placed = placed.collect();
-        let bitmaps = std::mem::take(&mut meta.dirty_bitmaps).into_iter().map(|at| {
-            let place = self.bat.get(at.block).expect("a bitmap that was changed has a place");
-            (place + at.sector * SECTOR, self.bitmaps.sector(at))
-        });
+    fn capture(&self, meta: &mut Meta) -> Capture {
+        // A block may have lost its place meanwhile.
+        let placed = std::mem::take(&mut meta.placed).into_iter();
+        let placed = placed.filter_map(|block| Some((self.bat.get(block)?, self.bitmaps.bytes(block)))).collect();
+        let bitmaps = std::mem::take(&mut meta.dirty_bitmaps).into_iter();
+        let bitmaps =
+            bitmaps.filter_map(|at| Some((self.bat.get(at.block)? + at.sector * SECTOR, self.bitmaps.sector(at))));
         let bat = std::mem::take(&mut meta.dirty_bat)
             .into_iter()
             .map(|sector| (self.table_at + sector * SECTOR, self.bat.sector(sector)));
-        Capture { placed, exposing: bitmaps.chain(bat).collect() }
+        Capture { placed, exposing: joined(bitmaps.chain(bat)), freed: std::mem::take(&mut meta.freed) }
     }
 
     fn write_out(&self, capture: &Capture) -> Result<()> {
@@ -127,30 +157,17 @@ impl Inner {
     pub(crate) fn relink(&self, data_id: Option<Uuid>, parent: Option<&ParentLink>) -> Result<()> {
         self.check_writable()?;
         let mut session = lock(&self.session);
-        let mut header = session.header.clone();
-        if let Some(link) = parent {
-            let header = header.as_mut().filter(|_| self.geometry.differencing());
-            let header = header
-                .ok_or_else(|| self.error(ErrorKind::Invalid, "only a differencing image has a parent to name"))?;
-            header.relink(link).map_err(|(kind, message): Fault| self.error(kind, message))?;
-        }
         let mut meta = lock(&self.meta);
         let id = data_id.unwrap_or(meta.footer.id());
-        let mut header_at = meta.footer.header_at();
-        if let (Some(header), Some(_)) = (&mut header, parent) {
-            let footer = meta.footer;
-            header_at = self.poison_on_fault(meta.space.header(&*self.store, &footer, header.length()))?;
-            let written = self.store.write_at(&header.encode(header_at), header_at).and_then(|()| self.store.sync());
-            self.poison_on_error(written.map_err(Into::into))?;
-        }
-        let footer = meta.footer.with(id, header_at);
-        if footer != meta.footer || parent.is_some() {
+        let footer = meta.footer.with(id, meta.footer.header_at());
+        if let Some(link) = parent {
+            let header = session.header.clone().filter(|_| self.shape.differencing());
+            let mut header = header
+                .ok_or_else(|| self.error(ErrorKind::Invalid, "only a differencing image has a parent to name"))?;
+            header.relink(link).map_err(|(kind, message): Fault| self.error(kind, message))?;
+            self.put_header(&mut session, &mut meta, header, Put::Whole, &footer)?;
+        } else if footer != meta.footer {
             self.poison_on_error(self.put_footers(&mut meta, &footer))?;
-        }
-        if parent.is_some() {
-            let old = std::mem::replace(&mut session.header, header);
-            let old = old.as_ref().filter(|_| meta.footer.is_ours());
-            meta.space.give_header(old.map_or(&[], Header::places));
         }
         session.identified |= data_id.is_some();
         let mut ids = lock(&self.ids);
@@ -161,17 +178,66 @@ impl Inner {
         Ok(())
     }
 
+    /// Replaces header and footer as one: a new header is written beside the old one, and the footer names it.
+    pub(super) fn put_header(
+        &self,
+        session: &mut Session,
+        meta: &mut Meta,
+        mut header: Header,
+        put: Put,
+        footer: &Footer,
+    ) -> Result<()> {
+        let length = if put == Put::Whole { header.length() } else { HEADER_BYTES };
+        let now = meta.footer;
+        let at = self.poison_on_fault(meta.space.header(&*self.store, &now, length))?;
+        let bytes = if put == Put::Whole { header.encode(at) } else { header.encode_alone(at) };
+        let written = self.store.write_at(&bytes, at).and_then(|()| self.store.sync());
+        self.poison_on_fault(written.map_err(Into::into))?;
+        self.poison_on_error(self.put_footers(meta, &footer.with(footer.id(), at)))?;
+        let kept = header.places().to_vec();
+        let old = session.header.replace(header);
+        // Others may keep something beside their headers, of which we do not know.
+        if let Some(old) = old.filter(|_| meta.footer.is_ours()) {
+            let given: Vec<_> = old.places().iter().filter(|place| !kept.contains(place)).cloned().collect();
+            meta.space.give_header(&given);
+        }
+        Ok(())
+    }
+
     /// See [`crate::Layer::close`].
     pub(crate) fn close(&self) -> Result<()> {
         if !self.writable || self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
         self.flush()?;
+        let session = lock(&self.session);
         let mut meta = lock(&self.meta);
-        if self.started.load(Ordering::Acquire) && self.geometry.kind != Kind::Fixed {
-            let footer = meta.footer;
-            self.poison_on_error(meta.space.trim(&*self.store, &footer))?;
+        if !self.started.load(Ordering::Acquire) {
+            return Ok(());
         }
-        Ok(())
+        let footer = meta.footer;
+        let end = match self.shape.kind {
+            // Others may keep something in their files, of which we do not know.
+            Kind::Fixed if !footer.is_ours() => return Ok(()),
+            _ if !footer.is_ours() => meta.space.end(),
+            Kind::Fixed => self.geometry().size,
+            Kind::Dynamic | Kind::Differencing => self.end(&session),
+        };
+        self.poison_on_error(meta.space.trim(&*self.store, &footer, end))
     }
+}
+
+/// A write is no longer than this, in bytes.
+const LONGEST: usize = 1 << 20;
+
+/// Writes of neighbouring sectors as one.
+fn joined(writes: impl Iterator<Item = (u64, Vec<u8>)>) -> Vec<(u64, Vec<u8>)> {
+    let mut out: Vec<(u64, Vec<u8>)> = Vec::new();
+    for (at, bytes) in writes {
+        match out.last_mut() {
+            Some((start, last)) if *start + last.len() as u64 == at && last.len() < LONGEST => last.extend(bytes),
+            _ => out.push((at, bytes)),
+        }
+    }
+    out
 }

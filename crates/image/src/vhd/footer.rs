@@ -4,8 +4,8 @@
 //! the end moves whenever the file grows.
 
 use super::format::{
-    CREATOR, FEATURES, FOOTER_CHECKSUM, FOOTER_COOKIE, HOST, KIND_DIFFERENCING, KIND_DYNAMIC, KIND_FIXED, RawFooter,
-    SECTOR, VERSION, checksum, geometry, now,
+    CREATOR, CREATOR_VERSION, FEATURES, FOOTER_CHECKSUM, FOOTER_COOKIE, HOST, KIND_DIFFERENCING, KIND_DYNAMIC,
+    KIND_FIXED, RawFooter, SECTOR, VERSION, checksum, geometry, now,
 };
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
@@ -26,12 +26,8 @@ impl Footer {
         raw.version = VERSION.into();
         raw.data_offset = header_at.into();
         raw.timestamp = now().into();
-        raw.creator = CREATOR;
-        raw.creator_version = VERSION.into();
         raw.host = HOST;
-        (raw.original_size, raw.size) = (size.into(), size.into());
-        let (cylinders, heads, sectors) = geometry(size);
-        (raw.cylinders, raw.heads, raw.sectors) = (cylinders.into(), heads, sectors);
+        raw.original_size = size.into();
         raw.kind = match kind {
             Kind::Fixed => KIND_FIXED,
             Kind::Dynamic => KIND_DYNAMIC,
@@ -39,7 +35,7 @@ impl Footer {
         }
         .into();
         raw.id = id.into_bytes();
-        Self(raw).sealed()
+        Self(raw).resized(size)
     }
 
     fn sealed(mut self) -> Self {
@@ -52,6 +48,20 @@ impl Footer {
         self.0.id = id.into_bytes();
         self.0.data_offset = header_at.into();
         self.sealed()
+    }
+
+    /// The same in a file that is ours from now on: what others kept in it beside what the format says counts no more.
+    pub(crate) fn adopted(mut self) -> Self {
+        (self.0.creator, self.0.creator_version) = (CREATOR, CREATOR_VERSION.into());
+        self.sealed()
+    }
+
+    /// The same with another size, in a file that is ours from now on: readers take the size of some creators from the geometry.
+    pub(crate) fn resized(mut self, size: u64) -> Self {
+        self.0.size = size.into();
+        let (cylinders, heads, sectors) = geometry(size);
+        (self.0.cylinders, self.0.heads, self.0.sectors) = (cylinders.into(), heads, sectors);
+        self.adopted()
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
@@ -75,7 +85,7 @@ impl Footer {
 
     /// Whether we made the file: then nothing is in it that we do not know.
     pub(crate) fn is_ours(&self) -> bool {
-        self.0.creator == CREATOR
+        (self.0.creator, self.0.creator_version.get()) == (CREATOR, CREATOR_VERSION)
     }
 
     /// Fixed, dynamic or differencing; what else the number may be.
@@ -170,10 +180,43 @@ pub(crate) fn find(store: &dyn Store) -> Result<Found> {
         (None, Some(footer), ..) => Ok(found(footer, false)),
         (None, None, Some((footer, _)), _) => Ok(found(footer, true)),
         (None, None, None, Some(footer)) => Ok(found(footer, false)),
-        (None, None, None, None) => Err(Error::new(
-            ErrorKind::Damaged,
-            store.name(),
-            "it is no VHD: there is no footer, neither at its end nor at its beginning",
-        )),
+        (None, None, None, None) => {
+            let message = "it is no VHD: there is no footer, neither at its end nor at its beginning";
+            let (footer, at) =
+                before_zeros(store)?.ok_or_else(|| Error::new(ErrorKind::Damaged, store.name(), message))?;
+            Ok(Found { footer, tail: Some(at), tail_sound: false, head_sound: false, sealed: true })
+        }
     }
+}
+
+/// How far back a footer is looked for, in bytes from the last that is no hole: as far as people pad files.
+const PADDING: u64 = 1 << 20;
+
+/// The footer of a fixed disk behind which nothing but zeros lies, and where it lies. The file was cut off while it grew, its new length
+/// durable and its new end not; or somebody has padded it.
+pub(crate) fn before_zeros(store: &dyn Store) -> Result<Option<(Footer, u64)>> {
+    let end = data_end(store)?;
+    let from = end.saturating_sub(PADDING) / SECTOR * SECTOR;
+    let mut bytes = vec![0; (end - from) as usize];
+    store.read_at(&mut bytes, from)?;
+    let Some(last) = bytes.iter().rposition(|byte| *byte != 0) else { return Ok(None) };
+    let sector = last / SECTOR as usize * SECTOR as usize;
+    bytes.resize(sector + SECTOR as usize, 0);
+    let (footer, at) = (Footer::parse(&bytes[sector..]), from + sector as u64);
+    let is_it = |footer: &Footer| footer.is_sealed() && footer.kind() == Ok(Kind::Fixed) && footer.size() <= at;
+    Ok(footer.filter(is_it).map(|footer| (footer, at)))
+}
+
+/// The end of the last stretch of a file that is no hole, in bytes.
+fn data_end(store: &dyn Store) -> Result<u64> {
+    let (mut low, mut high) = (0, store.len()?);
+    // Nothing lies at `high` or behind.
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match store.data(middle)? {
+            Some(_) => low = middle + 1,
+            None => high = middle,
+        }
+    }
+    Ok(high)
 }

@@ -60,8 +60,10 @@ pub(crate) const KIND_FIXED: u32 = 2;
 pub(crate) const KIND_DYNAMIC: u32 = 3;
 /// The same, over a parent.
 pub(crate) const KIND_DIFFERENCING: u32 = 4;
-/// Us. QEMU takes the size of `vpc ` and `qemu` from the geometry, of everybody else from the current size.
-pub(crate) const CREATOR: [u8; 4] = *b"tnby";
+/// What Windows says. QEMU before 10 takes the size of creators that it does not know from the geometry, which is rounded down.
+pub(crate) const CREATOR: [u8; 4] = *b"win ";
+/// Windows 10, and us: `tn` is no version that Windows ever had.
+pub(crate) const CREATOR_VERSION: u32 = 0x000A_0000 | u16::from_be_bytes(*b"tn") as u32;
 /// Windows, for readers that look.
 pub(crate) const HOST: [u8; 4] = *b"Wi2k";
 

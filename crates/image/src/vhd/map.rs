@@ -29,7 +29,7 @@ impl Inner {
     /// Refuses a range that is not inside the disk or not made of sectors.
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<()> {
         let aligned = offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR);
-        let size = self.geometry.size;
+        let size = self.geometry().size;
         if aligned && offset.checked_add(len).is_some_and(|end| end <= size) {
             return Ok(());
         }
@@ -38,7 +38,7 @@ impl Inner {
 
     /// The range, block by block.
     pub(crate) fn pieces(&self, offset: u64, len: u64) -> impl Iterator<Item = Piece> + use<> {
-        let (size, end) = (self.geometry.block, offset + len);
+        let (size, end) = (self.shape.block, offset + len);
         let blocks = if len == 0 { 0..0 } else { offset / size..(end - 1) / size + 1 };
         blocks.map(move |block| {
             let start = block * size;
@@ -48,13 +48,13 @@ impl Inner {
 
     /// Where the data of a block begins whose bitmap begins at `place`.
     pub(crate) fn data_at(&self, place: u64) -> u64 {
-        place + self.geometry.bitmap()
+        place + self.shape.bitmap()
     }
 
     /// Loads the bitmap of a block that lies at `place`.
     pub(crate) fn load_bitmap(&self, block: u64, place: u64) -> Result<()> {
         if !self.bitmaps.is_loaded(block) {
-            let mut bytes = vec![0; self.geometry.bitmap() as usize];
+            let mut bytes = vec![0; self.shape.bitmap() as usize];
             self.store.read_at(&mut bytes, place)?;
             self.bitmaps.load(block, &bytes);
         }
@@ -65,16 +65,16 @@ impl Inner {
     pub(crate) fn map(&self, offset: u64, len: u64, out: &mut Vec<Run>) -> Result<()> {
         self.check_range(offset, len)?;
         let first = out.len();
-        if self.geometry.kind == Kind::Fixed {
+        if self.shape.kind == Kind::Fixed {
             out.extend((len > 0).then_some(Run { offset, len, source: Source::Data(offset) }));
             return Ok(());
         }
         for piece in self.pieces(offset, len) {
-            let offset = piece.block * self.geometry.block + piece.bytes.start;
+            let offset = piece.block * self.shape.block + piece.bytes.start;
             let mut push = |run| push_run(out, first, run);
             match self.bat.get(piece.block) {
                 None => push(Run { offset, len: piece.len(), source: Source::Absent }),
-                Some(place) if self.geometry.differencing() => self.map_partial(&piece, place, push)?,
+                Some(place) if self.shape.differencing() => self.map_partial(&piece, place, push)?,
                 Some(place) => {
                     let source = Source::Data(self.data_at(place) + piece.bytes.start);
                     push(Run { offset, len: piece.len(), source });
@@ -92,7 +92,7 @@ impl Inner {
             let (present, count) = self.bitmaps.run(piece.block, &(at..sectors.end));
             let start = at * SECTOR;
             let source = if present { Source::Data(self.data_at(place) + start) } else { Source::Absent };
-            push(Run { offset: piece.block * self.geometry.block + start, len: count * SECTOR, source });
+            push(Run { offset: piece.block * self.shape.block + start, len: count * SECTOR, source });
             at += count;
         }
         Ok(())

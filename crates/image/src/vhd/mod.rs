@@ -15,9 +15,12 @@
 //! - A sector of 512 bytes is what is written whole or not at all. Each sector of the table and of a bitmap is sound without the
 //!   others, given that what they expose is durable: [`Layer::flush`] writes new blocks' bitmaps, syncs them and all data, then writes
 //!   the sectors that changed, and syncs.
-//! - A block, once placed, stays. Zeros over a parent's data are bits and zeros; zeros without a parent are a hole in the block.
+//! - A block, once placed, stays, but for what nobody else uses meanwhile: resizing, packing, a fold that gives space back. Zeros over a
+//!   parent's data are bits and zeros; zeros without a parent are a hole in the block.
 //! - The file grows by a new footer behind its new end; the old one stays where it was. Footers are replaced one copy after the
 //!   other. The header is never changed in place: a new one is written beside it, and the footer names it.
+//! - A file that others made may hold what only they know of. It is theirs until its size or its blocks' places change; then the footer
+//!   says that it is ours, before anything else happens.
 //! - What is committed and not flushed dies with the process. There is no journal for it as VHDX has: a chain whose writes must
 //!   survive ([`crate::Chain::surviving`]) flushes before it acknowledges what a layer came to hold, which is true of every format.
 //! - The footer's UUID is what a child names. The format says nothing of when it changes; with us the first change of a session gives
@@ -34,11 +37,13 @@ mod footer;
 mod format;
 mod map;
 mod open;
+mod pack;
 mod parent;
+mod resize;
 mod write;
 
 pub use create::{Options, Parent, create};
-pub use open::open;
+pub use open::{is_padded, open};
 
 use crate::layer::{Change, Format, Layer, LayerInfo, ParentLink, Run, Ticket};
 use crate::{Error, ErrorKind, Result};
@@ -50,7 +55,8 @@ pub(crate) use footer::TAIL_LENGTHS;
 pub(crate) use format::FOOTER_COOKIE;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use store::Store;
 use uuid::Uuid;
@@ -63,7 +69,10 @@ pub(crate) struct Inner {
     store: Arc<dyn Store>,
     file: String,
     writable: bool,
-    geometry: Geometry,
+    /// For all but the size, which may change: see [`Inner::geometry`].
+    shape: Geometry,
+    /// Virtual size in bytes.
+    size: AtomicU64,
     /// Where the block table lies.
     table_at: u64,
     bat: Bat,
@@ -95,6 +104,8 @@ struct Meta {
     placed: BTreeSet<u64>,
     /// Blocks that have a place which no table names yet. Such a place holds zeros outside of its tickets' ranges.
     pending: HashMap<u64, write::Pending>,
+    /// Stretches of the file that the table in memory has given up, and the table in the file may not have.
+    freed: Vec<Range<u64>>,
     next_ticket: u64,
 }
 
@@ -111,6 +122,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Inner {
+    /// How the disk, as large as it is now, is cut into blocks.
+    fn geometry(&self) -> Geometry {
+        Geometry { size: self.size.load(Ordering::Acquire), ..self.shape }
+    }
+
     fn error(&self, kind: ErrorKind, message: impl Into<String>) -> Error {
         Error::new(kind, self.file.clone(), message)
     }
@@ -162,10 +178,10 @@ impl Layer for VhdLayer {
         let ids = lock(&inner.ids);
         LayerInfo {
             format: Format::Vhd,
-            kind: inner.geometry.kind,
-            size: inner.geometry.size,
+            kind: inner.shape.kind,
+            size: inner.geometry().size,
             sector_size: format::SECTOR as u32,
-            block_size: inner.geometry.block as u32,
+            block_size: inner.shape.block as u32,
             data_id: ids.data_id,
             // The only id of the format is the one that names the content.
             disk_id: Uuid::nil(),
@@ -204,6 +220,22 @@ impl Layer for VhdLayer {
     fn settle(&self) -> Result<()> {
         lock(&self.0.session).identified = true;
         Ok(())
+    }
+
+    fn check_resize(&self, size: u64) -> Result<()> {
+        self.0.check_resize(size)
+    }
+
+    fn resize(&self, size: u64, beneath: u64) -> Result<()> {
+        self.0.resize(size, beneath)
+    }
+
+    fn forget(&self, offset: u64, len: u64) -> Result<()> {
+        self.0.forget(offset, len)
+    }
+
+    fn pack(&self, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool> {
+        self.0.pack(progress)
     }
 
     fn close(&self) -> Result<()> {

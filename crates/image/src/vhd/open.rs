@@ -12,7 +12,7 @@ use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
 use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use store::{Mode, Store};
 
@@ -22,7 +22,7 @@ const TABLE_STEP: u64 = 1 << 20;
 /// Opens a VHD.
 ///
 /// A dynamic or differencing file that has lost one of its two footers is as good as before: the other one counts, and the first change
-/// mends the lost one. Nothing is written before that.
+/// mends the lost one. So it does with zeros behind the footer of a fixed one. Nothing is written before that.
 ///
 /// # Errors
 /// [`ErrorKind::Damaged`] for a file that breaks the format's rules (places that overlap or lie outside, sizes that cannot be); for
@@ -48,7 +48,7 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdLayer>> {
     check_size(&*store, &found, kind)?;
     let (header, space, bat) = if kind == Kind::Fixed {
         let space = Space::new(found.tail.unwrap_or(0), found.footer.size(), 0, 0);
-        (None, space, Bat::new(0))
+        (None, space, Bat::new())
     } else {
         let (header, sealed) = Header::read(&*store, found.footer.header_at())?;
         if mode == Mode::Write && !sealed {
@@ -61,6 +61,11 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<VhdLayer>> {
     };
     let inner = Inner::new(store, mode == Mode::Write, &found, kind, header, bat, space, false);
     Ok(Arc::new(VhdLayer(Arc::new(inner))))
+}
+
+/// Whether a file without a signature at its end is a fixed VHD behind which nothing but zeros lies.
+pub fn is_padded(store: &dyn Store) -> Result<bool> {
+    Ok(footer::before_zeros(store)?.is_some())
 }
 
 impl Inner {
@@ -76,7 +81,7 @@ impl Inner {
         identified: bool,
     ) -> Self {
         let block = header.as_ref().map_or(SECTOR, |header| header.block_size().into());
-        let geometry = Geometry { size: found.footer.size(), block, kind };
+        let shape = Geometry { size: found.footer.size(), block, kind };
         let link = header.as_ref().filter(|_| kind == Kind::Differencing).map(Header::link);
         let meta = Meta {
             space,
@@ -87,16 +92,18 @@ impl Inner {
             dirty_bitmaps: BTreeSet::new(),
             placed: BTreeSet::new(),
             pending: HashMap::new(),
+            freed: Vec::new(),
             next_ticket: 0,
         };
         Self {
             file: store.name(),
             store,
             writable,
-            geometry,
+            shape,
+            size: AtomicU64::new(shape.size),
             table_at: header.as_ref().map_or(0, Header::table_at),
             bat,
-            bitmaps: Bitmaps::new(&geometry),
+            bitmaps: Bitmaps::new(&shape),
             meta: Mutex::new(meta),
             session: Mutex::new(Session { header, identified }),
             ids: Mutex::new(Ids { data_id: found.footer.id(), link }),
@@ -159,7 +166,7 @@ fn read_table(store: &dyn Store, header: &Header, geometry: &Geometry) -> Result
 /// Reads the table, which lies in the file at `at`.
 pub(crate) fn load_table(store: &dyn Store, at: u64, geometry: &Geometry) -> Result<Bat> {
     let bytes = geometry.table();
-    let bat = Bat::new(geometry.blocks());
+    let bat = Bat::new();
     for start in (0..bytes).step_by(TABLE_STEP as usize) {
         let mut step = vec![0; TABLE_STEP.min(bytes - start) as usize];
         store.read_at(&mut step, at + start)?;
@@ -204,8 +211,7 @@ fn check_places(store: &dyn Store, found: &Found, header: &Header, geometry: &Ge
     parts.extend(found.tail.map(|tail| (tail..length, Part::Tail)));
     // More than this cannot lie side by side in the file: a table that says so is not read to its end.
     let most = parts.len() as u64 + length / (geometry.bitmap() + geometry.block) + 1;
-    for block in 0..geometry.blocks() {
-        let Some(place) = bat.get(block) else { continue };
+    for (block, place) in bat.placed().take_while(|(block, _)| *block < geometry.blocks()) {
         // Only what lies inside the disk must be there: the last block may be cut off.
         let end = place + geometry.bitmap() + geometry.inside(block);
         if end > length {
@@ -235,7 +241,7 @@ fn check_places(store: &dyn Store, found: &Found, header: &Header, geometry: &Ge
     Ok(space(length, found, header, geometry, used))
 }
 
-/// The free space around what is used, which is in order.
+/// The free space around what is used.
 fn space(
     length: u64,
     found: &Found,
@@ -243,21 +249,12 @@ fn space(
     geometry: &Geometry,
     used: impl Iterator<Item = Range<u64>>,
 ) -> Space {
-    let mut used: Vec<_> = used.chain(header.places()[1..].iter().cloned()).collect();
-    used.sort_by_key(|place| place.start);
+    let used: Vec<_> = used.chain(header.places()[1..].iter().cloned()).collect();
     let end = used.iter().map(|place| place.end).max().unwrap_or(0).next_multiple_of(SECTOR);
     let footer_at = found.tail.unwrap_or_else(|| length.next_multiple_of(SECTOR).max(end));
     if !found.footer.is_ours() {
         // Others may keep things in their files that we do not know.
         return Space::new(footer_at, end.max(footer_at + SECTOR), geometry.bitmap(), geometry.block);
     }
-    let mut space = Space::new(footer_at, end, geometry.bitmap(), geometry.block);
-    let mut at = 0;
-    for place in used {
-        if at < place.start {
-            space.add_gap(at..place.start);
-        }
-        at = at.max(place.end.next_multiple_of(SECTOR));
-    }
-    space
+    Space::new(footer_at, end, geometry.bitmap(), geometry.block).with_gaps(used, header.table_at())
 }

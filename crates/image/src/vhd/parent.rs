@@ -31,7 +31,7 @@ struct Locator {
 pub(crate) struct Header {
     raw: RawHeader,
     locators: Vec<Locator>,
-    /// What it occupies in the file: itself first, then its locators' data.
+    /// See [`Header::places`].
     places: Vec<Range<u64>>,
 }
 
@@ -42,10 +42,9 @@ impl Header {
         raw.cookie = HEADER_COOKIE;
         raw.data_offset = NOWHERE.into();
         raw.version = VERSION.into();
-        // Bounded by the largest disk and the smallest block.
-        raw.max_entries = (blocks as u32).into();
         raw.block_size = block_size.into();
-        let mut header = Self { raw, locators: Vec::new(), places: Vec::new() };
+        let mut header =
+            Self { raw, locators: Vec::new(), places: std::iter::once(0..0).collect() }.with_entries(blocks);
         if let Some(link) = link {
             header.relink(link)?;
         }
@@ -85,6 +84,13 @@ impl Header {
         Ok((header, raw.checksum.get() == checksum(&bytes, HEADER_CHECKSUM)))
     }
 
+    /// The same for a table of so many blocks.
+    pub(crate) fn with_entries(mut self, blocks: u64) -> Self {
+        // Bounded by the largest disk and the smallest block.
+        self.raw.max_entries = (blocks as u32).into();
+        self
+    }
+
     /// Says where the block table of a new file lies.
     pub(crate) fn place_table(&mut self, at: u64) {
         self.raw.table_offset = at.into();
@@ -105,7 +111,7 @@ impl Header {
         self.raw.block_size.get()
     }
 
-    /// What it occupies in the file.
+    /// What it occupies in the file: itself first, then its locators' data.
     pub(crate) fn places(&self) -> &[Range<u64>] {
         &self.places
     }
@@ -172,21 +178,28 @@ impl Header {
 
     /// The header as it lies at `at` from now on, its locators' data right behind it, [`Header::length`] bytes in all.
     pub(crate) fn encode(&mut self, at: u64) -> Vec<u8> {
-        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let mut data = Vec::new();
         self.raw.locators = [RawLocator::new_zeroed(); LOCATORS];
+        self.places.truncate(1);
         for (raw, locator) in self.raw.locators.iter_mut().zip(&self.locators) {
-            let space = locator.data.len().next_multiple_of(SECTOR as usize);
+            let (space, offset) =
+                (locator.data.len().next_multiple_of(SECTOR as usize), at + HEADER_BYTES + data.len() as u64);
             raw.code = locator.code;
             raw.space = (space as u32).into();
             raw.length = (locator.data.len() as u32).into();
-            raw.offset = (at + bytes.len() as u64).into();
-            bytes.extend(&locator.data);
-            bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
+            raw.offset = offset.into();
+            data.extend(&locator.data);
+            data.resize(data.len().next_multiple_of(SECTOR as usize), 0);
+            self.places.push(offset..offset + space as u64);
         }
+        [self.encode_alone(at), data].concat()
+    }
+
+    /// The header itself as it lies at `at` from now on, [`HEADER_BYTES`] bytes; its locators' data stays where it is.
+    pub(crate) fn encode_alone(&mut self, at: u64) -> Vec<u8> {
         self.raw.checksum = checksum(self.raw.as_bytes(), HEADER_CHECKSUM).into();
-        bytes[..HEADER_BYTES as usize].copy_from_slice(self.raw.as_bytes());
-        self.places = std::iter::once(at..at + bytes.len() as u64).collect();
-        bytes
+        self.places[0] = at..at + HEADER_BYTES;
+        self.raw.as_bytes().to_vec()
     }
 }
 

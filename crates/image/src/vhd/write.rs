@@ -72,7 +72,7 @@ pub(crate) fn prepare(inner: &Arc<Inner>, offset: u64, len: u64, change: Change)
     inner.check_writable()?;
     inner.start()?;
     let zero = change == Change::Zero;
-    if inner.geometry.kind == Kind::Fixed {
+    if inner.shape.kind == Kind::Fixed {
         let written = len > 0 && !(zero && len >= MIN_HOLE);
         let extents = written.then_some(Extent { offset, at: offset, len });
         return Ok(Ticket { offset, len, change, extents: extents.into_iter().collect(), pin: None });
@@ -92,7 +92,7 @@ pub(crate) fn prepare(inner: &Arc<Inner>, offset: u64, len: u64, change: Change)
             part.punch = !fresh;
             continue;
         }
-        let offset = part.piece.block * inner.geometry.block + part.piece.bytes.start;
+        let offset = part.piece.block * inner.shape.block + part.piece.bytes.start;
         extents.push(Extent { offset, at: inner.data_at(part.place) + part.piece.bytes.start, len });
     }
     Ok(Ticket { offset, len, change, extents, pin: Some(Box::new(pin)) })
@@ -133,13 +133,13 @@ impl VhdPin {
 impl Inner {
     /// Whether the block is all zeros without a place, so that zeroing a part of it changes nothing.
     fn reads_as_zeros(&self, block: u64) -> bool {
-        !self.geometry.differencing() && self.bat.get(block).is_none()
+        !self.shape.differencing() && self.bat.get(block).is_none()
     }
 
     /// The sectors of its block whose bits say that a piece is here: its own; without a parent all, for those that were never written
     /// are zeros here as well.
     fn exposes(&self, piece: &Piece) -> Range<u64> {
-        if self.geometry.differencing() { piece.sectors() } else { 0..self.geometry.block_sectors() }
+        if self.shape.differencing() { piece.sectors() } else { 0..self.shape.block_sectors() }
     }
 
     /// Gives a part the place that it is written to: the block's own or a pending one (then true is returned).
@@ -160,12 +160,12 @@ impl Inner {
     }
 
     /// A place for a block, all zeros.
-    fn new_block(&self, meta: &mut Meta) -> Result<u64> {
+    pub(super) fn new_block(&self, meta: &mut Meta) -> Result<u64> {
         let place = self.poison_on_fault(meta.space.block(&*self.store, &meta.footer))?;
         if place.stale
-            && let Err(error) = self.store.punch(place.at, self.geometry.bitmap() + self.geometry.block)
+            && let Err(error) = self.store.punch(place.at, self.shape.bitmap() + self.shape.block)
         {
-            meta.space.give(place.at);
+            meta.space.give([place.at]);
             return Err(error.into());
         }
         Ok(place.at)
@@ -179,7 +179,7 @@ impl Inner {
         if pending.tickets.is_empty() {
             let place = pending.place;
             meta.pending.remove(&block);
-            meta.space.give(place);
+            meta.space.give([place]);
             return;
         }
         // What other tickets write is theirs.
@@ -198,7 +198,7 @@ impl Inner {
             debug_assert_eq!(meta.pending.get(&block).map(|pending| pending.place), Some(part.place));
             meta.pending.remove(&block);
             // The bits before the entry that makes them count; and the bitmap is written as a whole.
-            self.bitmaps.create(block, !self.geometry.differencing());
+            self.bitmaps.create(block, !self.shape.differencing());
             self.bitmaps.set(block, &self.exposes(&part.piece), &mut BTreeSet::new());
             meta.placed.insert(block);
             let sector = self.bat.set(block, part.place);
@@ -212,7 +212,7 @@ impl Inner {
 /// See [`crate::Layer::commit`].
 pub(crate) fn commit(inner: &Arc<Inner>, mut ticket: Ticket) -> Result<()> {
     inner.check_writable()?;
-    if inner.geometry.kind == Kind::Fixed {
+    if inner.shape.kind == Kind::Fixed {
         if ticket.change == Change::Zero && ticket.extents.is_empty() && ticket.len > 0 {
             inner.store.punch(ticket.offset, ticket.len)?;
         }

@@ -1,8 +1,8 @@
 //! The block allocation table: where each block lies, and how much of it counts.
 
-use super::cells::Cells;
 use super::format::{CHUNK_SECTORS, MIB, PAGE_BYTES};
 use super::page::{Page, PageBytes, WORDS};
+use crate::cells::Cells;
 
 /// How the virtual disk is cut into blocks and chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

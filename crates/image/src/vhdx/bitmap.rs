@@ -4,9 +4,9 @@
 //! is bounded by the bitmap blocks that the file has.
 
 use super::bat::Geometry;
-use super::cells::Cells;
 use super::format::PAGE_BYTES;
 use super::page::{Page, PageBytes};
+use crate::cells::Cells;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::OnceLock;

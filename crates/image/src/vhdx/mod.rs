@@ -24,7 +24,6 @@ mod alloc;
 mod bat;
 mod bitmap;
 mod carry;
-mod cells;
 pub(crate) mod check;
 mod create;
 mod flush;
@@ -229,7 +228,7 @@ impl Layer for VhdxLayer {
         self.0.check_resize(size)
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    fn resize(&self, size: u64, _beneath: u64) -> Result<()> {
         self.0.resize(size)
     }
 

@@ -323,7 +323,7 @@ impl Layer for MemLayer {
         Ok(())
     }
 
-    fn resize(&self, size: u64) -> Result<()> {
+    fn resize(&self, size: u64, _beneath: u64) -> Result<()> {
         let mut state = self.state.lock().unwrap();
         let sectors = (size / state.sector()) as usize;
         // What is new is zeros; without a parent that need not be said.

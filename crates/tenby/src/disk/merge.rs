@@ -7,10 +7,10 @@ use super::{Place, edit, shown};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
+use image::ErrorKind;
 use image::layer::{Layer, ParentLink};
 use image::merge::{self, FoldError, Outcome};
 use image::siblings::file_name;
-use image::{ErrorKind, Format};
 use machine::plan::quoted;
 use machine::request::Problem;
 use serde::Serialize;
@@ -35,10 +35,20 @@ pub(crate) struct Merged {
 
 /// The layers of a merge, locked.
 struct Pair {
-    child: Arc<dyn Layer>,
-    parent: Arc<dyn Layer>,
+    /// Base first; the last two are child and parent.
+    layers: Vec<Arc<dyn Layer>>,
     /// What stands on the child, open for writing, and its name for people.
     children: Vec<(Arc<dyn Layer>, String)>,
+}
+
+impl Pair {
+    fn child(&self) -> &Arc<dyn Layer> {
+        &self.layers[self.layers.len() - 1]
+    }
+
+    fn parent(&self) -> &Arc<dyn Layer> {
+        &self.layers[self.layers.len() - 2]
+    }
 }
 
 /// Merges a child into its parent, and removes it.
@@ -47,7 +57,7 @@ pub(crate) async fn merge(place: Place, out: &Out) -> Result<Merged, Problem> {
     let neighbours = place.neighbours()?;
     let pair = open(&place, &neighbours, out).await?;
     edit::tell_unread(&neighbours, out);
-    let (parent_name, parent_file) = (file_name(&pair.parent), shown(&pair.parent.store().name()));
+    let (parent_name, parent_file) = (file_name(pair.parent()), shown(&pair.parent().store().name()));
     let names = pair.children.iter().map(|(_, told)| told.clone()).collect();
     let bytes = estimate(&pair, &parent_file, &place.path, out)?;
     let what = format!("merging {}", place.path.display());
@@ -66,20 +76,19 @@ async fn open(place: &Place, neighbours: &Neighbours, out: &Out) -> Result<Pair,
     let file = place.path.display().to_string();
     let (folder, name) = place.folder()?;
     let layers = place.parents.gate().open_to_merge(&folder, &name, place.format);
-    let mut layers = layers.map_err(|error| chain_problem(&error))?;
-    let leaf = layers.pop().expect("an image is a chain of one at least");
-    let Some(parent) = layers.pop() else {
+    let layers = layers.map_err(|error| chain_problem(&error))?;
+    let [.., parent, leaf] = layers.as_slice() else {
         return Err(Problem::refused(format!("{file} stands on nothing: there is nothing to merge it into")));
     };
     edit::check_owner(Path::new(&parent.store().name()), out).await?;
-    let mut upper = neighbours.children(&*leaf);
+    let mut upper = neighbours.children(&**leaf);
     upper.retain(|child| child.file() != parent.store().name());
     // What stands on the child may name the parent by its id already, if this merge was cut off near its end.
     let is_upper = |other: &Child<'_>| upper.iter().any(|child| child.names(&name) && child.file() == other.file());
-    let mut others = neighbours.children(&*parent);
+    let mut others = neighbours.children(&**parent);
     others.retain(|other| other.file() != leaf.store().name() && !is_upper(other));
     if !others.is_empty() {
-        let (names, parent) = (told(&others), file_name(&parent));
+        let (names, parent) = (told(&others), file_name(parent));
         let new = place.path.with_extension("new.vhdx").display().to_string();
         return Err(Problem::refused(format!("{names} stands on {parent}, too, and would be lost")).hint(format!(
             "tenby disk merge {} --into {}",
@@ -93,19 +102,16 @@ async fn open(place: &Place, neighbours: &Neighbours, out: &Out) -> Result<Pair,
         let layer = image::open(store, None, Mode::Write).map_err(|error| problem(&error))?;
         children.push((layer, child.to_string()));
     }
-    Ok(Pair { child: leaf, parent, children })
+    Ok(Pair { layers, children })
 }
 
 /// Says how much there is to do before anything is done.
 fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, Problem> {
-    let bytes = merge::plan(&pair.child, &pair.parent).map_err(|error| problem(&error))?;
+    let bytes = merge::plan(pair.child(), pair.parent()).map_err(|error| problem(&error))?;
     let free = parent.parent().and_then(free_space);
     let free = free.map(|free| format!(" ({} is free)", draw::size(free))).unwrap_or_default();
-    // A block of a VHD stays where it is once it has a place.
-    let gives_back = pair.child.info().format == Format::Vhdx;
-    let space = if gives_back { "space is given back as it goes" } else { "space is given back at the end" };
     out.note(&format!(
-        "{} to copy from {} into {}; {space}{free}",
+        "{} to copy from {} into {}; space is given back as it goes{free}",
         draw::size(bytes),
         child.display(),
         parent.display()
@@ -114,17 +120,17 @@ fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, 
 }
 
 fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<Outcome, Problem> {
-    let id = pair.parent.info().data_id;
+    let id = pair.parent().info().data_id;
     // The parent has the child's id once it holds all that the child held: a merge that was cut off behind that.
-    if id.is_nil() || id != pair.child.info().data_id {
+    if id.is_nil() || id != pair.child().info().data_id {
         let mut told = |now: merge::Progress| match progress(now.done, now.total) {
             true => ControlFlow::Continue(()),
             false => ControlFlow::Break(()),
         };
         let commit = || Ok::<_, Infallible>(());
         // Others may take some of it meanwhile.
-        let room = folder_of(&pair.parent).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
-        let folded = merge::move_down(&pair.child, &pair.parent, room, uuid::Uuid::new_v4(), &mut told, commit);
+        let room = folder_of(pair.parent()).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
+        let folded = merge::move_down(&pair.layers, room, uuid::Uuid::new_v4(), &mut told, commit);
         let outcome = folded.map_err(|error| match error {
             FoldError::Image(error) if error.kind == ErrorKind::NoSpace => {
                 problem(&error).hint(format!("free some space, then go on: {}", words()))
@@ -133,11 +139,11 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
             FoldError::Commit(never) => match never {},
         })?;
         if outcome == Outcome::Cancelled {
-            pair.parent.close().and_then(|()| pair.child.close()).map_err(|error| problem(&error))?;
+            pair.parent().close().and_then(|()| pair.child().close()).map_err(|error| problem(&error))?;
             return Ok(outcome);
         }
     }
-    pair.parent.close().map_err(|error| problem(&error))?;
+    pair.parent().close().map_err(|error| problem(&error))?;
     for (child, _) in &pair.children {
         rename_parent(child, parent_name).map_err(|error| problem(&error))?;
     }

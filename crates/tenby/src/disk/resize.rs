@@ -49,9 +49,7 @@ pub(crate) async fn resize(place: Place, size: u64, out: &Out) -> Result<Info, P
                 )));
             }
         }
-        let layers = chain.layers();
-        let leaf = layers.last().expect("a chain has at least one layer");
-        leaf.resize(size).and_then(|()| leaf.close()).map_err(|error| problem(&error))?;
+        chain.resize(size).and_then(|()| chain.close()).map_err(|error| problem(&error))?;
         Ok(true)
     })
     .await?;

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-/// Segment `n` has 2^n cells: a million cells in all, more than the largest disk has pages of its table.
+/// Segment `n` has 2^n cells: a million cells in all, more than the largest disk of any format has pages of its table.
 const SEGMENTS: usize = 20;
 
 /// Cells by number, from 0 on. All are empty at first and take no memory.
