@@ -40,7 +40,8 @@ pub(crate) enum Verb {
     /// Copy an image into another format
     #[command(after_help = "Examples:
   tenby disk convert old.raw new.vhdx
-  tenby disk convert data.vhdx data.img --to raw")]
+  tenby disk convert data.vhdx data.img --to raw
+  tenby disk convert data.vhdx upload.vhd --azure")]
     Convert(ConvertArgs),
     /// Serve an image by NBD, one export with the empty name; prints its URI
     #[command(after_help = "Examples:
@@ -166,6 +167,9 @@ pub(crate) struct ConvertArgs {
     /// The new file has no holes: all of it takes space
     #[arg(long)]
     dense: bool,
+    /// Fit for Azure: a fixed VHD, its size rounded up to a whole MiB (20 MiB at least)
+    #[arg(long)]
+    azure: bool,
 }
 
 /// `disk serve`
@@ -327,7 +331,8 @@ async fn merge(child: &std::path::Path, into: Option<&std::path::Path>, out: &Ou
         return Ok(());
     };
     let source = Place::of(child, None)?;
-    let target = disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false };
+    let target =
+        disk::Target { path: target, format: new_format(None, target)?, kind: None, dense: false, azure: false };
     let info = disk::convert(source, target, out).await?;
     made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
     Ok(())
@@ -386,7 +391,7 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
         block_size: small("block size", args.block_size)?,
         sector_size: small("sector size", args.sector_size)?,
     };
-    let info = disk::create(&args.file, &wanted)?;
+    let info = disk::create(&args.file, &wanted, out)?;
     if out.json() {
         out.document(&info);
     }
@@ -394,7 +399,14 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
+async fn convert(mut args: ConvertArgs, out: &Out) -> Result<(), Problem> {
+    if args.azure {
+        let format = args.to.or_else(|| FormatArg::of(&args.target)).unwrap_or(FormatArg::Vhd);
+        if format != FormatArg::Vhd || !matches!(args.kind, None | Some(KindArg::Fixed)) {
+            return Err(Problem::usage("Azure takes fixed VHDs only: end the new file's name in .vhd, without --type"));
+        }
+        (args.to, args.kind) = (Some(format), Some(KindArg::Fixed));
+    }
     if args.kind == Some(KindArg::Differencing) {
         return Err(Problem::usage("a converted image stands on nothing: --type fixed or dynamic"));
     }
@@ -421,6 +433,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
         format: new_format(args.to, &args.target)?,
         kind: args.kind.map(Into::into),
         dense: args.dense,
+        azure: args.azure,
     };
     let info = if from_qcow2 {
         disk::convert_from(&args.source, target, out).await?

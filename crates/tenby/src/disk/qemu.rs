@@ -44,11 +44,12 @@ pub(crate) fn is_qcow2(path: &Path) -> Result<bool, Problem> {
 pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -> Result<Info, Problem> {
     let size = qcow2_size(source)?;
     let making = Making::begin(target.path)?;
+    let fitted = target.size(size, out)?;
     let store = Arc::clone(&making.store);
     let Target { format, kind, dense, .. } = target;
     let from = source_options(source)?;
     let complete = interruptible(out, format!("copying {}", source.display()), move |progress| {
-        let chain = Arc::new(blank(&store, format, kind, size, 512).map_err(|error| problem(&error))?);
+        let chain = Arc::new(blank(&store, format, kind, fitted, 512).map_err(|error| problem(&error))?);
         let served = Served::begin(&chain, false)?;
         let mut tool = Command::new("qemu-img");
         tool.args(["convert", "-p", "-n", "--target-is-zero", "--image-opts", "-O", "raw", &from, &served.uri]);
