@@ -21,9 +21,10 @@
 mod disk;
 pub mod nbd;
 mod pool;
+pub mod qcow2;
 mod socket;
 
-pub use socket::{Listener, listen_unix};
+pub use socket::{Listener, listen_unix, uri};
 
 use disk::Disk;
 use image::Chain;

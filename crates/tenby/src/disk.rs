@@ -24,7 +24,7 @@ pub(crate) mod check;
 
 use crate::draw::{self, plain};
 use crate::out::Out;
-use crate::session::cancelled;
+use crate::session::{cancelled, interruptible};
 use image::{Access, Chain, Error, ErrorKind, Format, Kind, Layer, vhd, vhdx};
 use machine::plan::quoted;
 use machine::request::Problem;
@@ -34,7 +34,6 @@ use std::fmt::Write;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use store::host::HostFolder;
 use store::{Folder, Mode, Store};
 use tokio::signal::unix::{SignalKind, signal};
@@ -419,35 +418,6 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
     target.info()
 }
 
-/// Does something long with a progress that says `false` after Ctrl-C.
-async fn interruptible<T: Send + 'static>(
-    out: &Out,
-    what: String,
-    work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> Result<T, Problem> + Send + 'static,
-) -> Result<T, Problem> {
-    let stopped = Arc::new(AtomicBool::new(false));
-    let bar = out.progress();
-    let mut working = {
-        let stopped = Arc::clone(&stopped);
-        tokio::task::spawn_blocking(move || {
-            work(&mut |done, total| {
-                bar.bytes(&what, done, total);
-                !stopped.load(Ordering::Relaxed)
-            })
-        })
-    };
-    let mut interrupt =
-        signal(SignalKind::interrupt()).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
-    let done = tokio::select! {
-        done = &mut working => done,
-        _ = interrupt.recv() => {
-            stopped.store(true, Ordering::Relaxed);
-            working.await
-        }
-    };
-    done.map_err(|error| Problem::failed(format!("the work broke off: {error}")))?
-}
-
 /// A file that is being made: under a name of its own until it is complete, and gone if it never is.
 struct Making {
     folder: HostFolder,
@@ -534,7 +504,7 @@ pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> 
         At::Socket(path) => {
             let listener = export::listen_unix(path).map_err(|error| refused(&error))?;
             let path = std::path::absolute(path).map_err(|error| failed("the socket", &error))?;
-            (listener.into(), format!("nbd+unix:///?socket={}", escaped(&path.display().to_string())))
+            (listener.into(), export::uri(&path))
         }
         At::Port(port) => {
             let listener =
@@ -571,10 +541,4 @@ fn refused(error: &export::Error) -> Problem {
         export::ErrorKind::NotFound => Problem::not_found(text),
         _ => Problem::failed(text),
     }
-}
-
-/// A path as part of a URI's query (RFC 3986).
-fn escaped(path: &str) -> String {
-    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-    path.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }

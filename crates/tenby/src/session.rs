@@ -7,6 +7,9 @@ use machine::request::{Job, Problem, ProblemKind, TreeView, View};
 use machine::root::{Found, LogLine, Peek, Root};
 use machine::tree::{MachineId, State};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// What every command works with.
 #[derive(Debug, Clone)]
@@ -149,4 +152,33 @@ pub(crate) fn problem(error: api::Error) -> Problem {
 /// A problem that means that the command was cancelled by its user.
 pub(crate) fn cancelled(message: impl Into<String>) -> Problem {
     Problem::new(ProblemKind::Cancelled, message)
+}
+
+/// Does something long with a progress that says `false` after Ctrl-C.
+pub(crate) async fn interruptible<T: Send + 'static>(
+    out: &Out,
+    what: String,
+    work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> Result<T, Problem> + Send + 'static,
+) -> Result<T, Problem> {
+    let stopped = Arc::new(AtomicBool::new(false));
+    let bar = out.progress();
+    let mut working = {
+        let stopped = Arc::clone(&stopped);
+        tokio::task::spawn_blocking(move || {
+            work(&mut |done, total| {
+                bar.bytes(&what, done, total);
+                !stopped.load(Ordering::Relaxed)
+            })
+        })
+    };
+    let mut interrupt =
+        signal(SignalKind::interrupt()).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
+    let done = tokio::select! {
+        done = &mut working => done,
+        _ = interrupt.recv() => {
+            stopped.store(true, Ordering::Relaxed);
+            working.await
+        }
+    };
+    done.map_err(|error| Problem::failed(format!("the work broke off: {error}")))?
 }
