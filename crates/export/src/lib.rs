@@ -17,13 +17,16 @@
 //!   whichever connection it came by.
 //! - The first change waits for [`Options::before_first_change`] (house invariant 6).
 //! - Nothing that a client sends ends more than its own connection, nor makes the server hold more than its window.
+//!
+//! [`qcow2`] is a client that we start ourselves: QEMU's own format, by QEMU's own tool.
 
 mod disk;
 pub mod nbd;
 mod pool;
+pub mod qcow2;
 mod socket;
 
-pub use socket::{Listener, listen_unix};
+pub use socket::{Listener, listen_unix, uri};
 
 use disk::Disk;
 use image::Chain;

@@ -6,6 +6,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -181,6 +182,14 @@ fn is_stale(path: &Path) -> io::Result<bool> {
         return Ok(false);
     }
     Ok(UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+/// The URI of the disk that is served on a unix socket at this absolute path: the path is part of its query (RFC 3986).
+pub fn uri(path: &Path) -> String {
+    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
+    let escaped = |byte: &u8| if kept(*byte) { char::from(*byte).to_string() } else { format!("%{byte:02X}") };
+    let path: String = path.as_os_str().as_bytes().iter().map(escaped).collect();
+    format!("nbd+unix:///?socket={path}")
 }
 
 #[cfg(test)]

@@ -363,18 +363,49 @@ fn cut_files() {
         let sound = sound(kind);
         let last = [0, 2, 5].into_iter().max_by_key(|block| entry(&sound, *block)).unwrap();
         let at = entry(&sound, last) as usize * 512;
-        let mut bytes = sound[..at + 512 + MIB / 2].to_vec();
-        set(&mut bytes, 7, u32::MAX);
-        let report = left(&bytes, "cut");
-        let lost = (last * MIB + MIB / 2) as u64..((last + 1) * MIB) as u64;
-        assert_eq!(in_doubt(&report), lost, "just what is behind the end is lost");
-        // A footer in the place of what is cut off would make it worse; other blocks are mended all the same.
-        let mut both = bytes.clone();
-        set(&mut both, 3, 70_000);
-        let sim = disk(&both);
-        let done = repair(&sim).unwrap();
-        assert!(done.changed && kinds(&done.after) == ["cut", "footer"], "{:#?}", done.after);
-        assert_eq!(self::bytes(&sim).len(), both.len());
+        for cut in [MIB / 2, MIB / 2 + 100, 512, MIB - 1] {
+            let mut bytes = sound[..at + 512 + cut].to_vec();
+            set(&mut bytes, 7, u32::MAX);
+            let report = look(&bytes);
+            assert_eq!(kinds(&report), ["cut", "footer"]);
+            let (lost, block) = (first(&report).ranges.clone(), (last * MIB) as u64);
+            // Block 2, the last one, has two stretches that are not the parent's.
+            let behind = match kind {
+                Kind::Differencing => [(cut, 5120), (cut.max(8192), 9216)],
+                _ => [(cut, MIB), (MIB, MIB)],
+            };
+            let behind = behind.into_iter().filter(|(from, to)| from < to);
+            let behind: Vec<_> = behind.map(|(from, to)| block + from as u64..block + to as u64).collect();
+            assert_eq!(lost, behind, "just what is behind the end is lost");
+            // With a footer written into the block, and another block that lies nowhere.
+            let mut footed = bytes.clone();
+            footed.resize(footed.len().next_multiple_of(512), 0);
+            footed.extend_from_slice(&sound[..512]);
+            set(&mut footed, 3, 70_000);
+            let told: &[&str] = if cut > MIB - 512 { &["past-end"] } else { &["past-end", "cut"] };
+            for (damaged, found) in [(&bytes, &["cut", "footer"][..]), (&footed, told)] {
+                let sim = disk(damaged);
+                let done = repair(&sim).unwrap();
+                assert_eq!(kinds(&done.before), found);
+                assert!(done.changed && done.after.clean(), "{:#?}", done.after);
+                let mut expected = content(&sound).unwrap();
+                let absent = if kind == Kind::Differencing { PARENT } else { 0 };
+                for window in &mut expected {
+                    for lost in &lost {
+                        window[lost.start as usize..lost.end as usize].fill(0);
+                    }
+                    // Block 7, the last one, was behind.
+                    window[7 * MIB..].fill(absent);
+                }
+                assert!(content(&self::bytes(&sim)).unwrap() == expected, "{kind:?}, {cut}");
+                check::take_back(&sim.root(), NAME, &undo_name()).unwrap();
+                assert!(self::bytes(&sim) == *damaged, "the repair was taken back");
+            }
+            // What lies over it may be what is good.
+            set(&mut bytes, 3, (at / 512) as u32 - 1);
+            let report = left(&bytes, "cut");
+            assert!(kinds(&report).contains(&"footer"), "no footer is put where the rest of it may be: {report:#?}");
+        }
         for length in [0, 8, 512, 700, 1536, 1600, 2048, 4096, 5000, 9000] {
             let sim = disk(&sound[..length.min(sound.len())]);
             let file = sim.root().open(NAME, Mode::Read).unwrap();

@@ -85,6 +85,41 @@ fn exercise(bytes: &[u8]) {
     }
 }
 
+/// Compacts and resizes what can be written: it reads as before. Says whether it can.
+fn reshape(bytes: &[u8]) -> bool {
+    const FILL: u8 = 0xEE;
+    let store = file(bytes);
+    let open = |mode| vhd::open(Arc::clone(&store), mode);
+    let Ok(layer) = open(Mode::Write) else { return false };
+    let size = layer.info().size;
+    if size > 32 * MIB as u64 {
+        return false;
+    }
+    let fill = if layer.info().kind == Kind::Differencing { FILL } else { 0 };
+    let Ok(mut content) = read(&*layer, 0, size, fill) else { return false };
+    let expect = |layer: &dyn Layer, content: &[u8], what: &str| {
+        assert!(read(layer, 0, content.len() as u64, fill).unwrap() == content, "{what}: another content");
+    };
+    layer.pack(&mut |_, _| true).unwrap();
+    expect(&*layer, &content, "packed");
+    let larger = size + 140 * MIB as u64 + 512;
+    layer.resize(larger, size + 3 * MIB as u64).unwrap();
+    content.resize(size as usize + 3 * MIB, 0);
+    expect(&*layer, &content, "grown");
+    write(&*layer, larger - 512, &[7; 512]).unwrap();
+    layer.close().unwrap();
+    drop(layer);
+    let layer = open(Mode::Write).unwrap();
+    expect(&*layer, &content, "grown and opened again");
+    layer.resize(size / 2 / 512 * 512 + 512, 0).unwrap();
+    content.truncate(size as usize / 2 / 512 * 512 + 512);
+    layer.pack(&mut |_, _| true).unwrap();
+    layer.close().unwrap();
+    drop(layer);
+    expect(&*open(Mode::Read).unwrap(), &content, "shrunk");
+    true
+}
+
 struct Random(u64);
 
 impl Random {
@@ -127,6 +162,8 @@ fn changed_files_do_no_harm() {
     for kind in [Kind::Differencing, Kind::Dynamic, Kind::Fixed] {
         let sound = sound(kind);
         exercise(&sound);
+        assert!(reshape(&sound));
+        let mut reshaped = 0;
         let mut random = Random(kind as u64 + 1);
         for _ in 0..600 {
             let mut bytes = sound.clone();
@@ -143,7 +180,11 @@ fn changed_files_do_no_harm() {
             }
             mend(&mut bytes);
             exercise(&bytes);
+            if random.below(4) == 0 {
+                reshaped += u64::from(reshape(&bytes));
+            }
         }
+        assert!(reshaped > 20, "{reshaped} could be written");
     }
 }
 

@@ -15,6 +15,7 @@
 use crate::mark;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerFormat, LayerId, LayerKind, LayerRow, Machine};
+use export::qcow2;
 use image::{Kind, Layer, gate, vhd, vhdx};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -299,6 +300,17 @@ fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
     match error.kind {
         store::ErrorKind::NotFound => Problem::damaged(format!("a file of this machine is missing: {}", row.file)),
         _ => file_problem(error),
+    }
+}
+
+/// A qcow2 that was not copied, as a problem.
+pub fn qcow2_problem(error: &qcow2::Error) -> Problem {
+    match error {
+        qcow2::Error::Damaged { .. } => Problem::damaged(error.to_string()),
+        qcow2::Error::NotInstalled => Problem::failed(error.to_string()).hint("sudo apt install qemu-utils"),
+        qcow2::Error::Image(error) => image_problem(error),
+        qcow2::Error::Serve(export::Error { source, .. }) => Problem::failed(format!("{error}: {source}")),
+        qcow2::Error::Tool(_) | qcow2::Error::System(..) => Problem::failed(error.to_string()),
     }
 }
 

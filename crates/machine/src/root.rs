@@ -9,7 +9,7 @@
 //! A ledger belongs to the worker that holds the machine's lock; while one does, its name is read off the runtime folder, where
 //! the worker notes it.
 
-use crate::files::{Files, file_problem, image_problem};
+use crate::files::{Files, file_problem, image_problem, qcow2_problem};
 use crate::ledger::{Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
@@ -18,6 +18,7 @@ use crate::tree::{
     Config, Disk, DiskId, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
 };
 use crate::views;
+use export::qcow2::{self, Qcow2};
 use image::gate::Gate;
 use image::siblings::Siblings;
 use std::collections::BTreeMap;
@@ -212,8 +213,9 @@ impl Root {
         }
     }
 
-    /// Makes a machine. Nothing is left behind if it fails. `progress` is told bytes done and to do while disks are copied in.
-    pub fn create(&self, spec: &Create, progress: &mut dyn FnMut(u64, u64)) -> Result<MachineId, Problem> {
+    /// Makes a machine. Nothing is left behind if it fails. `progress` is told bytes done and to do while disks are copied in; if it says
+    /// `false`, this fails as cancelled.
+    pub fn create(&self, spec: &Create, progress: Progress<'_>) -> Result<MachineId, Problem> {
         check_name(&spec.name)?;
         {
             let _names = self.lock_names()?;
@@ -243,13 +245,7 @@ impl Root {
         }
     }
 
-    fn build(
-        &self,
-        id: MachineId,
-        name: &str,
-        spec: &Create,
-        progress: &mut dyn FnMut(u64, u64),
-    ) -> Result<(), Problem> {
+    fn build(&self, id: MachineId, name: &str, spec: &Create, progress: Progress<'_>) -> Result<(), Problem> {
         let folder = self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
         let lock = folder.create("lock").map_err(|e| file_problem(&e))?;
         lock.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
@@ -302,31 +298,32 @@ pub struct TakenIn {
     pub size: u64,
 }
 
+/// Told how many bytes of how many are copied; `false` stops.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> bool;
+
 /// Makes the first layer of a disk: empty, copied from a file, or the file itself.
-pub fn take_in(
-    files: &Files,
-    row: LayerRow,
-    disk: &DiskSpec,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<TakenIn, Problem> {
+pub fn take_in(files: &Files, row: LayerRow, disk: &DiskSpec, progress: Progress<'_>) -> Result<TakenIn, Problem> {
     match &disk.source {
         DiskSource::New { size, .. } => {
             check_disk_size(*size)?;
             files.create_layer(&row, *size, None, None)?;
             Ok(TakenIn { row, size: *size })
         }
+        DiskSource::Copy { path, format, .. } if is_qcow2(path, format.as_deref())? => {
+            let source = Qcow2::open(Path::new(path)).map_err(|e| qcow2_problem(&e))?;
+            let target = new_base(files, &row, source.size())?;
+            let complete = source.copy_in(&target, progress).map_err(|e| qcow2_problem(&e))?;
+            taken_in(row, &target, complete)
+        }
         DiskSource::Copy { path, format, parents } => {
             let source = open_foreign(Path::new(path), said(path, format.as_deref()), parents)?;
-            let size = round_up_sector(source.size());
-            let layer = files.create_layer(&row, size, None, None)?;
-            let target = image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?;
-            image::convert::copy(&source, &target, &mut |done, total| {
-                progress(done, total);
-                true
-            })
-            .map_err(|e| image_problem(&e))?;
-            target.close().map_err(|e| image_problem(&e))?;
-            Ok(TakenIn { row, size })
+            let target = new_base(files, &row, round_up_sector(source.size()))?;
+            let complete = image::convert::copy(&source, &target, progress).map_err(|e| image_problem(&e))?;
+            taken_in(row, &target, complete)
+        }
+        DiskSource::InPlace { path, format } if is_qcow2(path, format.as_deref())? => {
+            let message = format!("{path} cannot be taken in place: qcow2 cannot be a layer");
+            Err(Problem::refused(message).hint(format!("--disk {}      (copied in)", quoted(path))))
         }
         DiskSource::InPlace { path, format } => {
             check_free_to_take(Path::new(path))?;
@@ -359,6 +356,29 @@ fn check_free_to_take(path: &Path) -> Result<(), Problem> {
     }
 }
 
+/// An empty base, to be copied into.
+fn new_base(files: &Files, row: &LayerRow, size: u64) -> Result<Arc<image::Chain>, Problem> {
+    let layer = files.create_layer(row, size, None, None)?;
+    Ok(Arc::new(image::Chain::new(vec![layer], image::Access::Write).map_err(|e| image_problem(&e))?))
+}
+
+/// The base after the copy.
+fn taken_in(row: LayerRow, target: &image::Chain, complete: bool) -> Result<TakenIn, Problem> {
+    target.close().map_err(|e| image_problem(&e))?;
+    match complete {
+        true => Ok(TakenIn { row, size: target.size() }),
+        false => Err(Problem::new(ProblemKind::Cancelled, "cancelled; nothing has changed")),
+    }
+}
+
+/// Whether a file is to be read as qcow2: it was said, or its signature says so and nothing else was said.
+fn is_qcow2(path: &str, format: Option<&str>) -> Result<bool, Problem> {
+    match said(path, format) {
+        None => qcow2::is_one(Path::new(path)).map_err(|e| qcow2_problem(&e)),
+        Some(format) => Ok(format == "qcow2"),
+    }
+}
+
 fn stands_on_others(path: &str) -> Problem {
     Problem::refused(format!("{path} stands on another file: only a disk that is one file can be taken in place"))
         .hint(format!("--disk {path}      (copied in)"))
@@ -377,7 +397,7 @@ fn open_foreign(path: &Path, format: Option<&str>, parents: &[String]) -> Result
         Some("raw") => Some(image::Format::Raw),
         Some("vhdx") => Some(image::Format::Vhdx),
         Some("vhd") => Some(image::Format::Vhd),
-        Some(other) => return Err(Problem::refused(format!("{other} disks are not read yet; vhdx, vhd and raw are"))),
+        Some(other) => return Err(Problem::usage(format!("the formats are raw, vhd, vhdx and qcow2, not {other}"))),
     };
     let named =
         parents.iter().map(|folder| HostFolder::open(Path::new(folder)).map(|f| Arc::new(f) as Arc<dyn Folder>));

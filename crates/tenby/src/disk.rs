@@ -12,7 +12,6 @@ mod problem;
 mod qemu;
 mod reconnect;
 mod resize;
-mod work;
 
 pub(crate) use chain::chain;
 pub(crate) use compact::compact;
@@ -29,6 +28,7 @@ pub(crate) mod check;
 use crate::draw::{self, plain};
 use crate::out::Out;
 use crate::session::cancelled;
+use crate::work::interruptible;
 use image::{Access, Chain, Error, Format, Kind, Layer, vhd, vhdx};
 use machine::plan::quoted;
 use machine::request::Problem;
@@ -41,7 +41,6 @@ use std::sync::Arc;
 use store::host::{HostFolder, NewFile};
 use store::{Mode, Store};
 use tokio::signal::unix::{SignalKind, signal};
-use work::interruptible;
 
 /// The folder that a file lies in, and its name there.
 fn holding(path: &Path) -> Result<(HostFolder, String), Problem> {
@@ -394,7 +393,7 @@ pub(crate) async fn serve(place: &Place, at: At, read_only: bool, out: &Out) -> 
         At::Socket(path) => {
             let listener = export::listen_unix(path).map_err(|error| refused(&error))?;
             let path = std::path::absolute(path).map_err(|error| failed("the socket", &error))?;
-            (listener.into(), format!("nbd+unix:///?socket={}", escaped(&path.display().to_string())))
+            (listener.into(), export::uri(&path))
         }
         At::Port(port) => {
             let listener =
@@ -431,10 +430,4 @@ fn refused(error: &export::Error) -> Problem {
         export::ErrorKind::NotFound => Problem::not_found(text),
         _ => Problem::failed(text),
     }
-}
-
-/// A path as part of a URI's query (RFC 3986).
-fn escaped(path: &str) -> String {
-    let kept = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~/".contains(&byte);
-    path.bytes().map(|byte| if kept(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }

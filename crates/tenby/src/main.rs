@@ -11,6 +11,7 @@ mod follow;
 mod json;
 mod out;
 mod session;
+mod work;
 mod worker;
 
 use clap::Parser;

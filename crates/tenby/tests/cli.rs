@@ -52,7 +52,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
     for words in [
         &["vm", "create", "new", "--from", "web@Monday"][..],
         &["vm", "create", "new", "--firmware", "uefi"],
-        &["vm", "create", "new", "--disk", "a.img,format=qcow2"],
         &["vm", "set", "web", "--undo-for", "1d"],
         &["vm", "check", "web", "--deep"],
         &["vm", "undo", "web"],

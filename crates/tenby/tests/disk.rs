@@ -6,6 +6,7 @@ use place::{Ended, Place, content};
 use serde_json::Value;
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -481,6 +482,101 @@ fn qcow2_comes_and_goes_by_qemu_img() {
     assert!(!Path::new(&place.path("d.vhdx")).exists());
     let left = fs::read_dir(place.dir.path()).unwrap().flatten();
     assert!(left.into_iter().all(|entry| !entry.file_name().to_string_lossy().contains(".part")), "nothing is left");
+}
+
+/// The file of a machine's first disk.
+fn first_disk(place: &Place, name: &str) -> String {
+    place.machine(name)["disks"][0]["file"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_qcow2_is_copied_into_a_machine() {
+    if !has("qemu-img") {
+        return;
+    }
+    let place = Place::new();
+    raw(&place, "a.raw", 40 * MIB + 512, &[(MIB, &vec![7; 70_000]), (40 * MIB, &[1; 512])]);
+    tenby(&place, &["disk", "convert", "a.raw", "a.qcow2"]).well();
+    fs::copy(place.path("a.qcow2"), place.path("b.img")).unwrap();
+    let before = fs::read(place.path("a.qcow2")).unwrap();
+    for (name, disk) in [("one", "a.qcow2"), ("two", "b.img"), ("three", "b.img,format=qcow2")] {
+        place.tenby(&["vm", "create", name, "--memory", "64M", "--disk", disk]).well();
+        let file = first_disk(&place, name);
+        let info = json(&place, &["disk", "info", &file]);
+        assert_eq!((&info["format"], &info["size"]), (&"vhdx".into(), &(40 * MIB + 512).into()));
+        tenby(&place, &["disk", "compare", &file, "a.raw"]).well();
+    }
+    place.tenby(&["vm", "set", "one", "--add-disk", "a.qcow2"]).well();
+    let added = place.machine("one")["disks"][1]["file"].as_str().unwrap().to_owned();
+    tenby(&place, &["disk", "compare", &added, "a.raw"]).well();
+    assert!(fs::read(place.path("a.qcow2")).unwrap() == before);
+    // One that names other files is refused before QEMU sees it; so is what is none, and one that is to be a layer.
+    let qemu_img = |args: &[&str]| assert!(Command::new("qemu-img").args(args).status().unwrap().success());
+    qemu_img(&["create", "-q", "-f", "qcow2", "-b", &place.path("a.qcow2"), "-F", "qcow2", &place.path("over.qcow2")]);
+    let data = format!("data_file={}", place.path("data"));
+    qemu_img(&["create", "-q", "-f", "qcow2", "-o", &data, &place.path("apart.qcow2"), "1M"]);
+    let before = content(&place.root());
+    for (disk, code, why) in [
+        ("over.qcow2", 5, "stands on another image"),
+        ("apart.qcow2", 5, "data lie in another file"),
+        ("a.raw,format=qcow2", 5, "no qcow2"),
+        ("a.qcow2,format=raw", 5, "qcow2"),
+        ("a.qcow2,in-place", 3, "cannot be a layer"),
+        ("b.img,format=qcow2,in-place", 3, "cannot be a layer"),
+    ] {
+        for words in [&["vm", "create", "no", "--disk", disk][..], &["vm", "set", "one", "--add-disk", disk]] {
+            let mut command = place.command(words);
+            let refused: Ended = command.output().unwrap().into();
+            assert!(refused.with(code).err.contains(why), "{words:?}");
+        }
+    }
+    let missing: Ended =
+        place.command(&["vm", "create", "no", "--disk", "a.qcow2"]).env("PATH", "/nowhere").output().unwrap().into();
+    assert!(missing.with(1).err.contains("hint: sudo apt install qemu-utils"));
+    let after = content(&place.root());
+    let disks = |all: &[(std::path::PathBuf, Vec<u8>)]| {
+        all.iter()
+            .map(|(path, _)| path.clone())
+            .filter(|path| path.to_string_lossy().contains("/disks/"))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(disks(&after), disks(&before), "nothing is left");
+    assert_eq!(place.tenby(&["vm", "list"]).well().out.lines().count(), 4, "three machines and a head");
+}
+
+/// Cancelled while `qemu-img` is at work: neither that nor anything of the machine is left.
+#[test]
+fn a_creation_that_is_cancelled_leaves_nothing() {
+    let place = Place::new();
+    let mut head = vec![0; 4096];
+    head[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+    head[24..32].copy_from_slice(&(8 * MIB).to_be_bytes());
+    fs::write(place.path("a.qcow2"), &head).unwrap();
+    // A tool that never ends, and says who it is.
+    fs::create_dir(place.path("bin")).unwrap();
+    let tool = place.path("bin/qemu-img");
+    fs::write(
+        &tool,
+        format!("#!/bin/sh\necho $$ > '{0}.new' && mv '{0}.new' '{0}'\nexec sleep 1000\n", place.path("pid")),
+    )
+    .unwrap();
+    fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
+    let path = format!("{}:{}", place.path("bin"), std::env::var("PATH").unwrap());
+    let creating = place
+        .command(&["vm", "create", "web", "--disk", "a.qcow2"])
+        .env("PATH", path)
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    place::eventually("the tool", || Path::new(&place.path("pid")).exists());
+    let pid: i32 = fs::read_to_string(place.path("pid")).unwrap().trim().parse().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_child(&creating), rustix::process::Signal::INT).unwrap();
+    let ended: Ended = creating.wait_with_output().unwrap().into();
+    assert!(ended.with(130).err.contains("cancelled"));
+    assert!(!Path::new(&format!("/proc/{pid}")).exists(), "the tool is gone");
+    let left: Vec<_> = fs::read_dir(place.root()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(left, ["lock"]);
 }
 
 #[test]

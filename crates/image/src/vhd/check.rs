@@ -45,6 +45,7 @@ pub(crate) fn survey(store: &Arc<dyn Store>) -> Result<Survey> {
         doubt: false,
         exact: false,
         cut: false,
+        regrown: None,
         end: 0,
     };
     exam.all()?;
@@ -97,8 +98,10 @@ struct Exam {
     doubt: bool,
     /// The table has just the entries that a disk of this size needs.
     exact: bool,
-    /// Something is cut off by the file's end.
+    /// Something is cut off by the file's end, and stays so.
     cut: bool,
+    /// Where the file ends, before its footer, once what was cut off is mended.
+    regrown: Option<u64>,
     /// The end of all that is known to be used, bytes.
     end: u64,
 }
@@ -357,7 +360,9 @@ impl Exam {
             tail_at = Some(((self.length - SECTOR) / SECTOR * SECTOR).max((tail + SECTOR).next_multiple_of(SECTOR)));
         }
         let broken = if found.sealed { self.copies(found, kind)? } else { self.unsealed(found, kind)? };
-        if tail_at.is_none() && !self.cut {
+        if let Some(end) = self.regrown {
+            tail_at = Some(end.next_multiple_of(SECTOR));
+        } else if tail_at.is_none() && !self.cut {
             tail_at = Some(self.place_for_tail(&found.footer)?);
         }
         let Some(tail_at) = tail_at else { return Ok(()) };

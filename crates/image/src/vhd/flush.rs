@@ -198,8 +198,8 @@ impl Inner {
         let old = session.header.replace(header);
         // Others may keep something beside their headers, of which we do not know.
         if let Some(old) = old.filter(|_| meta.footer.is_ours()) {
-            let given: Vec<_> = old.places().iter().filter(|place| !kept.contains(place)).cloned().collect();
-            meta.space.give_header(&given);
+            let given = old.places().iter().filter(|place| !kept.contains(place) && self.is_free(place));
+            meta.space.give_header(&given.cloned().collect::<Vec<_>>());
         }
         Ok(())
     }

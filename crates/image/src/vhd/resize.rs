@@ -176,6 +176,13 @@ impl Inner {
         self.bat.placed().take_while(move |(block, _)| *block < blocks)
     }
 
+    /// Whether neither the table nor a block lies there. (A damaged header may place locators anywhere.)
+    pub(super) fn is_free(&self, place: &Range<u64>) -> bool {
+        let table = self.table_at..self.table_at + self.geometry().table();
+        let mut others = std::iter::once(table).chain(self.placed().map(|(_, at)| self.place(at)));
+        !others.any(|other| other.start < place.end && place.start < other.end)
+    }
+
     /// All of the place that begins at `at`: bitmap and data.
     fn place(&self, at: u64) -> Range<u64> {
         at..at + self.shape.bitmap() + self.shape.block

@@ -88,7 +88,11 @@ impl Owner {
         self.journal(task, "set", rows.iter().map(|row| row.file.clone()).collect())?;
         let mut made = Vec::new();
         for (row, disk) in rows.into_iter().zip(&settings.add_disks) {
-            made.push(take_in(&self.files, row, disk, &mut |done, total| task.progress(done, total))?);
+            let mut progress = |done, total| {
+                task.progress(done, total);
+                !task.cancelled()
+            };
+            made.push(take_in(&self.files, row, disk, &mut progress)?);
             task.check()?;
         }
         self.files.sync_names()?;

@@ -3,6 +3,7 @@
 use super::{Waiting, job, later, words};
 use crate::out::{ask, interactive};
 use crate::session::{Reader, Session, cancelled, problem};
+use crate::work::interruptible;
 use crate::{draw, follow, json};
 use clap::{Args, Subcommand, ValueEnum};
 use machine::request::{Create, Problem, Request, Settings, View};
@@ -460,12 +461,9 @@ async fn create(session: &Session, args: CreateArgs) -> Result<(), Problem> {
         },
         note: args.note,
     };
-    let (root, progress, name) = (session.root.clone(), session.out.progress(), spec.name.clone());
-    let made = tokio::task::spawn_blocking(move || {
-        let what = format!("making {}", spec.name);
-        root.create(&spec, &mut |done, total| progress.bytes(&what, done, total))
-    });
-    let id = made.await.map_err(|error| Problem::failed(format!("making {name}: {error}")))??;
+    let (root, name) = (session.root.clone(), spec.name.clone());
+    let making = format!("making {name}");
+    let id = interruptible(&session.out, making, move |progress| root.create(&spec, progress)).await?;
     if session.out.json() {
         let view = session.reader(&Found { id, name }).await?.view().await?;
         session.out.document(&view);

@@ -144,7 +144,7 @@ fn known_bus(text: &str) -> Result<Bus, String> {
 }
 
 impl DiskArg {
-    /// What the machine is told. Formats that are not there yet are refused, and so is a file that does not exist.
+    /// What the machine is told. A file that does not exist is refused.
     pub(crate) fn spec(&self) -> Result<DiskSpec, Problem> {
         let source = match &self.source {
             Source::New(size) => {
@@ -153,16 +153,6 @@ impl DiskArg {
                 DiskSource::New { size: *size, format }
             }
             Source::File { path, in_place } => {
-                if *in_place && self.format.as_deref() == Some("qcow2") {
-                    return Err(Problem::refused(format!(
-                        "{} cannot be taken in place: qcow2 cannot be a layer",
-                        path.display()
-                    ))
-                    .hint(format!("--disk {}    (copied in)", path.display())));
-                }
-                if self.format.as_deref() == Some("qcow2") {
-                    return Err(super::later("a disk of format qcow2"));
-                }
                 let path = existing_file(path)?;
                 let format = self.format.clone();
                 if *in_place {

@@ -1,10 +1,10 @@
 //! `disk info --chain`: all that an image stands on, and which of the files could go.
 
 use super::place::{Child, Neighbours};
-use super::work::look;
 use super::{Info, Place};
 use crate::draw::{Look, plain};
 use crate::out::Out;
+use crate::work::look;
 use image::Layer;
 use jiff::Timestamp;
 use machine::request::Problem;

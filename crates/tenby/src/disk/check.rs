@@ -1,10 +1,10 @@
 //! `tenby disk check`: what is wrong with an image file, mending it, and taking a repair back.
 
 use super::problem::problem;
-use super::work::{interruptible, look};
 use super::{Parents, Place, edit, holding, shown};
 use crate::draw::plain;
 use crate::out::Out;
+use crate::work::{interruptible, look};
 use image::check::{self, Finding, Remedy, Report, Severity};
 use machine::plan::quoted;
 use machine::request::Problem;

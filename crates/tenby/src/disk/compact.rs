@@ -1,10 +1,10 @@
 //! `disk compact`: what an image takes and does not need goes back to the file system.
 
 use super::problem::{problem, words};
-use super::work::interruptible;
 use super::{Place, edit};
 use crate::out::Out;
 use crate::session::cancelled;
+use crate::work::interruptible;
 use image::{Access, Chain};
 use machine::request::Problem;
 use serde::Serialize;

@@ -1,10 +1,10 @@
 //! `disk compare`: whether two images hold the same, and where not.
 
 use super::problem::problem;
-use super::work::interruptible;
 use super::{Place, edit};
 use crate::out::Out;
 use crate::session::cancelled;
+use crate::work::interruptible;
 use image::Access;
 use machine::request::Problem;
 use serde::Serialize;

@@ -1,10 +1,10 @@
 //! `disk map`: where an image's content lies.
 
 use super::problem::problem;
-use super::work::look;
 use super::{Place, edit, shown};
 use crate::draw::plain;
 use crate::out::Out;
+use crate::work::look;
 use image::{Access, RunKind};
 use machine::request::Problem;
 use serde::Serialize;

@@ -2,11 +2,11 @@
 
 use super::place::{Child, Neighbours, chain_problem, told};
 use super::problem::{free_space, problem, words};
-use super::work::interruptible;
 use super::{Place, edit, shown};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
+use crate::work::interruptible;
 use image::ErrorKind;
 use image::layer::{Layer, ParentLink};
 use image::merge::{self, FoldError, Outcome};

@@ -1,11 +1,11 @@
 //! `disk resize`: another size for a disk on which nothing stands.
 
 use super::problem::problem;
-use super::work::interruptible;
 use super::{Info, Place, edit, info};
 use crate::draw;
 use crate::out::Out;
 use crate::session::cancelled;
+use crate::work::interruptible;
 use image::{Access, Chain, ErrorKind};
 use machine::plan::quoted;
 use machine::request::Problem;

@@ -7,6 +7,7 @@ use crate::vhd::bat::{Bat, Geometry};
 use crate::vhd::footer::Found;
 use crate::vhd::format::{HEADER_BYTES, SECTOR};
 use crate::vhd::open::load_table;
+use crate::vhd::resize::held;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -19,7 +20,6 @@ const MOST_RANGES: usize = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
     PastEnd,
-    Cut,
     OverHeader,
     OverTable,
 }
@@ -29,6 +29,11 @@ enum Fault {
 struct Placed {
     at: u64,
     block: u64,
+}
+
+/// Whether a sector's bit is set in its block's bitmap.
+fn is_set(bits: &[u8], sector: u64) -> bool {
+    bits[(sector / 8) as usize] & 0x80 >> (sector % 8) != 0
 }
 
 /// Neighbouring blocks with the same fault.
@@ -45,7 +50,8 @@ impl Exam {
         let table = header.raw.table_offset.get();
         let bat = load_table(&*self.store, table, geometry)?;
         let limit = found.tail.unwrap_or(self.length);
-        let placed = self.single(&bat, header, geometry, limit);
+        let (placed, cut) = self.single(&bat, header, geometry, limit);
+        self.cut_off(&cut, &placed, header, geometry, limit)?;
         self.over_locators(&placed, header, geometry);
         // A table may name more blocks than the file can hold: their bitmaps are not read one by one.
         if !self.shared(&placed, geometry) {
@@ -56,11 +62,12 @@ impl Exam {
         Ok(())
     }
 
-    /// Looks at each block by itself; those that lie where they can, in the order of their places.
-    fn single(&mut self, bat: &Bat, header: &Header, geometry: &Geometry, limit: u64) -> Vec<Placed> {
+    /// Looks at each block by itself; those that lie where they can, in the order of their places, and those that are cut off by the
+    /// file's end.
+    fn single(&mut self, bat: &Bat, header: &Header, geometry: &Geometry, limit: u64) -> (Vec<Placed>, Vec<Placed>) {
         let table = header.raw.table_offset.get();
         let (table, header_place) = (table..table + geometry.table(), header.at..header.at + HEADER_BYTES);
-        let (mut good, mut changed, mut last) = (Vec::new(), BTreeSet::new(), None::<Neighbours>);
+        let (mut good, mut cut, mut changed, mut last) = (Vec::new(), Vec::new(), BTreeSet::new(), None::<Neighbours>);
         for block in 0..geometry.blocks() {
             let Some(at) = bat.get(block) else { continue };
             let end = at + geometry.bitmap() + geometry.inside(block);
@@ -71,14 +78,12 @@ impl Exam {
                 Fault::PastEnd
             } else if over(&table) || over(&header_place) {
                 Fault::OverTable
-            } else if end > limit {
-                Fault::Cut
             } else {
-                good.push(Placed { at, block });
+                let list = if end > limit { &mut cut } else { &mut good };
+                list.push(Placed { at, block });
                 continue;
             };
             self.doubt = true;
-            self.cut |= fault == Fault::Cut;
             if matches!(fault, Fault::PastEnd | Fault::OverHeader) {
                 changed.insert(bat.clear(block));
             }
@@ -86,22 +91,96 @@ impl Exam {
                 Some(last) if last.fault == fault && last.blocks.end == block => last.blocks.end += 1,
                 _ => {
                     let before = last.replace(Neighbours { fault, blocks: block..block + 1, at });
-                    self.tell(before, geometry, limit);
+                    self.tell(before, geometry);
                 }
             }
         }
-        self.tell(last, geometry, limit);
+        self.tell(last, geometry);
         for sector in changed {
             self.plan.write(table.start + sector * SECTOR, bat.sector(sector));
         }
         good.sort_by_key(|placed| placed.at);
-        good
+        (good, cut)
+    }
+
+    /// Reports blocks that are cut off by the file's end. If nothing else lies over them they get the rest of their places back.
+    fn cut_off(
+        &mut self,
+        cut: &[Placed],
+        good: &[Placed],
+        header: &Header,
+        geometry: &Geometry,
+        limit: u64,
+    ) -> Result<()> {
+        let place = |placed: &Placed| held(geometry, placed.block, placed.at);
+        let is_alone = |index: usize| {
+            let whole = place(&cut[index]);
+            let others = good.iter().chain(&cut[..index]).chain(&cut[index + 1..]).map(place);
+            let over = |other: Range<u64>| other.start < whole.end && whole.start < other.end;
+            !others.chain(header.locators.iter().cloned()).any(over)
+        };
+        let (remedy, end) = match (0..cut.len()).all(is_alone) {
+            true => (
+                mend("the file is made longer again: what is lost reads as zeros"),
+                cut.iter().map(|block| block.at + geometry.bitmap() + geometry.block).max(),
+            ),
+            false => (cannot("something else lies over it, and which of them is good is not known"), None),
+        };
+        if let Some(end) = end {
+            self.plan.grow(end);
+            if limit < self.length {
+                // The footer, which lies in the block and goes behind it.
+                self.plan.write(limit, vec![0; (self.length - limit) as usize]);
+            }
+        }
+        (self.cut, self.regrown) = (!cut.is_empty() && end.is_none(), end);
+        self.doubt |= !cut.is_empty();
+        for block in cut {
+            let lost = self.lost(block, geometry, limit)?;
+            let effect = match (lost.first(), lost.last()) {
+                (Some(first), Some(last)) => {
+                    format!("of bytes {} to {} of the disk what was written is lost", first.start, last.end - 1)
+                }
+                _ => "none: what lay behind the end is the parent's".to_owned(),
+            };
+            self.report.add(Finding {
+                severity: Severity::Damage,
+                kind: "cut",
+                place: format!("block {}, at {}", block.block, block.at),
+                what: "it is cut off by the end of the file".to_owned(),
+                effect,
+                ranges: lost,
+                remedy: remedy.clone(),
+            });
+        }
+        Ok(())
+    }
+
+    /// The bytes of the disk that a block held behind the file's end. Where its bits are clear the parent has them.
+    fn lost(&self, placed: &Placed, geometry: &Geometry, limit: u64) -> Result<Vec<Range<u64>>> {
+        let start = placed.block * geometry.block;
+        let behind = limit.saturating_sub(placed.at + geometry.bitmap())..geometry.inside(placed.block);
+        if !geometry.differencing() {
+            return Ok(std::iter::once(start + behind.start..start + behind.end).collect());
+        }
+        let bits = padded(&*self.store, placed.at, geometry.bitmap() as usize)?;
+        let mut lost: Vec<Range<u64>> = Vec::new();
+        for sector in (behind.start / SECTOR..behind.end / SECTOR).filter(|sector| is_set(&bits, *sector)) {
+            let bytes = start + (sector * SECTOR).max(behind.start)..start + (sector + 1) * SECTOR;
+            let room = lost.len() < MOST_RANGES;
+            match lost.last_mut() {
+                Some(last) if last.end == bytes.start => last.end = bytes.end,
+                _ if room => lost.push(bytes),
+                _ => break,
+            }
+        }
+        Ok(lost)
     }
 
     /// Reports a fault of single blocks.
-    fn tell(&mut self, neighbours: Option<Neighbours>, geometry: &Geometry, limit: u64) {
+    fn tell(&mut self, neighbours: Option<Neighbours>, geometry: &Geometry) {
         let Some(Neighbours { fault, blocks, at }) = neighbours else { return };
-        let mut bytes = blocks.start * geometry.block..(blocks.end * geometry.block).min(geometry.size);
+        let bytes = blocks.start * geometry.block..(blocks.end * geometry.block).min(geometry.size);
         let absent = if geometry.differencing() {
             "the block loses its place: its bytes read as the parent's"
         } else {
@@ -109,12 +188,6 @@ impl Exam {
         };
         let (kind, what, remedy) = match fault {
             Fault::PastEnd => ("past-end", "its place lies past the end of the file", mend(absent)),
-            Fault::Cut => {
-                if blocks.end - blocks.start == 1 {
-                    bytes.start += limit.saturating_sub(at + geometry.bitmap());
-                }
-                ("cut", "it is cut off by the end of the file", cannot("what lay behind the end is lost"))
-            }
             Fault::OverHeader => ("misplaced", "its place lies in a header", mend(absent)),
             Fault::OverTable => {
                 let why = "most of it may be good, or the table may be: it is not thrown away";
@@ -213,7 +286,7 @@ impl Exam {
         for Placed { at, block } in placed {
             unaligned += u64::from(!(at + geometry.bitmap()).is_multiple_of(ALIGNMENT));
             let bits = padded(&*self.store, *at, geometry.bitmap() as usize)?;
-            let is_set = |sector: u64| bits[(sector / 8) as usize] & 0x80 >> (sector % 8) != 0;
+            let is_set = |sector: u64| is_set(&bits, sector);
             let inside = geometry.inside(*block) / SECTOR;
             if geometry.differencing() {
                 if (inside..geometry.block_sectors()).any(is_set) {

@@ -12,7 +12,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 const LONG: Duration = Duration::from_secs(1);
 
 /// Does something that says how far it is and stops when its progress says `false`: after Ctrl-C.
-pub(super) async fn interruptible<T: Send + 'static>(
+pub(crate) async fn interruptible<T: Send + 'static>(
     out: &Out,
     what: String,
     work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> Result<T, Problem> + Send + 'static,
@@ -40,7 +40,7 @@ pub(super) async fn interruptible<T: Send + 'static>(
 }
 
 /// Looks at something, which may take long. It changes nothing and is left alone after Ctrl-C.
-pub(super) async fn look<T: Send + 'static>(
+pub(crate) async fn look<T: Send + 'static>(
     out: &Out,
     what: String,
     work: impl FnOnce() -> Result<T, Problem> + Send + 'static,
