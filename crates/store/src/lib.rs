@@ -72,7 +72,8 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// handle fails too: what the failed one covered is lost or not, and the system would not say so again.
     fn sync(&self) -> Result<()>;
     /// Changes the lock held through this handle; fails at once with [`ErrorKind::Locked`] if another handle is in the way, the
-    /// lock held so far being kept. (The host may lose it to another process that asks at that very moment.)
+    /// lock held so far being kept. (The host may lose it to another process that asks at that very moment.) What was removed since it was
+    /// opened is not there to be locked: [`ErrorKind::NotFound`].
     fn lock(&self, lock: Lock) -> Result<()>;
     /// The next stretch, from and to, that may hold other bytes than zeros, at `offset` or after it; `None` if there is none up to the
     /// end. What is left out reads as zeros: holes, where the file system tells.

@@ -312,6 +312,14 @@ impl Disk {
         }
     }
 
+    /// Whether a file has a name.
+    fn is_named(&self, file: u64) -> bool {
+        self.inodes.values().any(|inode| match inode {
+            Inode::Folder(folder) => folder.entries.values().any(|named| *named == file),
+            Inode::File(_) => false,
+        })
+    }
+
     /// Bytes that the files occupy which have a name or are open.
     fn used(&self) -> u64 {
         let mut live: BTreeSet<u64> = BTreeSet::new();
@@ -853,6 +861,9 @@ impl Store for SimFile {
             return Err(self.error(ErrorKind::Locked, "lock", "in use by somebody else"));
         }
         handles.insert(self.id, wanted);
+        if wanted != Lock::None && !disk.is_named(self.inode) {
+            return Err(self.error(ErrorKind::NotFound, "lock", "it was removed"));
+        }
         Ok(())
     }
 
