@@ -1,5 +1,6 @@
 //! Disk image files, without any machine: made, looked at, hashed, copied, served. What is longer has a file of its own, a verb each.
 
+mod azure;
 mod chain;
 mod compact;
 mod compare;
@@ -162,8 +163,11 @@ pub(crate) struct New {
 }
 
 /// Makes an empty image. Nothing is left if it fails.
-pub(crate) fn create(path: &Path, new: &New) -> Result<Info, Problem> {
+pub(crate) fn create(path: &Path, new: &New, out: &Out) -> Result<Info, Problem> {
     let file = begin(path, true)?;
+    if let Some(size) = new.size {
+        azure::note_unfit(new.format, new.kind, size, out, &azure::help_create(path, size));
+    }
     let made = match new.format {
         Format::Raw if new.parent.is_some() => {
             return Err(Problem::usage("a raw image stands on nothing; end its name in .avhdx"));
@@ -274,12 +278,23 @@ pub(crate) struct Target<'a> {
     pub(crate) dense: bool,
     /// It is to be durable when it is there.
     pub(crate) durable: bool,
+    /// The size is one that Azure takes; the format is VHD then, and the kind fixed.
+    pub(crate) azure: bool,
 }
 
 impl Target<'_> {
     /// What the finished file is.
     fn info(&self) -> Result<Info, Problem> {
         info_of_new(self.path, self.format)
+    }
+
+    /// The disk's size, if the source has `size` bytes.
+    fn size(&self, size: u64, out: &Out) -> Result<u64, Problem> {
+        if self.azure {
+            return azure::fit(size, self.path, out);
+        }
+        azure::note_unfit(self.format, self.kind.unwrap_or(Kind::Dynamic), size, out, &azure::help_convert());
+        Ok(size)
     }
 
     fn cancelled(&self) -> Problem {
@@ -318,9 +333,10 @@ pub(crate) async fn convert(source: Place, target: Target<'_>, out: &Out) -> Res
     let what = format!("copying {}", source.path.display());
     let Target { format, kind, dense, .. } = target;
     let file = target.path.to_owned();
+    let source = source.chain(Access::Read)?;
+    let size = target.size(source.size(), out)?;
     let complete = interruptible(out, what, move |progress| {
-        let source = source.chain(Access::Read)?;
-        let copied = blank(&store, format, kind, source.size(), source.sector_size()).and_then(|target| {
+        let copied = blank(&store, format, kind, size, source.sector_size()).and_then(|target| {
             let complete = image::convert::copy(&source, &target, progress)?;
             target.close()?;
             Ok(complete && (!dense || image::convert::fill(&*store, progress)?))

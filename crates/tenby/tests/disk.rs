@@ -213,6 +213,45 @@ fn a_merge_leaves_one_file_that_holds_all() {
 }
 
 #[test]
+fn a_disk_for_azure_is_a_fixed_vhd_of_whole_mib() {
+    let place = Place::new();
+    let size = 30 * MIB + 1024;
+    raw(&place, "a.raw", size, &[(0, &[5; 4096]), (size - 512, &[6; 512])]);
+    let made = tenby(&place, &["disk", "convert", "a.raw", "a.vhd", "--azure"]).well();
+    assert!(made.err.contains("a.vhd gets 31M, 1047552 bytes more"), "{made:?}");
+    let info = json(&place, &["disk", "info", "a.vhd"]);
+    assert_eq!((&info["size"], &info["type"]), (&(31 * MIB).into(), &"fixed".into()));
+    let file = fs::read(place.path("a.vhd")).unwrap();
+    assert_eq!(file.len() as u64, 31 * MIB + 512, "and the footer behind it");
+    assert!(file.starts_with(&fs::read(place.path("a.raw")).unwrap()));
+    assert!(file[size as usize..31 * MIB as usize].iter().all(|byte| *byte == 0));
+    // Once fit there is nothing to say.
+    assert_eq!(tenby(&place, &["disk", "convert", "a.vhd", "b.vhd", "--azure", "--type", "fixed"]).well().err, "");
+    assert_eq!(tenby(&place, &["disk", "convert", "a.vhd", "c.vhd", "--type", "fixed"]).well().err, "");
+    let unfit = tenby(&place, &["disk", "convert", "a.raw", "d.vhd", "--type", "fixed"]).well();
+    assert!(unfit.err.contains("tenby disk convert a.raw d.vhd --type fixed --azure"), "{unfit:?}");
+    let unfit = tenby(&place, &["disk", "create", "e.vhd", "--size", "1000448", "--type", "fixed"]).well();
+    assert!(unfit.err.contains("tenby disk create e.vhd --size 20M --type fixed"), "{unfit:?}");
+    tenby(&place, &["disk", "convert", "e.vhd", "f", "--azure"]).well();
+    assert_eq!(json(&place, &["disk", "info", "f"])["size"], 20 * MIB);
+    for words in [&["g.vhdx", "--azure"][..], &["g.vhd", "--azure", "--type", "dynamic"], &["g.img", "--azure"]] {
+        let words = [&["disk", "convert", "a.raw"], words].concat();
+        assert!(tenby(&place, &words).with(2).err.contains("fixed VHD"));
+    }
+    tenby(&place, &["disk", "create", "large.vhdx", "--size", "40T"]).well();
+    let refused = tenby(&place, &["disk", "convert", "large.vhdx", "g.vhd", "--azure"]).with(3);
+    assert!(refused.err.contains("32767G") && !Path::new(&place.path("g.vhd")).exists(), "{refused:?}");
+    if has("qemu-img") {
+        for file in ["a.vhd", "d.vhd"] {
+            let done =
+                Command::new("qemu-img").args(["info", "--output=json", "-f", "vpc", &place.path(file)]).output();
+            let info: Value = serde_json::from_slice(&done.unwrap().stdout).unwrap();
+            assert_eq!(info["virtual-size"], json(&place, &["disk", "info", file])["size"], "{file}");
+        }
+    }
+}
+
+#[test]
 fn vhd_is_compared_merged_compacted_and_resized_too() {
     let place = Place::new();
     raw(&place, "a.raw", 8 * MIB, &[(3 * MIB, &[1; 4096])]);

@@ -173,7 +173,7 @@ impl Bytes {
 fn only_zeros(chain: &Chain, from: u64, to: u64, what: &str) {
     for run in chain.runs(from, to - from, usize::MAX).expect("runs") {
         if run.kind == RunKind::Data {
-            assert!(run.len < 1 << 30, "{run:?} takes space, {what}");
+            assert!(run.len < 64 * MIB, "{run:?} takes space, {what}");
             let mut bytes = vec![0xAA; run.len as usize];
             chain.read(&mut bytes, run.offset).expect("read");
             assert!(bytes.iter().all(|byte| *byte == 0), "{run:?} holds something, {what}");

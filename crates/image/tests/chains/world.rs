@@ -58,7 +58,9 @@ impl World {
     pub(crate) fn of_anything(seed: u64) -> Self {
         let mut dice = Dice(seed);
         let sector = if dice.one_in(4) { 4096 } else { 512 };
-        let style = Style { plain: false, only: None, sector, large: dice.one_in(6) };
+        let large = dice.one_in(6);
+        let only = (large && !dice.one_in(3)).then_some(Format::Vhdx);
+        let style = Style { plain: false, only, sector, large };
         Self::new(dice, style)
     }
 
@@ -250,8 +252,10 @@ impl World {
                 most
             };
         }
+        // A VHD has no zeros without a place: gigabytes that a layer grows by would be just that.
+        let same = self.style.large && self.style.only.is_none();
         match (self.dice.below(8), below) {
-            (0..5, Some(below)) => below,
+            (number, Some(below)) if same || number < 5 => below,
             (5, _) => most,
             (6, _) => {
                 let windows = &self.windows;

@@ -41,7 +41,8 @@ pub(crate) enum Verb {
     /// Copy an image into another format
     #[command(after_help = "Examples:
   tenby disk convert old.raw new.vhdx
-  tenby disk convert data.vhdx data.img --to raw")]
+  tenby disk convert data.vhdx data.img --to raw
+  tenby disk convert data.vhdx upload.vhd --azure")]
     Convert(ConvertArgs),
     /// Serve an image by NBD, one export with the empty name; prints its URI
     #[command(after_help = "Examples:
@@ -202,6 +203,9 @@ pub(crate) struct ConvertArgs {
     /// Do not wait until the new file would survive a power cut, as cp and qemu-img do not
     #[arg(long)]
     no_sync: bool,
+    /// Fit for Azure: a fixed VHD, its size rounded up to a whole MiB (20 MiB at least)
+    #[arg(long)]
+    azure: bool,
 }
 
 /// `disk serve`
@@ -371,7 +375,7 @@ async fn merge(
         return Ok(());
     };
     let format = new_format(None, target)?;
-    let target = disk::Target { path: target, format, kind: None, dense: false, durable: true };
+    let target = disk::Target { path: target, format, kind: None, dense: false, durable: true, azure: false };
     let info = disk::convert(place, target, out).await?;
     made(&info, &format!("{} is made; {} is as it was", target.path.display(), child.display()), out);
     Ok(())
@@ -426,7 +430,7 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
         block_size: small("block size", args.block_size)?,
         sector_size: small("sector size", args.sector_size)?,
     };
-    let info = disk::create(&args.file, &wanted)?;
+    let info = disk::create(&args.file, &wanted, out)?;
     if out.json() {
         out.document(&info);
     }
@@ -434,7 +438,14 @@ fn create(args: CreateArgs, out: &Out) -> Result<(), Problem> {
     Ok(())
 }
 
-async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
+async fn convert(mut args: ConvertArgs, out: &Out) -> Result<(), Problem> {
+    if args.azure {
+        let format = args.to.or_else(|| FormatArg::of(&args.target)).unwrap_or(FormatArg::Vhd);
+        if format != FormatArg::Vhd || !matches!(args.kind, None | Some(KindArg::Fixed)) {
+            return Err(Problem::usage("Azure takes fixed VHDs only: end the new file's name in .vhd, without --type"));
+        }
+        (args.to, args.kind) = (Some(format), Some(KindArg::Fixed));
+    }
     if args.kind == Some(KindArg::Differencing) {
         return Err(Problem::usage("a converted image stands on nothing: --type fixed or dynamic"));
     }
@@ -462,6 +473,7 @@ async fn convert(args: ConvertArgs, out: &Out) -> Result<(), Problem> {
         kind: args.kind.map(Into::into),
         dense: args.dense,
         durable: !args.no_sync,
+        azure: args.azure,
     };
     let info = if from_qcow2 {
         disk::convert_from(&args.source, target, out).await?

@@ -47,11 +47,12 @@ pub(crate) async fn convert_from(source: &Path, target: Target<'_>, out: &Out) -
     let size = qcow2_size(source)?;
     let new = begin(target.path, target.durable)?;
     let store = new.store();
+    let fitted = target.size(size, out)?;
     let Target { format, kind, dense, .. } = target;
     let (from, file) = (source_options(source)?, target.path.to_owned());
     let source_bytes = std::fs::metadata(source).map_or(0, |data| data.len());
     let complete = interruptible(out, format!("copying {}", source.display()), move |progress| {
-        let chain = Arc::new(blank(&store, format, kind, size, 512).map_err(|error| problem(&error))?);
+        let chain = Arc::new(blank(&store, format, kind, fitted, 512).map_err(|error| problem(&error))?);
         let served = Served::begin(&chain, false)?;
         let mut tool = Command::new("qemu-img");
         tool.args(["convert", "-p", "-n", "--target-is-zero", "--image-opts", "-O", "raw", &from, &served.uri]);
