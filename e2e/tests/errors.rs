@@ -4,6 +4,7 @@ use e2e::{BASE, Lab};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// A saved machine with a snapshot, and what must not change about it.
 struct Untouched {
@@ -269,9 +270,13 @@ fn a_disk_in_place_is_locked_while_a_guest_writes_it() {
     reader.kill().expect("it can be ended");
     reader.wait().expect("it ends");
     lab.ok(&["vm", "start", BASE]);
-    lab.fails(3, &format!("a.vhdx is in use: the machine {BASE} has it"), &["disk", "hash", "a.vhdx"]);
+    // For others than us, too.
+    let is_free = || Command::new("flock").args(["-n", "-s"]).arg(lab.path("a.vhdx")).arg("true").status();
+    assert!(!is_free().expect("flock runs").success());
+    lab.fails(3, "a.vhdx is being written", &["disk", "hash", "a.vhdx"]);
     lab.snapshot("Monday");
     lab.settle();
     lab.ok(&["disk", "hash", "a.vhdx"]);
+    assert!(is_free().expect("flock runs").success());
     lab.ok(&["vm", "stop", BASE, "--turn-off"]);
 }
