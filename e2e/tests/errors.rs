@@ -4,6 +4,7 @@ use e2e::{BASE, Lab};
 use serde_json::Value;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 /// A saved machine with a snapshot, and what must not change about it.
 struct Untouched {
@@ -224,4 +225,58 @@ impl Drop for SmallDisk {
         // Even while something still looks at it.
         let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
     }
+}
+
+/// A running machine's leaf changes from moment to moment: it is neither read nor written by anybody else. What is sealed may be read.
+#[test]
+fn a_disk_that_a_guest_writes_is_its_own() {
+    let (lab, _witness) = Lab::running();
+    let own = lab.json(&["vm", "show", BASE])["disks"][0]["file"].as_str().expect("a file").to_owned();
+    let socket = lab.path("disk.sock").display().to_string();
+    for words in [
+        &["disk", "hash", &own][..],
+        &["disk", "map", &own],
+        &["disk", "compare", &own, &own],
+        &["disk", "convert", &own, "copy.raw"],
+        &["disk", "serve", &own, "--read-only", "--socket", &socket],
+    ] {
+        let error = lab.fails(3, "is being written", words);
+        assert!(error["hint"].as_str().is_some_and(|hint| hint.starts_with("tenby snapshot create")), "{error}");
+    }
+    for words in [&["disk", "compact", &own][..], &["disk", "resize", &own, "1G"], &["disk", "check", &own, "--repair"]]
+    {
+        lab.fails(3, &format!("belongs to the machine {BASE}"), words);
+    }
+    assert!(!lab.path("copy.raw").exists());
+    lab.snapshot("Monday");
+    lab.ok(&["disk", "hash", &own]);
+}
+
+/// A file taken in place is the guest's alone while it is written, and everybody's to read once it is sealed.
+#[test]
+fn a_disk_in_place_is_locked_while_a_guest_writes_it() {
+    let lab = Lab::empty();
+    for name in ["a.vhdx", "b.vhdx"] {
+        lab.ok(&["disk", "create", name, "--size", "64M"]);
+    }
+    lab.create_guest_on(BASE, ["a.vhdx,in-place", "b.vhdx,in-place"]);
+    let socket = lab.path("disk.sock").display().to_string();
+    let serving = ["disk", "serve", "a.vhdx", "--read-only", "--socket", &socket];
+    let mut reader = lab.command(&serving).spawn().expect("the program can be started");
+    while !lab.path("disk.sock").exists() {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    lab.fails(3, "a.vhdx is in use by process", &["vm", "start", BASE]);
+    reader.kill().expect("it can be ended");
+    reader.wait().expect("it ends");
+    lab.ok(&["vm", "start", BASE]);
+    // For others than us, too.
+    let is_free = || Command::new("flock").args(["-n", "-s"]).arg(lab.path("a.vhdx")).arg("true").status();
+    assert!(!is_free().expect("flock runs").success());
+    lab.fails(3, "a.vhdx is being written", &["disk", "hash", "a.vhdx"]);
+    lab.snapshot("Monday");
+    lab.settle();
+    lab.ok(&["disk", "hash", "a.vhdx"]);
+    assert!(is_free().expect("flock runs").success());
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
 }

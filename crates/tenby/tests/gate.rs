@@ -243,3 +243,70 @@ fn a_folder_is_named_for_parents() {
         }
     }
 }
+
+/// A base in one folder, its child in another: made, read, guarded, merged and copied in by those who say where the parents lie.
+#[test]
+fn a_chain_lies_in_two_folders() {
+    let place = Place::new();
+    let tenby = |words: &[&str]| place.tenby(words);
+    for folder in ["bases", "work"] {
+        fs::create_dir(place.path(folder)).unwrap();
+    }
+    fs::write(place.path("a.raw"), vec![7; 1 << 20]).unwrap();
+    tenby(&["disk", "convert", "a.raw", "bases/base.vhdx"]).well();
+    let create = ["disk", "create", "work/child.avhdx", "--parent", "bases/base.vhdx"];
+    let refused = tenby(&create).with(2);
+    assert!(refused.err.contains("--parents bases"), "{refused:?}");
+    assert!(!Path::new(&place.path("work/child.avhdx")).exists());
+    let with = |words: &[&str]| tenby(&[words, &["--parents", "bases", "--parents", "work"]].concat());
+    with(&create).well();
+    with(&["disk", "create", "work/leaf.avhdx", "--parent", "work/child.avhdx"]).well();
+    with(&["disk", "compare", "work/leaf.avhdx", "a.raw"]).well();
+    // What stands on an image is seen in every folder that was named.
+    let refused = with(&["disk", "resize", "bases/base.vhdx", "2M"]).with(3);
+    assert!(refused.err.contains("work/child.avhdx stands on"), "{refused:?}");
+    let chain = with(&["disk", "info", "work/leaf.avhdx", "--chain", "--json"]).well().json()["chain"].clone();
+    assert_eq!((&chain[0]["file"], &chain[0]["children"][0]), (&"bases/base.vhdx".into(), &"work/child.avhdx".into()));
+    assert_eq!(chain[1]["children"][0], "leaf.avhdx");
+    // A machine's disk is copied in with all that it stands on.
+    let vm = |disk: &str| tenby(&["vm", "create", "web", "--memory", "64M", "--disk", disk]);
+    let refused = vm("work/leaf.avhdx").with(5);
+    assert!(refused.err.contains(",parents=FOLDER"), "{refused:?}");
+    vm("work/leaf.avhdx,parents=work,parents=bases").well();
+    let own = place.machine("web")["disks"][0]["file"].as_str().unwrap().to_owned();
+    tenby(&["disk", "compare", &own, "a.raw"]).well();
+    // The middle one goes; what stood on it stands on the base, over there.
+    with(&["disk", "merge", "work/child.avhdx"]).well();
+    with(&["disk", "compare", "work/leaf.avhdx", "a.raw"]).well();
+    fs::rename(place.path("bases/base.vhdx"), place.path("bases/other.vhdx")).unwrap();
+    with(&["disk", "compare", "work/leaf.avhdx", "a.raw"]).with(5);
+    with(&["disk", "reconnect", "work/leaf.avhdx", "bases/other.vhdx"]).well();
+    with(&["disk", "merge", "work/leaf.avhdx"]).well();
+    tenby(&["disk", "compare", "bases/other.vhdx", "a.raw"]).well();
+    for folder in ["a.raw", "none"] {
+        let refused = tenby(&["disk", "hash", "a.raw", "--parents", folder]);
+        assert!([4, 5].contains(&refused.code) && refused.err.contains(folder), "{refused:?}");
+    }
+}
+
+/// A link that the user names leads to the image, and its parents lie beside that.
+#[test]
+fn a_users_own_link_is_followed() {
+    let place = Place::new();
+    fs::create_dir(place.path("work")).unwrap();
+    place.tenby(&["disk", "create", "work/base.vhdx", "--size", "8M"]).well();
+    place.tenby(&["disk", "create", "work/child.avhdx", "--parent", "work/base.vhdx"]).well();
+    std::os::unix::fs::symlink("work/child.avhdx", place.path("link")).unwrap();
+    for words in [
+        &["disk", "hash", "link"][..],
+        &["disk", "info", "link", "--chain"],
+        &["disk", "resize", "link", "16M"],
+        &["disk", "compact", "link"],
+        &["disk", "check", "link", "--repair"],
+        &["disk", "create", "work/leaf.avhdx", "--parent", "link"],
+        &["vm", "create", "web", "--memory", "64M", "--disk", "link"],
+        &["disk", "hash", "work/leaf.avhdx"],
+    ] {
+        place.tenby(words).well();
+    }
+}
