@@ -2,23 +2,29 @@
 
 use crate::stream::{Block, PAGE};
 use crate::{Error, ErrorKind, Result};
+use std::collections::BTreeMap;
 
-/// Which pages have been seen: a bit each.
+/// Pages that are noted together: 2 MiB of RAM.
+const STRETCH: u64 = 512;
+
+/// Which pages have been seen: a bit each, of the stretches of which any was. So the memory that this takes grows with what was sent,
+/// not with what the stream says that it will send.
 pub(super) struct Seen<'a> {
     blocks: &'a [Block],
-    bits: Vec<Vec<u64>>,
+    /// By block and number of the stretch.
+    stretches: BTreeMap<(usize, u64), [u64; STRETCH as usize / 64]>,
     pages: u64,
 }
 
 impl<'a> Seen<'a> {
     pub(super) fn new(blocks: &'a [Block]) -> Self {
-        let words = |block: &Block| vec![0; (block.len / PAGE as u64).div_ceil(64) as usize];
-        Self { blocks, bits: blocks.iter().map(words).collect(), pages: 0 }
+        Self { blocks, stretches: BTreeMap::new(), pages: 0 }
     }
 
     pub(super) fn mark(&mut self, block: usize, offset: u64) {
         let page = offset / PAGE as u64;
-        let word = &mut self.bits[block][(page / 64) as usize];
+        let words = self.stretches.entry((block, page / STRETCH)).or_default();
+        let word = &mut words[(page % STRETCH / 64) as usize];
         let bit = 1 << (page % 64);
         self.pages += u64::from(*word & bit == 0);
         *word |= bit;
@@ -38,14 +44,23 @@ impl<'a> Seen<'a> {
         if missing == 0 {
             return Ok(());
         }
-        let holes = |(block, bits): (&'a Block, &Vec<u64>)| {
-            let mut pages = 0..block.len / PAGE as u64;
-            let page = pages.find(|page| bits[(page / 64) as usize] >> (page % 64) & 1 == 0)?;
-            Some((&block.name, page * PAGE as u64))
-        };
-        let (name, offset) = self.blocks.iter().zip(&self.bits).find_map(holes).expect("a page is missing");
+        let (name, offset) = self.first_missing().expect("a page is missing");
         let message = format!("{missing} bytes of RAM were not in the stream, first at {offset} of the block {name:?}");
         Err(Error::new(ErrorKind::Incomplete, message))
+    }
+
+    /// The first page that was not seen: its block's name, and where it is in the block, bytes.
+    fn first_missing(&self) -> Option<(&'a str, u64)> {
+        self.blocks.iter().enumerate().find_map(|(number, block)| {
+            let mut pages = 0..block.len / PAGE as u64;
+            let page = pages.find(|page| !self.has(number, *page))?;
+            Some((block.name.as_str(), page * PAGE as u64))
+        })
+    }
+
+    fn has(&self, block: usize, page: u64) -> bool {
+        let words = self.stretches.get(&(block, page / STRETCH));
+        words.is_some_and(|words| words[(page % STRETCH / 64) as usize] >> (page % 64) & 1 == 1)
     }
 }
 
@@ -53,12 +68,15 @@ impl<'a> Seen<'a> {
 mod tests {
     use super::*;
 
+    fn block(name: &str, pages: u64) -> Block {
+        Block { name: name.into(), len: pages * PAGE as u64 }
+    }
+
     #[test]
     fn the_missing_page_is_named() {
-        let block = |name: &str, pages: u64| Block { name: name.into(), len: pages * PAGE as u64 };
-        let blocks = [block("a", 65), block("empty", 0), block("b", 2)];
+        let blocks = [block("a", STRETCH + 65), block("empty", 0), block("b", 2)];
         let mut seen = Seen::new(&blocks);
-        (0..65).for_each(|page| seen.mark(0, page * PAGE as u64));
+        (0..STRETCH + 65).for_each(|page| seen.mark(0, page * PAGE as u64));
         seen.mark(2, 0);
         seen.mark(2, 0);
         let error = seen.check().unwrap_err();
@@ -70,5 +88,18 @@ mod tests {
         seen.mark(2, PAGE as u64);
         seen.check().unwrap();
         assert_eq!(seen.bytes(), seen.total());
+    }
+
+    #[test]
+    fn memory_grows_with_what_was_seen_and_not_with_what_was_said() {
+        let blocks = [block("huge", 1 << 33), block("huge too", 1 << 33)];
+        let mut seen = Seen::new(&blocks);
+        assert!(seen.stretches.is_empty());
+        seen.mark(0, 0);
+        seen.mark(0, PAGE as u64);
+        seen.mark(1, (PAGE as u64) << 32);
+        assert_eq!(seen.stretches.len(), 2);
+        let error = seen.check().unwrap_err();
+        assert!(error.message.contains("at 8192 of the block \"huge\""), "{error}");
     }
 }
