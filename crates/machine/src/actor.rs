@@ -12,18 +12,21 @@
 //! one dies before that (invariant 2).
 
 use crate::admit::{Admission, admit};
-use crate::collect::Folding;
+use crate::book::Book;
+use crate::carry::Carries;
+use crate::collect::Underway;
 use crate::files::{Files, file_problem};
-use crate::job::{Jobs, REMEMBERED, Task, end};
-use crate::ledger::{self, Journal, Ledger, State as Rows};
+use crate::job::{Jobs, Task};
+use crate::keeper::Keeper;
+use crate::ledger::State as Rows;
 use crate::live::Live;
 use crate::log;
 use crate::request::{DeletePlan, Job, Problem, Request, TreeView, View};
 use crate::root::{LogLine, Root, note_name, open_or_create};
 use crate::steps::Steps;
-use crate::tree::{JobId, Machine, MachineId, State};
+use crate::tree::{JobId, MachineId, State};
 use crate::views;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use store::{Lock, Store};
 use tokio::sync::{mpsc, watch};
@@ -54,7 +57,7 @@ pub(crate) struct Shared {
     pub(crate) id: MachineId,
     pub(crate) files: Files,
     pub(crate) jobs: Arc<Jobs>,
-    rows: RwLock<Arc<Rows>>,
+    book: Book,
     moment: RwLock<views::Live>,
     life: watch::Sender<Life>,
 }
@@ -73,7 +76,7 @@ enum Life {
 impl Shared {
     /// The rows as last committed.
     pub(crate) fn rows(&self) -> Arc<Rows> {
-        Arc::clone(&self.rows.read().unwrap_or_else(PoisonError::into_inner))
+        self.book.rows()
     }
 
     /// What is going on just now.
@@ -87,43 +90,15 @@ impl Shared {
     }
 }
 
-/// The ledger, and where its commits are published. Shared by the owner and by a fold that commits from its own thread.
-#[derive(Debug, Clone)]
-pub(crate) struct Book {
-    ledger: Arc<Mutex<Ledger>>,
-    shared: Arc<Shared>,
-}
-
-impl Book {
-    /// Changes the rows in one durable transaction.
-    ///
-    /// If nobody can tell whether the transaction is on the disk, nothing more may be done that depends on it: the worker ends on the
-    /// spot, leaving QEMU alone, and the next one goes by what it reads.
-    pub(crate) fn commit(&self, change: impl FnOnce(&mut Rows)) -> Result<(), Problem> {
-        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Err(error) = ledger.commit(change) {
-            if error.kind == ledger::ErrorKind::Unsure {
-                give_up(&error.problem(self.shared.files.path()));
-            }
-            return Err(error.problem(self.shared.files.path()));
-        }
-        let rows = ledger.shared();
-        *self.shared.rows.write().unwrap_or_else(PoisonError::into_inner) = rows;
-        Ok(())
-    }
-}
-
 /// The one who does everything.
 #[derive(Debug)]
 pub(crate) struct Owner {
     pub(crate) shared: Arc<Shared>,
-    pub(crate) book: Book,
-    pub(crate) files: Files,
-    pub(crate) steps: Arc<Steps>,
+    pub(crate) keeper: Keeper,
     /// QEMU and the disks that it is served, while there is one.
     pub(crate) live: Option<Live>,
     /// A fold under way.
-    pub(crate) folding: Option<Folding>,
+    pub(crate) folding: Option<Underway>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
     pub(crate) resting: bool,
     /// Deletions whose clients wait for the merging, too.
@@ -144,30 +119,26 @@ impl Handle {
     pub async fn open_with(root: &Root, id: MachineId, steps: Steps) -> Result<Self, Problem> {
         let files = root.files(id)?;
         let lock = take_lock(&files).await?;
-        let ledger = Ledger::open(files.folder()).map_err(|e| e.problem(files.path()))?;
-        let rows = ledger.shared();
-        note_name(id, &rows.machine.name)?;
+        let keeper = Keeper::open(&files, Carries::open(id)?, steps)?;
+        note_name(id, &keeper.rows().machine.name)?;
         let shared = Arc::new(Shared {
             root: root.clone(),
             id,
             files: files.clone(),
-            jobs: Arc::new(Jobs::new(rows.jobs())),
-            rows: RwLock::new(rows),
+            jobs: Arc::clone(keeper.jobs()),
+            book: keeper.book.clone(),
             moment: RwLock::new(views::Live {
                 worker: Some(rustix::process::getpid().as_raw_nonzero().get()),
                 ..views::Live::default()
             }),
             life: watch::Sender::new(Life::Busy),
         });
-        let book = Book { ledger: Arc::new(Mutex::new(ledger)), shared: Arc::clone(&shared) };
         let console = qemu::Console::open(&crate::live::console_log(&files))
             .map_err(|e| Problem::failed(format!("the console's log: {e}")))?;
         let console_server = crate::console::serve(id, console.clone())?;
         let mut owner = Owner {
             shared: Arc::clone(&shared),
-            book,
-            files,
-            steps: Arc::new(steps),
+            keeper,
             live: None,
             folding: None,
             resting: false,
@@ -293,7 +264,7 @@ impl Owner {
             let ask = tokio::select! {
                 biased;
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
-                folded = Folding::next(&mut self.folding) => { self.folded(folded); continue }
+                folded = Underway::next(&mut self.folding) => { self.folded(&folded); continue }
                 event = Live::next(&mut self.live) => { self.react(event).await; continue }
                 () = tokio::time::sleep(LINGER), if quiet => {
                     self.shared.life.send_replace(Life::Idle);
@@ -333,8 +304,8 @@ impl Owner {
                     moment.doing.clear();
                 });
                 if let Err(problem) = &outcome {
-                    self.undo(task);
-                    log::write(&self.files, Some(task.id()), &format!("{}: {problem}", request.kind()));
+                    self.keeper.undo(task);
+                    log::write(&self.keeper.files, Some(task.id()), &format!("{}: {problem}", request.kind()));
                 }
                 outcome
             }
@@ -366,7 +337,7 @@ impl Owner {
                 let id = self.revert_target()?;
                 self.apply(task, id, present, *start, *memory).await
             }
-            Request::Delete { snapshot, subtree, .. } => self.delete(task, snapshot, *subtree),
+            Request::Delete { snapshot, subtree, .. } => self.keeper.delete(task, snapshot, *subtree),
             Request::RenameSnapshot { snapshot, name } => self.rename_snapshot(task, snapshot, name),
             Request::NoteSnapshot { snapshot, note } => self.note_snapshot(task, snapshot, note),
             Request::Set(settings) => self.set(task, settings),
@@ -375,70 +346,12 @@ impl Owner {
         }
     }
 
-    /// The job has ended: said in the ledger, unless its own transaction did, then to whoever waits.
+    /// The job has ended: said in the ledger, then to whoever waits.
     pub(crate) fn finish(&mut self, task: &Task, outcome: &Result<serde_json::Value, Problem>) {
-        task.end(outcome);
-        let Some(job) = task.job().filter(|_| !self.deleted) else { return };
-        // A refusal changed nothing: it is remembered while this worker lives, and leaves no row.
-        let known = self.shared.rows().jobs().into_iter().find(|known| known.id == job.id);
-        if known.is_some_and(|known| known.state != job.state) {
-            let kept = self.book.commit(|rows| remember(rows, job));
-            if let Err(problem) = kept {
-                tracing::error!("the end of a job could not be noted: {problem}");
-            }
+        match self.deleted {
+            true => task.end(outcome),
+            false => self.keeper.finish(task, outcome),
         }
-    }
-
-    /// Journals a request before it makes files: their names, relative to the machine's folder. From here on it is undone unless
-    /// [`Owner::settle`] makes it real.
-    pub(crate) fn journal(&self, task: &Task, request: &str, files: Vec<String>) -> Result<(), Problem> {
-        let job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
-        self.book.commit(|rows| {
-            rows.insert_journal(Journal {
-                job: job.id,
-                request: serde_json::json!(request),
-                files,
-                note: String::new(),
-            });
-            remember(rows, job);
-        })?;
-        self.steps.at(&format!("{request}:journalled"));
-        Ok(())
-    }
-
-    /// The transaction that makes a request real: `change`, the journal row gone, the job completed.
-    pub(crate) fn settle(
-        &self,
-        task: &Task,
-        result: &serde_json::Value,
-        change: impl FnOnce(&mut Machine),
-    ) -> Result<(), Problem> {
-        let mut job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
-        end(&mut job, &Ok(result.clone()));
-        self.book.commit(|rows| {
-            change(&mut rows.machine);
-            rows.remove_journal(job.id);
-            remember(rows, job);
-        })
-    }
-
-    /// Undoes a request that was journalled and has failed: its files go, unless a row has come to name them.
-    pub(crate) fn undo(&self, task: &Task) {
-        let rows = self.shared.rows();
-        let Some(journal) = rows.journal(task.id()) else { return };
-        if let Err(problem) = self.forget(journal) {
-            tracing::error!("a failed request could not be undone: {problem}; the next worker will");
-        }
-    }
-
-    /// Removes the files of a journal row that no layer's row names, and the journal row.
-    pub(crate) fn forget(&self, journal: &Journal) -> Result<(), Problem> {
-        let rows = self.shared.rows();
-        let named = |file: &String| rows.machine.layers.values().any(|row| &row.file == file);
-        let orphans: Vec<String> = journal.files.iter().filter(|file| !named(file)).cloned().collect();
-        self.files.remove(&orphans)?;
-        let job = journal.job;
-        self.book.commit(|rows| rows.remove_journal(job))
     }
 
     /// Says what is under way.
@@ -455,17 +368,4 @@ impl Owner {
     pub(crate) fn machine(&self) -> Arc<Rows> {
         self.shared.rows()
     }
-}
-
-/// What this worker does and what the ledger says have come apart: it ends on the spot, leaving QEMU alone, and the next one goes by
-/// what it reads.
-pub(crate) fn give_up(why: &Problem) -> ! {
-    tracing::error!("{why}; this worker ends");
-    std::process::abort()
-}
-
-/// Keeps a job in the rows, and the newest of those that have ended.
-fn remember(rows: &mut Rows, job: Job) {
-    rows.insert_job(job);
-    rows.prune_jobs(REMEMBERED);
 }

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 /// The journals of a machine's images.
 #[derive(Debug, Clone)]
-pub(crate) struct Carries {
+pub struct Carries {
     folder: Arc<dyn Folder>,
     life: Uuid,
 }
@@ -45,7 +45,12 @@ impl Carries {
     pub(crate) fn open(id: MachineId) -> Result<Self, Problem> {
         let folder = HostFolder::create(&Root::runtime_folder(id).join("carry")).map_err(|e| file_problem(&e))?;
         let life = store::host::boot_id().map_err(|e| file_problem(&e))?;
-        Ok(Self { folder: Arc::new(folder), life: Uuid::from_u128(life) })
+        Ok(Self::new(Arc::new(folder), Uuid::from_u128(life)))
+    }
+
+    /// Those in `folder`, which the host forgets when it stops; `life` names the time from its start to then.
+    pub fn new(folder: Arc<dyn Folder>, life: Uuid) -> Self {
+        Self { folder, life }
     }
 
     /// The journal of a layer's file that is about to be opened for writing. `None` for formats that keep nothing back.

@@ -3,12 +3,13 @@
 //! ```text
 //!   tree      the rows: pure values           plan      what each request does to them: pure
 //!   admit     which request in which state    garbage   what no row names: pure
-//!   ledger    the rows on disk, by transaction
-//!   actor     Handle, Owner: the one who does everything          job    what is under way
-//!   ops/      one file a verb                                      ram    memory to and from layers
-//!   live      QEMU and the disks served to it                      files  the machine's folder
-//!   carry     what outlives a worker of its unflushed writes
-//!   collect   removing and folding, in the background              recover what a new worker does first
+//!   ledger    the rows on disk, by transaction                      book   the way to change them, and to read them
+//!   keeper    files and rows in step, without QEMU                  files  the machine's folder
+//!   disks     the chains of Now, open for writing                   carry  what outlives a worker of its unflushed writes
+//!   actor     Handle, Owner: the one who does everything            job    what is under way
+//!   live      QEMU, and the disks served to it                      ram    memory to and from layers
+//!   ops/      one file a verb: its part for the keeper, its part for the owner
+//!   collect   removing and folding, in the background               recover what a new worker does first
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
 //!
@@ -17,20 +18,23 @@
 
 pub mod actor;
 pub mod admit;
-mod carry;
+pub mod book;
+pub mod carry;
 mod check;
-mod collect;
+pub mod collect;
 mod console;
+pub mod disks;
 pub mod files;
 pub mod garbage;
 pub mod job;
+pub mod keeper;
 pub mod ledger;
 mod live;
 pub mod log;
 pub mod mark;
-mod ops;
+pub mod ops;
 pub mod plan;
-mod ram;
+pub mod ram;
 mod recover;
 pub mod request;
 pub mod root;

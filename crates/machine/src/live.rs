@@ -9,19 +9,18 @@
 //!
 //! Disks are served before QEMU is asked anything: a QEMU that waits for a disk does not answer (facts of NBD's `reconnect-delay`).
 
-use crate::carry::{Carries, Kept};
+use crate::disks::Disks;
 use crate::files::{Files, image_problem};
+use crate::keeper::Keeper;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, LayerRow, Machine, MachineId, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
 use export::Export;
-use image::{Access, Chain, Layer};
+use image::Layer;
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
-use store::Mode;
 use tokio::sync::watch;
 
 /// How long QEMU gets to end by itself.
@@ -30,104 +29,36 @@ const GRACE: Duration = Duration::from_secs(10);
 /// A QEMU and its disks.
 #[derive(Debug)]
 pub(crate) struct Live {
-    machine: MachineId,
     pub(crate) qemu: Qemu,
-    disks: Disks,
+    served: Served,
     run_dir: PathBuf,
     state: watch::Receiver<RunState>,
 }
 
 /// The disks of one QEMU, served.
 #[derive(Debug)]
-pub(crate) struct Disks {
-    served: BTreeMap<DiskId, Served>,
-}
-
-#[derive(Debug)]
 struct Served {
-    chain: Arc<Chain>,
-    export: Export,
-    /// Base first; the same layers as the chain's.
-    handles: Vec<Handle>,
+    disks: Disks,
+    exports: Vec<Export>,
 }
 
-#[derive(Debug)]
-struct Handle {
-    id: LayerId,
-    layer: Arc<dyn Layer>,
-    mode: Mode,
-    /// What outlives this process of a layer that is written.
-    kept: Option<Kept>,
-}
-
-impl Handle {
-    fn read(id: LayerId, layer: Arc<dyn Layer>) -> Self {
-        Self { id, layer, mode: Mode::Read, kept: None }
-    }
-
-    fn write(id: LayerId, Leaf { layer, kept }: Leaf) -> Self {
-        Self { id, layer, mode: Mode::Write, kept }
-    }
-}
-
-/// A layer that is written, whose changes outlive this process.
-#[derive(Debug)]
-pub(crate) struct Leaf {
-    pub(crate) layer: Arc<dyn Layer>,
-    pub(crate) kept: Option<Kept>,
-}
-
-impl Leaf {
-    fn open(files: &Files, carries: &Carries, row: &LayerRow) -> Result<Self, Problem> {
-        match carries.keep(row)? {
-            Some((carry, kept)) => Ok(Self { layer: files.open_carried(row, carry)?, kept: Some(kept) }),
-            None => Ok(Self { layer: files.open_layer(row, Mode::Write)?, kept: None }),
+impl Served {
+    /// Opens the disks of Now and serves them in `run_dir`.
+    fn begin(keeper: &Keeper, machine: &Machine, run_dir: &Path) -> Result<Self, Problem> {
+        let mut served = Self { disks: keeper.open_disks(machine)?, exports: Vec::new() };
+        for (disk, chain) in served.disks.chains() {
+            let failed = |e: &dyn std::fmt::Display| Problem::failed(format!("serving {disk}: {e}"));
+            let listener = export::listen_unix(&run_dir.join(disk_socket(disk))).map_err(|e| failed(&e))?;
+            let export = Export::serve(Arc::clone(chain), listener, export::Options::default());
+            served.exports.push(export.map_err(|e| failed(&e))?);
         }
-    }
-}
-
-impl Disks {
-    /// Opens the leaves of Now and serves them in `run_dir`.
-    pub(crate) fn serve(files: &Files, machine: &Machine, run_dir: &Path) -> Result<Self, Problem> {
-        let carries = Carries::open(machine.id)?;
-        let mut served = BTreeMap::new();
-        for (disk, leaf) in &machine.now.disks {
-            let mut kept = None;
-            let layers = files.open_chain_with(machine, *leaf, |row| {
-                let leaf = Leaf::open(files, &carries, row)?;
-                kept = leaf.kept;
-                Ok(leaf.layer)
-            })?;
-            let mut handles: Vec<Handle> = machine
-                .chain(*leaf)
-                .iter()
-                .zip(&layers)
-                .map(|(id, layer)| Handle::read(*id, Arc::clone(layer)))
-                .collect();
-            if let Some(leaf) = handles.last_mut() {
-                (leaf.mode, leaf.kept) = (Mode::Write, kept);
-            }
-            // QEMU outlives this worker, and does not send again what was acknowledged.
-            let chain = Chain::new(layers, Access::Write).map_err(|e| image_problem(&e))?.surviving();
-            let chain = Arc::new(chain);
-            let listener = export::listen_unix(&run_dir.join(disk_socket(disk)))
-                .map_err(|e| Problem::failed(format!("serving {disk}: {e}")))?;
-            let export = Export::serve(Arc::clone(&chain), listener, export::Options::default())
-                .map_err(|e| Problem::failed(format!("serving {disk}: {e}")))?;
-            served.insert(disk.clone(), Served { chain, export, handles });
-        }
-        Ok(Self { served })
+        Ok(served)
     }
 
     /// Ends service: what is under way is finished, everything is flushed, the files are left clean.
-    fn close(self) {
-        for (disk, served) in self.served {
-            served.export.stop();
-            match served.chain.close() {
-                Ok(()) => served.handles.into_iter().filter_map(|handle| handle.kept).for_each(Kept::forget),
-                Err(error) => tracing::error!("{disk} was not closed cleanly: {error}"),
-            }
-        }
+    fn end(self) {
+        self.exports.iter().for_each(Export::stop);
+        self.disks.close();
     }
 }
 
@@ -138,15 +69,15 @@ fn disk_socket(disk: &DiskId) -> String {
 impl Live {
     /// Brings up a QEMU for Now as `machine` has it: standing still, its memory restored from `memory` if that is given.
     pub(crate) async fn bring_up(
-        files: &Files,
+        keeper: &Keeper,
         machine: &Machine,
         installed: &Installed,
         memory: Option<Vec<Arc<dyn Layer>>>,
     ) -> Result<Self, Problem> {
         let run_dir = new_run_dir(machine)?;
-        let (f, m, dir) = (files.clone(), machine.clone(), run_dir.clone());
-        let disks = blocking(move || Disks::serve(&f, &m, &dir)).await?;
-        let launched = launch(files, machine, installed, &run_dir, memory.is_some());
+        let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
+        let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
+        let launched = launch(&keeper.files, machine, installed, &run_dir, memory.is_some());
         let qemu = match launched {
             Ok(launch) => Qemu::start(&launch).await.map_err(|e| qemu_problem(&machine.name, &e)),
             Err(problem) => Err(problem),
@@ -154,12 +85,12 @@ impl Live {
         let qemu = match qemu {
             Ok(qemu) => qemu,
             Err(problem) => {
-                blocking_quietly(move || disks.close()).await;
+                blocking_quietly(move || served.end()).await;
                 remove_run_dir(&run_dir);
                 return Err(problem);
             }
         };
-        let live = Self { machine: machine.id, state: qemu.watch(), qemu, disks, run_dir };
+        let live = Self { state: qemu.watch(), qemu, served, run_dir };
         let Some(layers) = memory else { return Ok(live) };
         match restore(&live.qemu, layers, &machine.name).await {
             Ok(()) => Ok(live),
@@ -171,18 +102,18 @@ impl Live {
     }
 
     /// Takes over the QEMU that an earlier worker left running; `None` if it is gone.
-    pub(crate) async fn adopt(files: &Files, machine: &Machine, run: &Run) -> Result<Option<Self>, Problem> {
+    pub(crate) async fn adopt(keeper: &Keeper, machine: &Machine, run: &Run) -> Result<Option<Self>, Problem> {
         let run_dir = Root::runtime_folder(machine.id).join(&run.dir);
         let identity = Identity { pid: run.pid, started: run.started };
         if !qemu::alive(identity) {
             return Ok(None);
         }
-        let (f, m, dir) = (files.clone(), machine.clone(), run_dir.clone());
-        let disks = blocking(move || Disks::serve(&f, &m, &dir)).await?;
-        match Qemu::adopt(identity, &run_dir, &qemu_log(files)).await {
-            Ok(qemu) => Ok(Some(Self { machine: machine.id, state: qemu.watch(), qemu, disks, run_dir })),
+        let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
+        let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
+        match Qemu::adopt(identity, &run_dir, &qemu_log(&keeper.files)).await {
+            Ok(qemu) => Ok(Some(Self { state: qemu.watch(), qemu, served, run_dir })),
             Err(qemu::Error::Gone { .. }) => {
-                blocking_quietly(move || disks.close()).await;
+                blocking_quietly(move || served.end()).await;
                 Ok(None)
             }
             Err(e) => Err(qemu_problem(&machine.name, &e)),
@@ -220,104 +151,30 @@ impl Live {
         &self.run_dir
     }
 
-    /// The disks' chains.
-    pub(crate) fn chains(&self) -> impl Iterator<Item = (&DiskId, &Arc<Chain>)> {
-        self.disks.served.iter().map(|(id, served)| (id, &served.chain))
-    }
-
-    /// The chain of a disk.
-    pub(crate) fn chain(&self, disk: &DiskId) -> Option<&Arc<Chain>> {
-        self.disks.served.get(disk).map(|served| &served.chain)
-    }
-
-    /// The chain that has this layer in it.
-    pub(crate) fn chain_of(&self, machine: &Machine, layer: LayerId) -> Option<Arc<Chain>> {
-        let (disk, _) = machine.now.disks.iter().find(|(_, leaf)| machine.chain(**leaf).contains(&layer))?;
-        self.disks.served.get(disk).map(|served| Arc::clone(&served.chain))
-    }
-
-    /// The leaf of a disk, as it is served: what a new leaf stands on.
-    pub(crate) fn leaf(&self, disk: &DiskId) -> Option<Arc<dyn Layer>> {
-        self.disks.served.get(disk)?.handles.last().map(|handle| Arc::clone(&handle.layer))
-    }
-
-    /// A disk's chain has a new leaf.
-    pub(crate) fn pushed(&mut self, disk: &DiskId, id: LayerId, leaf: Leaf) {
-        if let Some(served) = self.disks.served.get_mut(disk) {
-            served.handles.push(Handle::write(id, leaf));
-        }
-    }
-
-    /// Seals the layers below the leaves that are still open for writing: flushed, their files left clean, then only read.
-    pub(crate) fn seal(&mut self, files: &Files, machine: &Machine) -> Result<(), Problem> {
-        for served in self.disks.served.values_mut() {
-            let below = served.handles.len().saturating_sub(1);
-            for handle in served.handles[..below].iter_mut().filter(|handle| handle.mode == Mode::Write) {
-                let Some(row) = machine.layers.get(&handle.id) else { continue };
-                handle.layer.close().map_err(|e| image_problem(&e))?;
-                let layer = files.open_layer(row, Mode::Read)?;
-                served.chain.replace(&handle.layer, Arc::clone(&layer)).map_err(|e| image_problem(&e))?;
-                let sealed = std::mem::replace(handle, Handle::read(handle.id, layer));
-                sealed.kept.into_iter().for_each(Kept::forget);
-            }
-        }
-        Ok(())
-    }
-
-    /// A layer of a served chain, open for writing: reopened and put in its place if it is not.
-    pub(crate) fn writable(&mut self, files: &Files, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
-        let find = |served: &mut Served| served.handles.iter().position(|handle| handle.id == row.id);
-        let served = self.disks.served.values_mut().find_map(|served| find(served).map(|at| (served, at)));
-        let Some((served, at)) = served else {
-            return Err(Problem::failed(format!("{} is not being served", row.file)));
-        };
-        if served.handles[at].mode == Mode::Read {
-            let leaf = Leaf::open(files, &Carries::open(self.machine)?, row)?;
-            served.chain.replace(&served.handles[at].layer, Arc::clone(&leaf.layer)).map_err(|e| image_problem(&e))?;
-            served.handles[at] = Handle::write(row.id, leaf);
-        }
-        Ok(Arc::clone(&served.handles[at].layer))
-    }
-
-    /// A layer as it is served.
-    pub(crate) fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
-        let mut handles = self.disks.served.values().flat_map(|served| &served.handles);
-        let handle = handles.find(|handle| handle.id == row.id);
-        let handle = handle.ok_or_else(|| Problem::failed(format!("{} is not being served", row.file)))?;
-        Ok(Arc::clone(&handle.layer))
-    }
-
-    /// A layer's content lies in `into`'s file now, which has taken its id.
-    pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
-        for served in self.disks.served.values_mut() {
-            if let Some(at) = served.handles.iter().position(|handle| handle.id == into) {
-                // The child's file goes, with what was kept of it.
-                let gone = served.handles.extract_if(.., |handle| handle.id == child);
-                gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
-                served.handles[at].id = child;
-            }
-        }
+    /// Its disks.
+    pub(crate) fn disks(&mut self) -> &mut Disks {
+        &mut self.served.disks
     }
 
     /// Makes durable what the guest's disks have acknowledged.
     pub(crate) async fn flush(&self) -> Result<(), Problem> {
-        let chains: Vec<_> = self.chains().map(|(_, chain)| Arc::clone(chain)).collect();
+        let chains: Vec<_> = self.served.disks.chains().map(|(_, chain)| Arc::clone(chain)).collect();
         blocking(move || chains.iter().try_for_each(|chain| chain.flush()).map_err(|e| image_problem(&e))).await
     }
 
     /// Ends QEMU, then the service of its disks.
     pub(crate) async fn end(self) {
-        let Self { qemu, disks, run_dir, .. } = self;
+        let Self { qemu, served, run_dir, .. } = self;
         if let Err(error) = qemu.quit(GRACE).await {
             tracing::error!("QEMU could not be ended: {error}");
         }
-        blocking_quietly(move || disks.close()).await;
+        blocking_quietly(move || served.end()).await;
         remove_run_dir(&run_dir);
     }
 
     /// Leaves QEMU running for the next worker; it holds its requests until that serves the disks again.
     pub(crate) fn leave(self) {
-        self.disks.close();
+        self.served.end();
     }
 }
 

@@ -7,10 +7,10 @@
 //!      └──────────────── fails or dies here: undone ───────────────────────┘              └── dies here: finished by the next worker
 //! ```
 
-mod apply;
+pub mod apply;
 mod delete;
 mod save;
 mod settings;
-mod snapshot;
+pub mod snapshot;
 mod start;
 mod stop;

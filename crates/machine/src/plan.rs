@@ -11,7 +11,7 @@
 //! ([`crate::garbage`]).
 
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, State, Stats};
+use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Run, Snapshot, SnapshotId, SnapshotState, State, Stats};
 use jiff::{Timestamp, tz::TimeZone};
 use std::collections::BTreeMap;
 
@@ -179,6 +179,37 @@ impl Machine {
             self.now.memory_base = Some(layer.id);
             self.layers.insert(layer.id, layer);
         }
+    }
+
+    /// The machine has come up, in `run`; its RAM is what `memory` holds, if that was loaded.
+    pub fn start(&mut self, state: State, memory: Option<LayerId>, run: Run) {
+        let now = &mut self.now;
+        now.state = state;
+        now.memory = None;
+        now.memory_base = memory;
+        now.run = Some(run);
+        now.touched = true;
+    }
+
+    /// The machine is off.
+    pub fn turn_off(&mut self) {
+        let now = &mut self.now;
+        now.state = State::Off;
+        now.memory = None;
+        now.memory_base = None;
+        now.run = None;
+        now.touched = true;
+    }
+
+    /// The machine's memory was written and its guest is gone.
+    pub fn save(&mut self, written: Written) {
+        let now = &mut self.now;
+        now.state = State::Saved;
+        now.memory = Some(written.layer.id);
+        now.memory_base = None;
+        now.run = None;
+        now.touched = true;
+        self.layers.insert(written.layer.id, written.layer);
     }
 
     /// A snapshot could not be finished: its row goes. Now's fresh leaves stay, over layers that the collector folds.

@@ -20,7 +20,7 @@ const GIVEN_UP: &str = "the capture was given up";
 
 /// The memory layer that a capture is to make.
 #[derive(Debug)]
-pub(crate) struct Target {
+pub struct Target {
     files: Files,
     row: LayerRow,
     /// What the RAM was last equal to, base first, with the row of the topmost.
@@ -31,7 +31,7 @@ pub(crate) struct Target {
 impl Target {
     /// A capture into `row`, over the parent that the row names. A parent that cannot be opened is done without: the new layer is
     /// then larger, which is better than no snapshot.
-    pub(crate) fn new(files: &Files, machine: &Machine, row: LayerRow) -> Self {
+    pub fn new(files: &Files, machine: &Machine, row: LayerRow) -> Self {
         let parent = row.parent.and_then(|id| {
             let layers = files.open_chain(machine, id).inspect_err(|e| tracing::warn!("{e}")).ok()?;
             Some((layers, machine.layers.get(&id)?.clone()))
@@ -40,7 +40,7 @@ impl Target {
     }
 
     /// Reads the stream to its end into the new layer. Blocks.
-    fn capture(mut self, stream: impl Read, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
+    pub fn capture(mut self, stream: impl Read, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
         let parent = match &self.parent {
             Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
             None => None,

@@ -10,66 +10,35 @@
 //! ```
 
 use crate::actor::Owner;
-use crate::carry::Carries;
+use crate::disks::Disks;
 use crate::job::end;
+use crate::keeper::Keeper;
 use crate::live::{Live, end_strays, qemu_problem};
 use crate::log;
 use crate::request::Problem;
 use crate::tree::{LayerId, Machine, SnapshotId, SnapshotState, State};
 use qemu::RunState;
 
-impl Owner {
-    /// Recovers. When it returns the machine can be asked for anything.
-    pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
-        self.work_off_carries()?;
-        self.find_qemu().await?;
-        self.undo_unfinished()?;
-        self.agree_with_qemu().await?;
-        for file in self.files.unknown(&self.machine().machine)? {
-            log::write(&self.files, None, &format!("{file} is not in the ledger; it is left alone"));
-        }
-        Ok(())
-    }
-
+impl Keeper {
     /// What the guest was told is written is in the files of its disks, whatever becomes of QEMU.
-    fn work_off_carries(&self) -> Result<(), Problem> {
-        let machine = &self.machine().machine;
-        for file in Carries::open(machine.id)?.work_off(&self.files, machine)? {
+    pub fn work_off_carries(&self) -> Result<(), Problem> {
+        let machine = &self.rows().machine;
+        for file in self.carries.work_off(&self.files, machine)? {
             log::write(&self.files, None, &format!("{file}: took over what the last worker had not flushed"));
         }
         Ok(())
     }
 
-    async fn find_qemu(&mut self) -> Result<(), Problem> {
-        let rows = self.machine();
-        end_strays(&rows.machine);
-        let alive = matches!(rows.machine.now.state, State::Running | State::Paused);
-        if !alive {
-            return Ok(());
-        }
-        let live = match &rows.machine.now.run {
-            Some(run) => Live::adopt(&self.files, &rows.machine, run).await?,
-            None => None,
-        };
-        if let Some(live) = live {
-            log::write(&self.files, None, "a new worker has taken over the running machine");
-            self.go_live(live);
-        } else {
-            let words = "its QEMU is gone; the disks are as after a power cut";
-            self.off(words, Some(words.to_owned())).await;
-        }
-        Ok(())
-    }
-
-    fn undo_unfinished(&mut self) -> Result<(), Problem> {
-        let rows = self.machine();
+    /// What was journalled and not committed is undone. `disks` are those of a guest that lives on.
+    pub fn undo_unfinished(&self, mut disks: Option<&mut Disks>) -> Result<(), Problem> {
+        let rows = self.rows();
         let half: Vec<SnapshotId> = half_taken(&rows.machine);
         if !half.is_empty() {
             self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
         }
         for journal in rows.journals() {
             if let Ok(moved) = journal.note.parse() {
-                self.rename_parents(LayerId(moved))?;
+                self.rename_parents(LayerId(moved), disks.as_deref_mut())?;
             }
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
             self.forget(journal)?;
@@ -82,10 +51,45 @@ impl Owner {
         self.book.commit(|rows| {
             for mut job in open {
                 end(&mut job, &died);
-                self.shared.jobs.put(job.clone());
+                self.jobs.put(job.clone());
                 rows.insert_job(job);
             }
         })
+    }
+}
+
+impl Owner {
+    /// Recovers. When it returns the machine can be asked for anything.
+    pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
+        self.keeper.work_off_carries()?;
+        self.find_qemu().await?;
+        self.keeper.undo_unfinished(self.live.as_mut().map(Live::disks))?;
+        self.agree_with_qemu().await?;
+        for file in self.keeper.files.unknown(&self.machine().machine)? {
+            log::write(&self.keeper.files, None, &format!("{file} is not in the ledger; it is left alone"));
+        }
+        Ok(())
+    }
+
+    async fn find_qemu(&mut self) -> Result<(), Problem> {
+        let rows = self.machine();
+        end_strays(&rows.machine);
+        let alive = matches!(rows.machine.now.state, State::Running | State::Paused);
+        if !alive {
+            return Ok(());
+        }
+        let live = match &rows.machine.now.run {
+            Some(run) => Live::adopt(&self.keeper, &rows.machine, run).await?,
+            None => None,
+        };
+        if let Some(live) = live {
+            log::write(&self.keeper.files, None, "a new worker has taken over the running machine");
+            self.go_live(live);
+        } else {
+            let words = "its QEMU is gone; the disks are as after a power cut";
+            self.off(words, Some(words.to_owned())).await;
+        }
+        Ok(())
     }
 
     async fn agree_with_qemu(&mut self) -> Result<(), Problem> {

@@ -4,11 +4,12 @@
 //! transaction decides; only then the old one ends and the new one runs.
 
 use crate::actor::Owner;
+use crate::disks::Disks;
 use crate::job::Task;
+use crate::keeper::Keeper;
 use crate::live::{Live, qemu_problem};
 use crate::log;
 use crate::ops::snapshot::{Leaves, files_of};
-use crate::ops::start::run_now;
 use crate::plan::{Take, Written, quoted, shorten};
 use crate::request::{Present, Problem};
 use crate::tree::{LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, State};
@@ -24,6 +25,30 @@ struct Plan {
     memory: bool,
     run: bool,
     was_running: bool,
+}
+
+impl Keeper {
+    /// Begins: makes the leaves that are to be Now's. `memory` is the layer that the present's memory goes to, if that is kept.
+    pub async fn begin_apply(
+        &self,
+        task: &Task,
+        leaves: &Leaves,
+        memory: Option<&LayerRow>,
+        disks: Option<&Disks>,
+    ) -> Result<(), Problem> {
+        let files = files_of(leaves).into_iter().chain(memory.map(|row| row.file.clone())).collect();
+        self.journal(task, "apply", files)?;
+        self.make_leaves(leaves, disks).await?;
+        self.steps.at("apply:files");
+        task.check()
+    }
+
+    /// The transaction: `next` is the machine, as [`Machine::apply`] makes it.
+    pub fn end_apply(&self, task: &Task, result: &Value, next: Machine) -> Result<(), Problem> {
+        self.settle(task, result, |machine| *machine = next)?;
+        self.steps.at("apply:committed");
+        Ok(())
+    }
 }
 
 impl Owner {
@@ -48,12 +73,9 @@ impl Owner {
     ) -> Result<Value, Problem> {
         self.doing("applying");
         let plan = self.plan_apply(to, present, start, memory)?;
-        let mut files = files_of(&plan.leaves);
-        files.extend(plan.keep.iter().filter_map(|(_, row)| row.as_ref()).map(|row| row.file.clone()));
-        self.journal(task, "apply", files)?;
-        self.make_leaves(&plan.leaves).await?;
-        self.steps.at("apply:files");
-        task.check()?;
+        let memory_kept = plan.keep.as_ref().and_then(|(_, row)| row.as_ref());
+        let disks = self.live.as_mut().map(Live::disks);
+        self.keeper.begin_apply(task, &plan.leaves, memory_kept, disks.as_deref()).await?;
         let (name, kept) = (self.name_of(to), plan.keep.as_ref().map(|(take, _)| (take.id, take.name.clone())));
         let result = json!({ "snapshot": to, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
         let was_running = plan.was_running;
@@ -64,7 +86,7 @@ impl Owner {
         }
         applied?;
         let words = kept.map_or_else(String::new, |(_, kept)| format!("; kept the present as {kept}"));
-        log::write(&self.files, Some(task.id()), &format!("applied {name}{words}"));
+        log::write(&self.keeper.files, Some(task.id()), &format!("applied {name}{words}"));
         Ok(result)
     }
 
@@ -81,7 +103,7 @@ impl Owner {
         if snapshot.state == SnapshotState::Creating {
             return Err(Problem::refused(format!("{} is still being written", snapshot.name)));
         }
-        if *present == Present::IfUnchanged && views::changed(machine, &self.files) {
+        if *present == Present::IfUnchanged && views::changed(machine, &self.keeper.files) {
             return Err(self.would_lose(machine, snapshot));
         }
         let was_running = machine.now.state == State::Running;
@@ -98,17 +120,17 @@ impl Owner {
                     memory: machine.now.memory,
                     state: SnapshotState::Ready,
                 };
-                Some((take, live.then(|| self.memory_row())))
+                Some((take, live.then(|| self.keeper.memory_row())))
             }
             Present::Discard | Present::IfUnchanged => None,
         };
-        let leaves = self.leaf_rows(&snapshot.disks);
+        let leaves = self.keeper.leaf_rows(&snapshot.disks);
         Ok(Plan { to, leaves, keep, memory, run: start.unwrap_or(was_running), was_running })
     }
 
     async fn carry_out_apply(&mut self, task: &Task, plan: Plan, result: &Value) -> Result<(), Problem> {
         let written = self.leave_present(task, &plan).await?;
-        self.steps.at("apply:kept");
+        self.keeper.steps.at("apply:kept");
         let mut next = self.machine().machine.clone();
         let Plan { to, leaves, keep, memory, run, .. } = plan;
         if let Some((take, _)) = keep {
@@ -119,14 +141,13 @@ impl Owner {
             true => Some(self.bring_up_applied(&mut next).await?),
             false => None,
         };
-        self.steps.at("apply:loaded");
-        if let Err(problem) = self.settle(task, result, |machine| *machine = next) {
+        self.keeper.steps.at("apply:loaded");
+        if let Err(problem) = self.keeper.end_apply(task, result, next) {
             if let Some(live) = live {
                 live.end().await;
             }
             return Err(problem);
         }
-        self.steps.at("apply:committed");
         self.swap(live).await
     }
 
@@ -144,7 +165,7 @@ impl Owner {
     async fn bring_up_applied(&self, next: &mut Machine) -> Result<Live, Problem> {
         let memory = next.now.memory;
         let live = self.bring_up(next, memory).await?;
-        run_now(next, State::Running, memory, &live);
+        next.start(State::Running, memory, live.run());
         Ok(live)
     }
 
@@ -157,7 +178,7 @@ impl Owner {
         if let Some(old) = self.live.take() {
             old.end().await;
         }
-        self.steps.at("apply:old-ended");
+        self.keeper.steps.at("apply:old-ended");
         let Some(live) = live else { return Ok(()) };
         self.go_live(live);
         self.let_run().await
@@ -183,8 +204,8 @@ impl Owner {
         let now = &machine.now;
         let live = matches!(now.state, State::Running | State::Paused);
         let written = |leaf: &crate::tree::LayerId| match machine.layers.get(leaf) {
-            Some(row) if live => self.files.allocated(row),
-            Some(_) => views::written(machine, &self.files, *leaf),
+            Some(row) if live => self.keeper.files.allocated(row),
+            Some(_) => views::written(machine, &self.keeper.files, *leaf),
             None => 0,
         };
         let disks: Vec<u64> = now.disks.values().map(written).filter(|bytes| *bytes > 0).collect();

@@ -2,17 +2,18 @@
 
 use crate::actor::Owner;
 use crate::job::Task;
+use crate::keeper::Keeper;
 use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
 use crate::tree::SnapshotState;
 use serde_json::{Value, json};
 
-impl Owner {
+impl Keeper {
     /// Deletes a snapshot, or it and everything below: the rows go in one transaction. What that leaves without a name is the
     /// collector's.
-    pub(crate) fn delete(&mut self, task: &Task, snapshot: &str, subtree: bool) -> Result<Value, Problem> {
-        let rows = self.machine();
+    pub fn delete(&self, task: &Task, snapshot: &str, subtree: bool) -> Result<Value, Problem> {
+        let rows = self.rows();
         let id = rows.machine.resolve(snapshot)?;
         let gone = rows.machine.below(id, subtree);
         let names: Vec<&str> =
@@ -34,7 +35,9 @@ impl Owner {
         log::write(&self.files, Some(task.id()), &format!("deleted {}", names.join(", ")));
         Ok(result)
     }
+}
 
+impl Owner {
     /// Deletes the machine: its folder goes out of sight in one step.
     pub(crate) async fn delete_machine(&mut self, task: &Task, discard: bool) -> Result<Value, Problem> {
         let rows = self.machine();
@@ -61,7 +64,7 @@ impl Owner {
     async fn merge_now_into_base(&mut self, task: &Task) -> Result<(), Problem> {
         let rows = self.machine();
         let roots: Vec<_> = rows.machine.snapshots.values().filter(|s| s.parent.is_none()).map(|s| s.id).collect();
-        self.book.commit(|rows| {
+        self.keeper.book.commit(|rows| {
             for root in roots {
                 rows.machine.delete(root, true);
             }
@@ -72,8 +75,8 @@ impl Owner {
             if self.folding.is_none() {
                 break;
             }
-            let ended = crate::collect::Folding::next(&mut self.folding).await;
-            self.folded(ended);
+            let ended = crate::collect::Underway::next(&mut self.folding).await;
+            self.folded(&ended);
         }
         let machine = &self.machine().machine;
         match machine.now.disks.values().all(|leaf| machine.chain(*leaf).len() == 1) {

@@ -7,7 +7,7 @@ use crate::log;
 use crate::plan::Written;
 use crate::ram;
 use crate::request::Problem;
-use crate::tree::{LayerFormat, LayerKind, LayerRow, State};
+use crate::tree::{LayerRow, State};
 use qemu::CaptureMode;
 use serde_json::{Value, json};
 
@@ -15,27 +15,20 @@ impl Owner {
     /// Writes the memory out and ends QEMU.
     pub(crate) async fn save(&mut self, task: &Task) -> Result<Value, Problem> {
         self.passing(State::Saving);
-        let row = self.memory_row();
-        self.journal(task, "save", vec![row.file.clone()])?;
+        let row = self.keeper.memory_row();
+        self.keeper.journal(task, "save", vec![row.file.clone()])?;
         let was_running = self.machine().machine.now.state == State::Running;
         let saved = self.save_memory(task, row).await;
         let result = json!({ "state": State::Saved });
         let settled = saved.and_then(|written| {
-            self.steps.at("save:written");
-            self.settle(task, &result, |machine| {
-                machine.now.state = State::Saved;
-                machine.now.memory = Some(written.layer.id);
-                machine.now.memory_base = None;
-                machine.now.run = None;
-                machine.now.touched = true;
-                machine.layers.insert(written.layer.id, written.layer);
-            })
+            self.keeper.steps.at("save:written");
+            self.keeper.settle(task, &result, |machine| machine.save(written))
         });
         if let Err(problem) = settled {
             self.go_on(was_running).await;
             return Err(problem);
         }
-        self.steps.at("save:committed");
+        self.keeper.steps.at("save:committed");
         if let Some(live) = self.live.take() {
             live.end().await;
         }
@@ -43,25 +36,17 @@ impl Owner {
             moment.sockets = None;
             moment.qemu = None;
         });
-        log::write(&self.files, Some(task.id()), "saved");
+        log::write(&self.keeper.files, Some(task.id()), "saved");
         Ok(result)
-    }
-
-    /// The row of a new memory layer: over what the RAM was last equal to, if that is still there. Whether it fits is only known when
-    /// the stream has told its blocks; see [`ram::Target`].
-    pub(crate) fn memory_row(&self) -> LayerRow {
-        let machine = &self.machine().machine;
-        let base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
-        self.files.new_row(LayerKind::Memory, LayerFormat::Vhdx, base)
     }
 
     /// Halts the guest, makes its disks durable, and writes its memory to `row`'s file. The guest stands still afterwards.
     pub(crate) async fn save_memory(&self, task: &Task, row: LayerRow) -> Result<Written, Problem> {
         let (live, name) = self.running()?;
         live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
-        self.steps.at("save:paused");
+        self.keeper.steps.at("save:paused");
         live.flush().await?;
-        let target = ram::Target::new(&self.files, &self.machine().machine, row);
+        let target = ram::Target::new(&self.keeper.files, &self.machine().machine, row);
         let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
         ram::write(task, &mut capture, target, ram::no_point).await
     }

@@ -28,7 +28,7 @@ impl Owner {
     ) -> Result<Value, Problem> {
         let id = self.machine().machine.resolve(snapshot)?;
         let result = json!({ "snapshot": id });
-        self.settle(task, &result, |machine| {
+        self.keeper.settle(task, &result, |machine| {
             if let Some(snapshot) = machine.snapshots.get_mut(&id) {
                 edit(snapshot);
             }
@@ -43,7 +43,7 @@ impl Owner {
         let _names = root.lock_names()?;
         root.check_free(name, Some(self.shared.id))?;
         let result = json!({ "name": name });
-        self.settle(task, &result, |machine| name.clone_into(&mut machine.name))?;
+        self.keeper.settle(task, &result, |machine| name.clone_into(&mut machine.name))?;
         note_name(self.shared.id, name)?;
         Ok(result)
     }
@@ -60,7 +60,7 @@ impl Owner {
             check_disk(&rows.machine, disk)?;
         }
         let added = self.take_in_disks(task, settings)?;
-        self.settle(task, &Value::Null, |machine| {
+        self.keeper.settle(task, &Value::Null, |machine| {
             change(machine, settings);
             for (made, spec) in added.into_iter().zip(&settings.add_disks) {
                 add_disk(machine, made, spec);
@@ -83,20 +83,20 @@ impl Owner {
         let rows: Vec<_> = settings
             .add_disks
             .iter()
-            .map(|disk| self.files.new_row(LayerKind::Disk, disk.source.format(), None))
+            .map(|disk| self.keeper.files.new_row(LayerKind::Disk, disk.source.format(), None))
             .collect();
-        self.journal(task, "set", rows.iter().map(|row| row.file.clone()).collect())?;
+        self.keeper.journal(task, "set", rows.iter().map(|row| row.file.clone()).collect())?;
         let mut made = Vec::new();
         for (row, disk) in rows.into_iter().zip(&settings.add_disks) {
             let mut progress = |done, total| {
                 task.progress(done, total);
                 !task.cancelled()
             };
-            made.push(take_in(&self.files, row, disk, &mut progress)?);
+            made.push(take_in(&self.keeper.files, row, disk, &mut progress)?);
             task.check()?;
         }
-        self.files.sync_names()?;
-        self.steps.at("set:files");
+        self.keeper.files.sync_names()?;
+        self.keeper.steps.at("set:files");
         Ok(made)
     }
 }

@@ -4,17 +4,19 @@
 //! stops and resumes itself for a few milliseconds; what it writes to its disks around that moment is logged and sorted out by
 //! QEMU's own stamps; its memory streams into the new layer while it runs on.
 
-use crate::actor::{Owner, give_up};
+use crate::actor::Owner;
 use crate::carry::Carries;
+use crate::disks::{Disks, Leaf};
 use crate::files::{Parent, image_problem};
 use crate::job::Task;
-use crate::live::{Leaf, blocking, qemu_problem};
+use crate::keeper::Keeper;
+use crate::live::{Live, blocking, qemu_problem};
 use crate::log;
 use crate::plan::{Take, Written};
 use crate::ram;
 use crate::request::Problem;
-use crate::tree::{DiskId, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
-use image::{Layer, Received};
+use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
+use image::{Chain, Layer, Received};
 use qemu::{Capture, CaptureMode};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -25,10 +27,10 @@ use store::Mode;
 const WINDOW: u64 = 256 << 20;
 
 /// Fresh leaves: their rows, and their files once they are made.
-pub(crate) type Leaves = Vec<(DiskId, LayerRow)>;
+pub type Leaves = Vec<(DiskId, LayerRow)>;
 
 /// Fresh leaves, open for writing.
-pub(crate) type Made = BTreeMap<LayerId, Leaf>;
+pub type Made = BTreeMap<LayerId, Leaf>;
 
 impl Owner {
     /// Takes a snapshot of the machine as it is.
@@ -51,55 +53,24 @@ impl Owner {
         if running {
             self.snapshot_live(task, take, &result).await
         } else {
-            self.snapshot_still(task, take, &result).await
+            self.keeper.snapshot_still(task, take, &result).await
         }?;
-        log::write(&self.files, Some(task.id()), &format!("snapshot {}", result["name"].as_str().unwrap_or_default()));
+        log::write(
+            &self.keeper.files,
+            Some(task.id()),
+            &format!("snapshot {}", result["name"].as_str().unwrap_or_default()),
+        );
         Ok(result)
     }
 
-    async fn snapshot_still(&self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
-        let leaves = self.leaf_rows(&self.machine().machine.now.disks);
-        self.journal(task, "snapshot", files_of(&leaves))?;
-        self.make_leaves(&leaves).await?;
-        self.steps.at("snapshot:files");
-        task.check()?;
-        self.settle(task, result, |machine| machine.take(take, leaves))?;
-        self.steps.at("snapshot:committed");
-        Ok(())
-    }
-
     async fn snapshot_live(&mut self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
-        let id = take.id;
-        let leaves = self.leaf_rows(&self.machine().machine.now.disks);
-        let memory = self.memory_row();
-        let mut files = files_of(&leaves);
-        files.push(memory.file.clone());
-        self.journal(task, "snapshot", files)?;
-        let made = self.make_leaves(&leaves).await?;
-        self.steps.at("snapshot:files");
-        // The ledger knows the new leaves before the first write is acknowledged into one (invariant 3).
-        let rows = leaves.clone();
-        self.book.commit(|state| state.machine.take(take, rows))?;
-        self.steps.at("snapshot:leaves");
+        let (id, memory) = (take.id, self.keeper.memory_row());
+        let disks = self.live.as_mut().map(Live::disks);
+        let (leaves, made) = self.keeper.begin_snapshot(task, take, &memory, disks.as_deref()).await?;
         let captured = self.capture(task, memory, &leaves, made).await;
-        self.steps.at("snapshot:captured");
-        let settled = captured.and_then(|written| {
-            self.seal().and_then(|()| self.settle(task, result, |machine| machine.ready(id, Some(written))))
-        });
-        if let Err(problem) = settled {
-            // The guest has gone on, on its new leaves; the collector folds what is below.
-            self.book.commit(|state| state.machine.abandon(id))?;
-            self.seal()?;
-            return Err(problem);
-        }
-        self.steps.at("snapshot:committed");
-        Ok(())
-    }
-
-    /// The leaves that were frozen are durable and left clean.
-    pub(crate) fn seal(&mut self) -> Result<(), Problem> {
-        let rows = self.machine();
-        self.live.as_mut().map_or(Ok(()), |live| live.seal(&self.files, &rows.machine))
+        self.keeper.steps.at("snapshot:captured");
+        let Some(live) = &mut self.live else { return Err(Problem::failed("QEMU is gone")) };
+        self.keeper.end_snapshot(task, id, captured, result, live.disks())
     }
 
     async fn capture(
@@ -110,7 +81,7 @@ impl Owner {
         made: Made,
     ) -> Result<Written, Problem> {
         let running = self.machine().machine.now.state == State::Running;
-        let target = ram::Target::new(&self.files, &self.machine().machine, memory);
+        let target = ram::Target::new(&self.keeper.files, &self.machine().machine, memory);
         if running && self.live.as_ref().is_some_and(|live| live.qemu.captures_in_background().is_ok()) {
             self.capture_running(task, target, leaves, made).await
         } else {
@@ -124,7 +95,7 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        mut made: Made,
+        made: Made,
         running: bool,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
@@ -135,11 +106,7 @@ impl Owner {
         }
         let mut captured = async {
             live.flush().await?;
-            for (disk, row) in leaves {
-                let (Some(chain), Some(leaf)) = (live.chain(disk), made.remove(&row.id)) else { continue };
-                chain.push(Arc::clone(&leaf.layer)).unwrap_or_else(|e| give_up(&image_problem(&e)));
-                live.pushed(disk, row.id, leaf);
-            }
+            self.keeper.push(live.disks(), leaves, made);
             // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
             let in_background = !running && live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
@@ -170,21 +137,13 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        mut made: Made,
+        made: Made,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
-        let limit = WINDOW / leaves.len().max(1) as u64;
-        let mut windows = Vec::new();
-        for (disk, row) in leaves {
-            let (Some(chain), Some(leaf)) = (live.chain(disk), made.remove(&row.id)) else { continue };
-            // The ledger has this leaf as Now's already: a chain that does not take it must not serve another write (invariant 3).
-            let window = chain.push_ambiguous(Arc::clone(&leaf.layer), limit);
-            windows.push(window.unwrap_or_else(|e| give_up(&image_problem(&e))));
-            live.pushed(disk, row.id, leaf);
-        }
+        let mut windows = self.keeper.push_ambiguous(live.disks(), leaves, made);
         let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
-        let steps = Arc::clone(&self.steps);
+        let steps = Arc::clone(&self.keeper.steps);
         ram::write(task, &mut capture, target, async |capture: &mut Capture| {
             steps.at("snapshot:window");
             let point = find_point(capture, &mut windows).await.map_err(|e| match e {
@@ -203,26 +162,122 @@ impl Owner {
         })
         .await
     }
+}
+
+/// What becomes of files and rows.
+impl Keeper {
+    /// Takes a snapshot of a machine that stands still, its memory on disk or without one: one transaction.
+    pub async fn snapshot_still(&self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
+        let leaves = self.leaf_rows(&self.rows().machine.now.disks);
+        self.journal(task, "snapshot", files_of(&leaves))?;
+        self.make_leaves(&leaves, None).await?;
+        self.steps.at("snapshot:files");
+        task.check()?;
+        self.settle(task, result, |machine| machine.take(take, leaves))?;
+        self.steps.at("snapshot:committed");
+        Ok(())
+    }
+
+    /// Begins the snapshot of a machine that runs: its new leaves are Now's, but not yet in use. `memory` is the layer that its memory
+    /// goes to.
+    pub async fn begin_snapshot(
+        &self,
+        task: &Task,
+        take: Take,
+        memory: &LayerRow,
+        disks: Option<&Disks>,
+    ) -> Result<(Leaves, Made), Problem> {
+        let leaves = self.leaf_rows(&self.rows().machine.now.disks);
+        let mut files = files_of(&leaves);
+        files.push(memory.file.clone());
+        self.journal(task, "snapshot", files)?;
+        let made = self.make_leaves(&leaves, disks).await?;
+        self.steps.at("snapshot:files");
+        // The ledger knows the new leaves before the first write is acknowledged into one (invariant 3).
+        let rows = leaves.clone();
+        self.book.commit(|state| state.machine.take(take, rows))?;
+        self.steps.at("snapshot:leaves");
+        Ok((leaves, made))
+    }
+
+    /// Ends it: with its memory, or without the snapshot.
+    pub fn end_snapshot(
+        &self,
+        task: &Task,
+        id: SnapshotId,
+        captured: Result<Written, Problem>,
+        result: &Value,
+        disks: &mut Disks,
+    ) -> Result<(), Problem> {
+        let mut seal = || disks.seal(&self.rows().machine);
+        let settled = captured.and_then(|written| {
+            seal().and_then(|()| self.settle(task, result, |machine| machine.ready(id, Some(written))))
+        });
+        if let Err(problem) = settled {
+            // The guest has gone on, on its new leaves; the collector folds what is below.
+            self.book.commit(|state| state.machine.abandon(id))?;
+            seal()?;
+            return Err(problem);
+        }
+        self.steps.at("snapshot:committed");
+        Ok(())
+    }
+
+    /// The chains take their new leaves, between two requests.
+    pub fn push(&self, disks: &mut Disks, leaves: &Leaves, made: Made) {
+        self.each_pushed(disks, leaves, made, |chain, leaf| chain.push(leaf));
+    }
+
+    /// The chains take their new leaves; what the guest writes is sorted out later, see [`image::Ambiguous`].
+    pub fn push_ambiguous(&self, disks: &mut Disks, leaves: &Leaves, made: Made) -> Vec<image::Ambiguous> {
+        let limit = WINDOW / leaves.len().max(1) as u64;
+        self.each_pushed(disks, leaves, made, |chain, leaf| chain.push_ambiguous(leaf, limit))
+    }
+
+    fn each_pushed<T>(
+        &self,
+        disks: &mut Disks,
+        leaves: &Leaves,
+        mut made: Made,
+        push: impl Fn(&Arc<Chain>, Arc<dyn Layer>) -> image::Result<T>,
+    ) -> Vec<T> {
+        let mut all = Vec::new();
+        for (disk, row) in leaves {
+            let (Some(chain), Some(leaf)) = (disks.chain(disk), made.remove(&row.id)) else { continue };
+            // The ledger has this leaf as Now's already: a chain that does not take it must not serve another write (invariant 3).
+            let pushed = push(chain, Arc::clone(&leaf.layer));
+            all.push(pushed.unwrap_or_else(|e| self.steps.give_up(&image_problem(&e))));
+            disks.pushed(disk, row.id, leaf);
+        }
+        all
+    }
 
     /// The rows of fresh leaves over these layers.
-    pub(crate) fn leaf_rows(&self, over: &BTreeMap<DiskId, LayerId>) -> Leaves {
-        let rows = self.machine();
+    pub fn leaf_rows(&self, over: &BTreeMap<DiskId, LayerId>) -> Leaves {
+        let rows = self.rows();
         let format =
             |parent: &LayerId| rows.machine.layers.get(parent).map(|row| row.format.of_child()).unwrap_or_default();
         let row = |parent: &LayerId| self.files.new_row(LayerKind::Disk, format(parent), Some(*parent));
         over.iter().map(|(disk, parent)| (disk.clone(), row(parent))).collect()
     }
 
-    /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being served: by its own handle.
-    pub(crate) async fn make_leaves(&self, leaves: &Leaves) -> Result<Made, Problem> {
-        let rows = self.machine();
-        let carries = self.live.is_some().then(|| Carries::open(rows.machine.id)).transpose()?;
-        let mut parents = Vec::new();
-        for (disk, row) in leaves {
-            let served =
-                || self.live.as_ref()?.leaf(disk).filter(|_| rows.machine.now.disks.get(disk) == row.parent.as_ref());
-            parents.push(served());
-        }
+    /// The row of a new memory layer: over what the RAM was last equal to, if that is still there. Whether it fits is only known when
+    /// the stream has told its blocks; see [`ram::Target`].
+    pub fn memory_row(&self) -> LayerRow {
+        let machine = &self.rows().machine;
+        let base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
+        self.files.new_row(LayerKind::Memory, LayerFormat::Vhdx, base)
+    }
+
+    /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being written: by its own handle. What takes a
+    /// running guest's writes (`disks` are given) outlives this process.
+    pub(crate) async fn make_leaves(&self, leaves: &Leaves, disks: Option<&Disks>) -> Result<Made, Problem> {
+        let rows = self.rows();
+        let carries = disks.is_some().then(|| self.carries.clone());
+        let served = |(disk, row): &(DiskId, LayerRow)| {
+            disks?.leaf(disk).filter(|_| rows.machine.now.disks.get(disk) == row.parent.as_ref())
+        };
+        let parents: Vec<_> = leaves.iter().map(served).collect();
         let (files, leaves) = (self.files.clone(), leaves.clone());
         blocking(move || {
             let mut made = BTreeMap::new();

@@ -21,25 +21,25 @@ impl Owner {
         let mut next = self.machine().machine.clone();
         let memory = next.now.memory;
         let live = self.bring_up(&mut next, memory).await?;
-        self.steps.at("start:up");
+        self.keeper.steps.at("start:up");
         if let Err(problem) = task.check() {
             live.end().await;
             return Err(problem);
         }
         let state = if paused { State::Paused } else { State::Running };
-        run_now(&mut next, state, memory, &live);
+        next.start(state, memory, live.run());
         let result = json!({ "state": state });
-        if let Err(problem) = self.settle(task, &result, |machine| *machine = next) {
+        if let Err(problem) = self.keeper.settle(task, &result, |machine| *machine = next) {
             live.end().await;
             return Err(problem);
         }
-        self.steps.at("start:committed");
+        self.keeper.steps.at("start:committed");
         self.go_live(live);
         if !paused {
             self.let_run().await?;
         }
         log::write(
-            &self.files,
+            &self.keeper.files,
             Some(task.id()),
             if memory.is_some() { "resumed from its saved memory" } else { "started" },
         );
@@ -51,8 +51,8 @@ impl Owner {
     pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
         let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
         pin(&mut next.now.config, &installed)?;
-        let layers = memory.map(|id| open_memory(&self.files, next, id)).transpose()?;
-        Live::bring_up(&self.files, next, &installed, layers).await
+        let layers = memory.map(|id| open_memory(&self.keeper.files, next, id)).transpose()?;
+        Live::bring_up(&self.keeper, next, &installed, layers).await
     }
 
     /// This QEMU is the machine's from now on.
@@ -87,9 +87,9 @@ impl Owner {
     pub(crate) async fn pause(&mut self, task: &Task) -> Result<Value, Problem> {
         let (live, name) = self.running()?;
         live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
-        self.steps.at("pause:paused");
+        self.keeper.steps.at("pause:paused");
         let result = json!({ "state": State::Paused });
-        let paused = self.settle(task, &result, |machine| machine.now.state = State::Paused);
+        let paused = self.keeper.settle(task, &result, |machine| machine.now.state = State::Paused);
         if paused.is_err() {
             live.qemu.resume().await.map_err(|e| qemu_problem(&name, &e))?;
         }
@@ -99,11 +99,11 @@ impl Owner {
     /// Lets the processors go on.
     pub(crate) async fn resume(&mut self, task: &Task) -> Result<Value, Problem> {
         let result = json!({ "state": State::Running });
-        self.settle(task, &result, |machine| {
+        self.keeper.settle(task, &result, |machine| {
             machine.now.state = State::Running;
             machine.now.touched = true;
         })?;
-        self.steps.at("resume:committed");
+        self.keeper.steps.at("resume:committed");
         self.let_run().await?;
         self.shared.set_moment(|moment| moment.alert = None);
         Ok(result)
@@ -113,7 +113,7 @@ impl Owner {
     pub(crate) async fn restart(&mut self, task: &Task) -> Result<Value, Problem> {
         let (live, name) = self.running()?;
         live.qemu.reset().await.map_err(|e| qemu_problem(&name, &e))?;
-        log::write(&self.files, Some(task.id()), "restarted");
+        log::write(&self.keeper.files, Some(task.id()), "restarted");
         Ok(Value::Null)
     }
 
@@ -165,9 +165,9 @@ impl Owner {
     }
 
     fn halted(&self, why: &str) {
-        log::write(&self.files, None, why);
+        log::write(&self.keeper.files, None, why);
         self.shared.set_moment(|moment| moment.alert = Some(why.to_owned()));
-        let halted = self.book.commit(|rows| rows.machine.now.state = State::Paused);
+        let halted = self.keeper.book.commit(|rows| rows.machine.now.state = State::Paused);
         if let Err(problem) = halted {
             tracing::error!("{problem}");
         }
@@ -184,31 +184,11 @@ impl Owner {
             moment.qemu = None;
             moment.alert = alert;
         });
-        log::write(&self.files, None, why);
-        if let Err(problem) = self.book.commit(|rows| turn_off(&mut rows.machine)) {
+        log::write(&self.keeper.files, None, why);
+        if let Err(problem) = self.keeper.book.commit(|rows| rows.machine.turn_off()) {
             tracing::error!("{problem}; the next worker finds QEMU gone and says the same");
         }
     }
-}
-
-/// The rows of a machine that is off.
-pub(crate) fn turn_off(machine: &mut Machine) {
-    let now = &mut machine.now;
-    now.state = State::Off;
-    now.memory = None;
-    now.memory_base = None;
-    now.run = None;
-    now.touched = true;
-}
-
-/// The rows of a machine that has come up in this QEMU.
-pub(crate) fn run_now(machine: &mut Machine, state: State, memory: Option<LayerId>, live: &Live) {
-    let now = &mut machine.now;
-    now.state = state;
-    now.memory = None;
-    now.memory_base = memory;
-    now.run = Some(live.run());
-    now.touched = true;
 }
 
 /// A memory layer with what it stands on, base first.

@@ -6,7 +6,7 @@ use crate::live::qemu_problem;
 use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
-use crate::tree::State;
+use crate::tree::{Machine, State};
 use qemu::RunState;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -20,8 +20,8 @@ impl Owner {
         }
         let result = json!({ "state": State::Off });
         // The ledger first: a worker that dies in between leaves a QEMU that the next one ends as a stray.
-        self.settle(task, &result, super::start::turn_off)?;
-        self.steps.at("stop:committed");
+        self.keeper.settle(task, &result, Machine::turn_off)?;
+        self.keeper.steps.at("stop:committed");
         self.off(if turn_off { "turned off" } else { "the guest powered off" }, None).await;
         Ok(result)
     }
@@ -36,7 +36,7 @@ impl Owner {
             _ = off => Ok(()),
             () = task.cancel().wait() => task.check(),
             () = tokio::time::sleep(timeout) => {
-                log::write(&self.files, Some(task.id()), "the guest was asked to power off and did not");
+                log::write(&self.keeper.files, Some(task.id()), "the guest was asked to power off and did not");
                 Err(Problem::failed(format!("{name} was asked to power off and has not done so in {} s", timeout.as_secs_f32()))
                     .hint(format!("tenby vm stop {shell} --turn-off")))
             }

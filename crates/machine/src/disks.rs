@@ -1,0 +1,174 @@
+//! A machine's disks while they are written: a chain for each, and the handles of its layers.
+
+use crate::carry::{Carries, Kept};
+use crate::files::{Files, image_problem};
+use crate::request::Problem;
+use crate::tree::{DiskId, LayerId, LayerRow, Machine};
+use image::{Access, Chain, Layer};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use store::Mode;
+
+/// The disks of one machine, open for writing.
+#[derive(Debug)]
+pub struct Disks {
+    files: Files,
+    carries: Carries,
+    open: BTreeMap<DiskId, Open>,
+}
+
+#[derive(Debug)]
+struct Open {
+    chain: Arc<Chain>,
+    /// Base first; the same layers as the chain's.
+    handles: Vec<Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    id: LayerId,
+    layer: Arc<dyn Layer>,
+    mode: Mode,
+    /// What outlives this process of a layer that is written.
+    kept: Option<Kept>,
+}
+
+impl Handle {
+    fn read(id: LayerId, layer: Arc<dyn Layer>) -> Self {
+        Self { id, layer, mode: Mode::Read, kept: None }
+    }
+
+    fn write(id: LayerId, Leaf { layer, kept }: Leaf) -> Self {
+        Self { id, layer, mode: Mode::Write, kept }
+    }
+}
+
+/// A layer that is written, whose changes outlive this process.
+#[derive(Debug)]
+pub struct Leaf {
+    pub(crate) layer: Arc<dyn Layer>,
+    pub(crate) kept: Option<Kept>,
+}
+
+impl Leaf {
+    fn open(files: &Files, carries: &Carries, row: &LayerRow) -> Result<Self, Problem> {
+        match carries.keep(row)? {
+            Some((carry, kept)) => Ok(Self { layer: files.open_carried(row, carry)?, kept: Some(kept) }),
+            None => Ok(Self { layer: files.open_layer(row, Mode::Write)?, kept: None }),
+        }
+    }
+}
+
+impl Disks {
+    /// Opens the disks of Now: the leaves for writing.
+    pub fn open(files: &Files, carries: &Carries, machine: &Machine) -> Result<Self, Problem> {
+        let mut disks = Self { files: files.clone(), carries: carries.clone(), open: BTreeMap::new() };
+        for (disk, leaf) in &machine.now.disks {
+            let mut kept = None;
+            let layers = files.open_chain_with(machine, *leaf, |row| {
+                let leaf = Leaf::open(files, carries, row)?;
+                kept = leaf.kept;
+                Ok(leaf.layer)
+            })?;
+            let ids = machine.chain(*leaf);
+            let mut handles: Vec<_> =
+                ids.iter().zip(&layers).map(|(id, layer)| Handle::read(*id, Arc::clone(layer))).collect();
+            if let Some(leaf) = handles.last_mut() {
+                (leaf.mode, leaf.kept) = (Mode::Write, kept);
+            }
+            // QEMU outlives this worker, and does not send again what was acknowledged.
+            let chain = Chain::new(layers, Access::Write).map_err(|e| image_problem(&e))?.surviving();
+            disks.open.insert(disk.clone(), Open { chain: Arc::new(chain), handles });
+        }
+        Ok(disks)
+    }
+
+    /// What is under way is finished, everything is flushed, the files are left clean.
+    pub fn close(self) {
+        for (disk, open) in self.open {
+            match open.chain.close() {
+                Ok(()) => open.handles.into_iter().filter_map(|handle| handle.kept).for_each(Kept::forget),
+                Err(error) => tracing::error!("{disk} was not closed cleanly: {error}"),
+            }
+        }
+    }
+
+    /// The disks' chains.
+    pub fn chains(&self) -> impl Iterator<Item = (&DiskId, &Arc<Chain>)> {
+        self.open.iter().map(|(id, open)| (id, &open.chain))
+    }
+
+    /// The chain of a disk.
+    pub fn chain(&self, disk: &DiskId) -> Option<&Arc<Chain>> {
+        self.open.get(disk).map(|open| &open.chain)
+    }
+
+    /// The chain that has this layer in it.
+    pub(crate) fn chain_of(&self, machine: &Machine, layer: LayerId) -> Option<Arc<Chain>> {
+        let (disk, _) = machine.now.disks.iter().find(|(_, leaf)| machine.chain(**leaf).contains(&layer))?;
+        self.chain(disk).cloned()
+    }
+
+    /// The leaf of a disk, as it is open: what a new leaf stands on.
+    pub(crate) fn leaf(&self, disk: &DiskId) -> Option<Arc<dyn Layer>> {
+        self.open.get(disk)?.handles.last().map(|handle| Arc::clone(&handle.layer))
+    }
+
+    /// A disk's chain has a new leaf.
+    pub(crate) fn pushed(&mut self, disk: &DiskId, id: LayerId, leaf: Leaf) {
+        if let Some(open) = self.open.get_mut(disk) {
+            open.handles.push(Handle::write(id, leaf));
+        }
+    }
+
+    /// Seals the layers below the leaves that are still open for writing: flushed, their files left clean, then only read.
+    pub(crate) fn seal(&mut self, machine: &Machine) -> Result<(), Problem> {
+        for open in self.open.values_mut() {
+            let below = open.handles.len().saturating_sub(1);
+            for handle in open.handles[..below].iter_mut().filter(|handle| handle.mode == Mode::Write) {
+                let Some(row) = machine.layers.get(&handle.id) else { continue };
+                handle.layer.close().map_err(|e| image_problem(&e))?;
+                let layer = self.files.open_layer(row, Mode::Read)?;
+                open.chain.replace(&handle.layer, Arc::clone(&layer)).map_err(|e| image_problem(&e))?;
+                let sealed = std::mem::replace(handle, Handle::read(handle.id, layer));
+                sealed.kept.into_iter().for_each(Kept::forget);
+            }
+        }
+        Ok(())
+    }
+
+    /// A layer of an open chain, open for writing: reopened and put in its place if it is not.
+    pub(crate) fn writable(&mut self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+        let find = |open: &mut Open| open.handles.iter().position(|handle| handle.id == row.id);
+        let open = self.open.values_mut().find_map(|open| find(open).map(|at| (open, at)));
+        let Some((open, at)) = open else {
+            return Err(Problem::failed(format!("{} is not being served", row.file)));
+        };
+        if open.handles[at].mode == Mode::Read {
+            let leaf = Leaf::open(&self.files, &self.carries, row)?;
+            open.chain.replace(&open.handles[at].layer, Arc::clone(&leaf.layer)).map_err(|e| image_problem(&e))?;
+            open.handles[at] = Handle::write(row.id, leaf);
+        }
+        Ok(Arc::clone(&open.handles[at].layer))
+    }
+
+    /// A layer as it is open.
+    pub(crate) fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+        let mut handles = self.open.values().flat_map(|open| &open.handles);
+        let handle = handles.find(|handle| handle.id == row.id);
+        let handle = handle.ok_or_else(|| Problem::failed(format!("{} is not being served", row.file)))?;
+        Ok(Arc::clone(&handle.layer))
+    }
+
+    /// A layer's content lies in `into`'s file now, which has taken its id.
+    pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
+        for open in self.open.values_mut() {
+            if let Some(at) = open.handles.iter().position(|handle| handle.id == into) {
+                // The child's file goes, with what was kept of it.
+                let gone = open.handles.extract_if(.., |handle| handle.id == child);
+                gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
+                open.handles[at].id = child;
+            }
+        }
+    }
+}

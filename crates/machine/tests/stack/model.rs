@@ -1,0 +1,147 @@
+//! What a machine ought to hold: a version for each sector and each page, 0 for zeros.
+
+use image::{Access, Chain, Layer, RunKind};
+use machine::files::Files;
+use machine::ledger::State as Rows;
+use machine::tree::{DiskId, LayerId, SnapshotId};
+use memory::stream::{Event, PAGE, Parser};
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+pub(crate) const SECTOR: u64 = 512;
+
+/// What was wrong, for people.
+pub(crate) type Checked = Result<(), String>;
+
+/// A disk that is written: what was flushed, and what each sector was since.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Written {
+    flushed: Vec<u32>,
+    since: BTreeMap<u64, Vec<u32>>,
+}
+
+impl Written {
+    pub(crate) fn new(flushed: Vec<u32>) -> Self {
+        Self { flushed, since: BTreeMap::new() }
+    }
+
+    pub(crate) fn sectors(&self) -> u64 {
+        self.flushed.len() as u64
+    }
+
+    pub(crate) fn put(&mut self, from: u64, count: u64, version: u32) {
+        for sector in from..from + count {
+            self.since.entry(sector).or_default().push(version);
+        }
+    }
+
+    pub(crate) fn flush(&mut self) {
+        *self = Self::new(self.latest());
+    }
+
+    pub(crate) fn latest(&self) -> Vec<u32> {
+        let mut latest = self.flushed.clone();
+        for (sector, versions) in &self.since {
+            latest[*sector as usize] = *versions.last().expect("one at least");
+        }
+        latest
+    }
+
+    fn allows(&self, sector: u64, version: u32) -> bool {
+        self.flushed[sector as usize] == version || self.since.get(&sector).is_some_and(|all| all.contains(&version))
+    }
+}
+
+/// What a snapshot holds, to the last sector.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Content {
+    pub(crate) disks: BTreeMap<DiskId, Vec<u32>>,
+    pub(crate) memory: Option<Vec<u32>>,
+}
+
+/// What a machine holds.
+#[derive(Debug, Clone)]
+pub(crate) struct Model {
+    pub(crate) snapshots: BTreeMap<SnapshotId, Content>,
+    pub(crate) disks: BTreeMap<DiskId, Written>,
+    /// The memory of a machine that is saved.
+    pub(crate) saved: Option<Vec<u32>>,
+}
+
+impl Model {
+    /// Whether the machine holds just this.
+    pub(crate) fn check(&self, rows: &Rows, files: &Files) -> Checked {
+        let machine = &rows.machine;
+        if !machine.snapshots.keys().eq(self.snapshots.keys()) {
+            return Err(format!("{} snapshots, not {}", machine.snapshots.len(), self.snapshots.len()));
+        }
+        for (id, content) in &self.snapshots {
+            let found = &machine.snapshots[id];
+            let told = |error| format!("snapshot {}: {error}", found.name);
+            for (disk, sectors) in &content.disks {
+                let leaf = found.disks.get(disk).ok_or_else(|| told("a disk is missing".to_owned()))?;
+                check_disk(rows, files, *leaf, |sector, version| sectors[sector as usize] == version).map_err(told)?;
+            }
+            check_memory(rows, files, found.memory, content.memory.as_deref()).map_err(told)?;
+        }
+        for (disk, written) in &self.disks {
+            let leaf = machine.now.disks.get(disk).ok_or("a disk of Now is missing")?;
+            check_disk(rows, files, *leaf, |sector, version| written.allows(sector, version))
+                .map_err(|error| format!("Now, {disk}: {error}"))?;
+        }
+        check_memory(rows, files, machine.now.memory, self.saved.as_deref()).map_err(|error| format!("Now: {error}"))
+    }
+}
+
+fn check_disk(rows: &Rows, files: &Files, leaf: LayerId, allows: impl Fn(u64, u32) -> bool) -> Checked {
+    let layers = files.open_chain(&rows.machine, leaf).map_err(|e| e.to_string())?;
+    compare(layers, allows)
+}
+
+fn compare(layers: Vec<Arc<dyn Layer>>, allows: impl Fn(u64, u32) -> bool) -> Checked {
+    let chain = Chain::new(layers, Access::Read).map_err(|e| e.to_string())?;
+    let mut at = 0;
+    while at < chain.size() {
+        for run in chain.runs(at, chain.size() - at, 1000).map_err(|e| e.to_string())? {
+            let mut bytes = vec![0; run.len as usize];
+            if run.kind == RunKind::Data {
+                chain.read(&mut bytes, run.offset).map_err(|e| e.to_string())?;
+            }
+            check_sectors(&bytes, run.offset / SECTOR, &allows)?;
+            at = run.offset + run.len;
+        }
+    }
+    Ok(())
+}
+
+fn check_sectors(bytes: &[u8], first: u64, allows: &impl Fn(u64, u32) -> bool) -> Checked {
+    for (sector, bytes) in (first..).zip(bytes.chunks(SECTOR as usize)) {
+        let version = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
+        if bytes[4..] != bytes[..bytes.len() - 4] {
+            return Err(format!("sector {sector} is torn"));
+        }
+        if !allows(sector, version) {
+            return Err(format!("sector {sector} holds version {version}"));
+        }
+    }
+    Ok(())
+}
+
+fn check_memory(rows: &Rows, files: &Files, layer: Option<LayerId>, expected: Option<&[u32]>) -> Checked {
+    let (layer, expected) = match (layer, expected) {
+        (Some(layer), Some(expected)) => (layer, expected),
+        (None, None) => return Ok(()),
+        (found, _) => return Err(format!("memory: {}", if found.is_some() { "there is one" } else { "it is gone" })),
+    };
+    let layers = files.open_chain(&rows.machine, layer).map_err(|e| e.to_string())?;
+    let chain = Chain::new(layers, Access::Read).map_err(|e| e.to_string())?;
+    let mut stream = Vec::new();
+    memory::restore(&chain, &mut stream, |_, _| {}).map_err(|e| format!("memory: {e}"))?;
+    let (mut parser, mut rest, mut pages) = (Parser::new(), stream.as_slice(), vec![0; expected.len()]);
+    while let Some(event) = parser.next(&mut rest).map_err(|e| format!("memory: {e}"))? {
+        if let Event::Page { offset, data, .. } = event {
+            pages[offset as usize / PAGE] = u32::from_le_bytes(data[..4].try_into().expect("four bytes"));
+        }
+    }
+    if pages == expected { Ok(()) } else { Err(format!("memory: {pages:?} instead of {expected:?}")) }
+}
