@@ -83,14 +83,16 @@ impl Disks {
         Ok(disks)
     }
 
-    /// What is under way is finished, everything is flushed, the files are left clean.
-    pub fn close(self) {
-        for (disk, open) in self.open {
+    /// What is under way is finished, everything is flushed, the files are left clean. Fails if a disk did not take its last writes.
+    pub fn close(self) -> Result<(), Problem> {
+        let mut closed = Ok(());
+        for open in self.open.into_values() {
             match open.chain.close() {
                 Ok(()) => open.handles.into_iter().filter_map(|handle| handle.kept).for_each(Kept::forget),
-                Err(error) => tracing::error!("{disk} was not closed cleanly: {error}"),
+                Err(error) => closed = closed.and(Err(image_problem(&error))),
             }
         }
+        closed
     }
 
     /// The disks' chains.

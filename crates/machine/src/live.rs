@@ -56,9 +56,9 @@ impl Served {
     }
 
     /// Ends service: what is under way is finished, everything is flushed, the files are left clean.
-    fn end(self) {
+    fn end(self) -> Result<(), Problem> {
         self.exports.iter().for_each(Export::stop);
-        self.disks.close();
+        self.disks.close()
     }
 }
 
@@ -85,7 +85,8 @@ impl Live {
         let qemu = match qemu {
             Ok(qemu) => qemu,
             Err(problem) => {
-                blocking_quietly(move || served.end()).await;
+                // Nobody has written to them.
+                let _ = blocking(move || served.end()).await;
                 remove_run_dir(&run_dir);
                 return Err(problem);
             }
@@ -95,7 +96,7 @@ impl Live {
         match restore(&live.qemu, layers, &machine.name).await {
             Ok(()) => Ok(live),
             Err(problem) => {
-                live.end().await;
+                live.end().await?;
                 Err(problem)
             }
         }
@@ -113,7 +114,7 @@ impl Live {
         match Qemu::adopt(identity, &run_dir, &qemu_log(&keeper.files)).await {
             Ok(qemu) => Ok(Some(Self { state: qemu.watch(), qemu, served, run_dir })),
             Err(qemu::Error::Gone { .. }) => {
-                blocking_quietly(move || served.end()).await;
+                blocking(move || served.end()).await?;
                 Ok(None)
             }
             Err(e) => Err(qemu_problem(&machine.name, &e)),
@@ -162,19 +163,22 @@ impl Live {
         blocking(move || chains.iter().try_for_each(|chain| chain.flush()).map_err(|e| image_problem(&e))).await
     }
 
-    /// Ends QEMU, then the service of its disks.
-    pub(crate) async fn end(self) {
+    /// Ends QEMU, then the service of its disks. Fails if a disk did not take its last writes.
+    pub(crate) async fn end(self) -> Result<(), Problem> {
         let Self { qemu, served, run_dir, .. } = self;
         if let Err(error) = qemu.quit(GRACE).await {
             tracing::error!("QEMU could not be ended: {error}");
         }
-        blocking_quietly(move || served.end()).await;
+        let ended = blocking(move || served.end()).await;
         remove_run_dir(&run_dir);
+        ended
     }
 
     /// Leaves QEMU running for the next worker; it holds its requests until that serves the disks again.
     pub(crate) fn leave(self) {
-        self.served.end();
+        if let Err(problem) = self.served.end() {
+            tracing::error!("{problem}; what was acknowledged is worked off by the next worker");
+        }
     }
 }
 
@@ -338,14 +342,6 @@ pub(crate) async fn blocking<T: Send + 'static>(
 ) -> Result<T, Problem> {
     let joined = tokio::task::spawn_blocking(work).await;
     joined.unwrap_or_else(|e| Err(Problem::failed(format!("broke off: {e}"))))
-}
-
-async fn blocking_quietly(work: impl FnOnce() + Send + 'static) {
-    let _ = blocking(move || {
-        work();
-        Ok(())
-    })
-    .await;
 }
 
 /// What QEMU says, as a problem.

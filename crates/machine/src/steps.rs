@@ -36,7 +36,7 @@ impl Steps {
         Self { die_at, ..Self::default() }
     }
 
-    /// Tells `watch` of each step. A worker that would end its process unwinds instead.
+    /// Tells `watch` of each step. A worker that would end its process unwinds instead, with the [`Problem`].
     pub fn watched(watch: impl Fn(&str) + Send + Sync + 'static) -> Self {
         Self { watch: Some(Box::new(watch)), ..Self::default() }
     }
@@ -59,7 +59,7 @@ impl Steps {
     /// by what it reads.
     pub(crate) fn give_up(&self, why: &Problem) -> ! {
         if self.watch.is_some() {
-            std::panic::resume_unwind(Box::new(why.message.clone()));
+            std::panic::resume_unwind(Box::new(why.clone()));
         }
         tracing::error!("{why}; this worker ends");
         std::process::abort()

@@ -17,19 +17,21 @@ mod world;
 use machine::garbage::garbage;
 use machine::job::Cancel;
 use machine::keeper::Keeper;
+use machine::request::Problem;
 use machine::steps::Steps;
 use machine::tree::State;
 use model::{Checked, Model};
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
-use store::sim::{At, Crash, Sim};
+use store::ErrorKind;
+use store::sim::{At, Crash, Sim, Times};
 use world::{Dice, World, carries, files};
 
 /// How much a life does.
 const LIFE: u32 = 50;
 /// States that are looked at, at each cut.
-const STATES: u64 = 6;
+const STATES: u64 = 10;
 
 /// The distinct states that were seen, by what was under way.
 type Seen = BTreeMap<&'static str, HashSet<u64>>;
@@ -48,10 +50,15 @@ fn live(world: &mut World, runtime: &tokio::runtime::Runtime) -> bool {
             false
         }
         Err(panic) => {
-            assert!(!world.disk.powered(), "while {}: {panic:?}", world.doing);
+            assert!(gave_up(&*panic) && !world.disk.powered(), "while {}: {panic:?}", world.doing);
             false
         }
     }
+}
+
+/// Whether it was a worker that ended itself.
+fn gave_up(panic: &(dyn std::any::Any + Send)) -> bool {
+    panic.is::<Problem>()
 }
 
 /// Cuts the life of this seed at every few operations, more often during folds.
@@ -66,7 +73,7 @@ fn cut_everywhere(seed: u64, seen: &Mutex<Seen>) -> Checked {
             // Ids differ from life to life, and with them a little of what the ledger writes.
             continue;
         }
-        let models: Vec<Model> = std::iter::once(world.model()).chain(world.next()).collect();
+        let models = world.models();
         for crash in Crash::several(at, STATES) {
             let disk = world.disk.after_crash(crash);
             seen.lock().expect("not poisoned").entry(world.doing).or_default().insert(disk.digest());
@@ -101,7 +108,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
     if rows.machine.now.state == State::Running {
         keeper.book().commit(|rows| rows.machine.turn_off()).map_err(|e| e.to_string())?;
     }
-    let is = |model: &Model| model.check(&keeper.rows(), &files);
+    let is = |model: &Model| model.check(&keeper.rows(), &files, None);
     let results: Vec<Checked> = models.iter().map(is).collect();
     let Some(right) = results.iter().position(Result::is_ok) else {
         let all: Vec<String> = results.into_iter().filter_map(Result::err).collect();
@@ -111,7 +118,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
         return Ok(());
     }
     collect_all(&keeper)?;
-    models[right].check(&keeper.rows(), &files).map_err(|error| format!("after collecting: {error}"))?;
+    models[right].check(&keeper.rows(), &files, None).map_err(|error| format!("after collecting: {error}"))?;
     let left = garbage(&keeper.rows().machine);
     if !(left.remove.is_empty() && left.fold.is_empty()) {
         return Err(format!("left to do: {left:?}"));
@@ -129,6 +136,77 @@ fn collect_all(keeper: &Keeper) -> Checked {
         let folded = keeper.fold(folding, &Cancel::default());
         keeper.folded(&folded, None).map_err(|e| e.to_string())?;
     }
+}
+
+/// The worker dies in the middle of the life of this seed, at every few operations; the host and the guest live on, and so does the next
+/// worker, for a while.
+fn die_everywhere(seed: u64) -> std::result::Result<u64, String> {
+    let (machine, runtime) = (sample::machine(2), runtime());
+    let mut whole = World::new(&machine, seed);
+    assert!(live(&mut whole, &runtime), "seed {seed}");
+    let mut deaths = 0;
+    for at in cuts(&whole.diary, seed) {
+        let mut world = World::new(&machine, seed);
+        world.disk.cut(At::Operation(at));
+        if live(&mut world, &runtime) {
+            continue;
+        }
+        let doing = world.doing;
+        let told = |error: String| format!("seed {seed}, died at {at} while {doing}: {error}");
+        world.die().map_err(|e| told(e.to_string()))?;
+        world.check().map_err(told)?;
+        runtime.block_on(world.live(6)).map_err(|e| told(format!("later, while {}: {e}", world.doing)))?;
+        world.check().map_err(|error| told(format!("later, after {}: {error}", world.doing)))?;
+        deaths += 1;
+    }
+    Ok(deaths)
+}
+
+#[test]
+fn a_worker_that_dies_takes_nothing_with_it() {
+    let deaths: u64 = (100..102).map(|seed| die_everywhere(seed).unwrap_or_else(|error| panic!("{error}"))).sum();
+    println!("{deaths:>8} deaths, and nothing that was acknowledged is missing");
+    assert!(deaths > 100, "{deaths}");
+}
+
+/// An operation of the disk fails in the middle of the life of this seed, once or from then on. What fails is undone; then the power goes,
+/// or a new worker takes over.
+fn fail_everywhere(seed: u64, kind: ErrorKind, times: Times) -> std::result::Result<u64, String> {
+    let (machine, runtime) = (sample::machine(2), runtime());
+    let mut whole = World::new(&machine, seed);
+    assert!(live(&mut whole, &runtime), "seed {seed}");
+    let mut failures = 0;
+    for at in cuts(&whole.diary, seed) {
+        let mut world = World::new(&machine, seed);
+        world.disk.fail(At::Operation(at), kind, times);
+        // Whether it shows is another matter: the log, for one, stops nobody.
+        let lived = catch_unwind(AssertUnwindSafe(|| runtime.block_on(world.live(LIFE))));
+        world.disk.heal();
+        assert!(lived.as_ref().map_or_else(|panic| gave_up(&**panic), |_| true), "while {}", world.doing);
+        let began = world.diary.iter().rev().find(|entry| entry.0 <= at).map_or("nothing", |entry| entry.1);
+        let told = |error: String| {
+            let lived = lived.as_ref().map_or_else(|_| "gave up".to_owned(), |lived| format!("{lived:?}"));
+            format!("seed {seed}, {kind:?} {times:?} at {at} while {began}: {lived}: {error}")
+        };
+        let models = world.models();
+        for crash in Crash::several(at, 2) {
+            check(&world.disk.after_crash(crash), &models, at).map_err(|error| told(format!("{crash:?}: {error}")))?;
+        }
+        world.die().map_err(|e| told(e.to_string()))?;
+        world.check().map_err(told)?;
+        failures += 1;
+    }
+    Ok(failures)
+}
+
+#[test]
+fn a_disk_that_fails_costs_nothing_that_was_acknowledged() {
+    let kinds = [ErrorKind::Io, ErrorKind::NoSpace].into_iter();
+    let trials = kinds.flat_map(|kind| [Times::Once, Times::Forever].map(|times| (kind, times)));
+    let fail = |(seed, (kind, times))| fail_everywhere(seed, kind, times).unwrap_or_else(|error| panic!("{error}"));
+    let failures: u64 = (200..).zip(trials).map(fail).sum();
+    println!("{failures:>8} failed operations, and nothing that was acknowledged is missing");
+    assert!(failures > 100, "{failures}");
 }
 
 fn number(name: &str, default: u64) -> u64 {

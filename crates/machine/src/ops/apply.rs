@@ -144,7 +144,7 @@ impl Owner {
         self.keeper.steps.at("apply:loaded");
         if let Err(problem) = self.keeper.end_apply(task, result, next) {
             if let Some(live) = live {
-                live.end().await;
+                self.end(live).await;
             }
             return Err(problem);
         }
@@ -176,7 +176,7 @@ impl Owner {
             moment.qemu = None;
         });
         if let Some(old) = self.live.take() {
-            old.end().await;
+            self.end(old).await;
         }
         self.keeper.steps.at("apply:old-ended");
         let Some(live) = live else { return Ok(()) };

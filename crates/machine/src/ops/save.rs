@@ -30,7 +30,7 @@ impl Owner {
         }
         self.keeper.steps.at("save:committed");
         if let Some(live) = self.live.take() {
-            live.end().await;
+            self.end(live).await;
         }
         self.shared.set_moment(|moment| {
             moment.sockets = None;

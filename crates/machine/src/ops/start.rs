@@ -23,14 +23,14 @@ impl Owner {
         let live = self.bring_up(&mut next, memory).await?;
         self.keeper.steps.at("start:up");
         if let Err(problem) = task.check() {
-            live.end().await;
+            self.end(live).await;
             return Err(problem);
         }
         let state = if paused { State::Paused } else { State::Running };
         next.start(state, memory, live.run());
         let result = json!({ "state": state });
         if let Err(problem) = self.keeper.settle(task, &result, |machine| *machine = next) {
-            live.end().await;
+            self.end(live).await;
             return Err(problem);
         }
         self.keeper.steps.at("start:committed");
@@ -173,17 +173,26 @@ impl Owner {
         }
     }
 
+    /// Ends a QEMU. If its disks did not take its last writes, a person should know.
+    pub(crate) async fn end(&self, live: Live) {
+        if let Err(problem) = live.end().await {
+            let alert = format!("the last writes to a disk are lost, or will be when the host stops: {problem}");
+            log::write(&self.keeper.files, None, &alert);
+            self.shared.set_moment(|moment| moment.alert = Some(alert));
+        }
+    }
+
     /// The machine is off: QEMU goes, if it is still there.
     pub(crate) async fn off(&mut self, why: &str, alert: Option<String>) {
         self.stop_folding().await;
-        if let Some(live) = self.live.take() {
-            live.end().await;
-        }
         self.shared.set_moment(|moment| {
             moment.sockets = None;
             moment.qemu = None;
             moment.alert = alert;
         });
+        if let Some(live) = self.live.take() {
+            self.end(live).await;
+        }
         log::write(&self.keeper.files, None, why);
         if let Err(problem) = self.keeper.book.commit(|rows| rows.machine.turn_off()) {
             tracing::error!("{problem}; the next worker finds QEMU gone and says the same");

@@ -1,6 +1,6 @@
 //! What a machine ought to hold: a version for each sector and each page, 0 for zeros.
 
-use image::{Access, Chain, Layer, RunKind};
+use image::{Access, Chain, RunKind};
 use machine::files::Files;
 use machine::ledger::State as Rows;
 use machine::tree::{DiskId, LayerId, SnapshotId};
@@ -9,6 +9,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 pub(crate) const SECTOR: u64 = 512;
+
+/// The disks of a guest that runs.
+pub(crate) type Live = BTreeMap<DiskId, Arc<Chain>>;
 
 /// What was wrong, for people.
 pub(crate) type Checked = Result<(), String>;
@@ -47,8 +50,14 @@ impl Written {
         latest
     }
 
-    fn allows(&self, sector: u64, version: u32) -> bool {
-        self.flushed[sector as usize] == version || self.since.get(&sector).is_some_and(|all| all.contains(&version))
+    /// With `exact`, as the host sees it while it lives; otherwise as a power cut may leave it.
+    fn allows(&self, exact: bool, sector: u64, version: u32) -> bool {
+        let flushed = self.flushed[sector as usize] == version;
+        match self.since.get(&sector) {
+            None => flushed,
+            Some(all) if exact => all.last() == Some(&version),
+            Some(all) => flushed || all.contains(&version),
+        }
     }
 }
 
@@ -69,8 +78,9 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    /// Whether the machine holds just this.
-    pub(crate) fn check(&self, rows: &Rows, files: &Files) -> Checked {
+    /// Whether the machine holds just this. Of disks that are written, what `live` shows is to be exact; without it, what the files show
+    /// is as a power cut may leave it.
+    pub(crate) fn check(&self, rows: &Rows, files: &Files, live: Option<&Live>) -> Checked {
         let machine = &rows.machine;
         if !machine.snapshots.keys().eq(self.snapshots.keys()) {
             return Err(format!("{} snapshots, not {}", machine.snapshots.len(), self.snapshots.len()));
@@ -86,8 +96,12 @@ impl Model {
         }
         for (disk, written) in &self.disks {
             let leaf = machine.now.disks.get(disk).ok_or("a disk of Now is missing")?;
-            check_disk(rows, files, *leaf, |sector, version| written.allows(sector, version))
-                .map_err(|error| format!("Now, {disk}: {error}"))?;
+            let allows = |sector, version| written.allows(live.is_some(), sector, version);
+            match live.and_then(|live| live.get(disk)) {
+                Some(chain) => compare(chain, allows),
+                None => check_disk(rows, files, *leaf, allows),
+            }
+            .map_err(|error| format!("Now, {disk}: {error}"))?;
         }
         check_memory(rows, files, machine.now.memory, self.saved.as_deref()).map_err(|error| format!("Now: {error}"))
     }
@@ -95,11 +109,10 @@ impl Model {
 
 fn check_disk(rows: &Rows, files: &Files, leaf: LayerId, allows: impl Fn(u64, u32) -> bool) -> Checked {
     let layers = files.open_chain(&rows.machine, leaf).map_err(|e| e.to_string())?;
-    compare(layers, allows)
+    compare(&Chain::new(layers, Access::Read).map_err(|e| e.to_string())?, allows)
 }
 
-fn compare(layers: Vec<Arc<dyn Layer>>, allows: impl Fn(u64, u32) -> bool) -> Checked {
-    let chain = Chain::new(layers, Access::Read).map_err(|e| e.to_string())?;
+fn compare(chain: &Chain, allows: impl Fn(u64, u32) -> bool) -> Checked {
     let mut at = 0;
     while at < chain.size() {
         for run in chain.runs(at, chain.size() - at, 1000).map_err(|e| e.to_string())? {

@@ -1,7 +1,7 @@
 //! A machine on a simulated disk, and a guest that writes to it: everything that an owner does with a [`Keeper`], in the same order.
 
-use crate::model::{Content, Model, SECTOR, Written};
-use image::{Chain, Received};
+use crate::model::{Checked, Content, Live, Model, SECTOR, Written};
+use image::Received;
 use machine::carry::Carries;
 use machine::collect::Folded;
 use machine::disks::Disks;
@@ -12,7 +12,7 @@ use machine::ledger::Ledger;
 use machine::ops::snapshot::{Leaves, Made};
 use machine::plan::{Take, Written as Memory};
 use machine::ram;
-use machine::request::{Problem, ProblemKind};
+use machine::request::{JobState, Problem, ProblemKind};
 use machine::steps::Steps;
 use machine::tree::{DiskId, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats};
 use memory::stream::{Block, DeviceState, Emitter, PAGE};
@@ -34,11 +34,25 @@ pub(crate) type Result<T> = std::result::Result<T, Problem>;
 #[derive(Debug)]
 pub(crate) struct Guest {
     /// Its disks, while it runs.
-    chains: BTreeMap<DiskId, Arc<Chain>>,
+    chains: Live,
+    /// What it has asked a disk for and got no answer to: it asks again.
+    asked: Option<(DiskId, Ask)>,
     disks: BTreeMap<DiskId, Written>,
     ram: Vec<u32>,
     versions: u32,
     dice: Dice,
+}
+
+/// What a guest asks a disk for.
+#[derive(Debug, Clone, Copy)]
+enum Ask {
+    /// Sectors that get this version, 0 for zeros.
+    Write {
+        from: u64,
+        count: u64,
+        version: u32,
+    },
+    Flush,
 }
 
 /// Numbers that follow from a seed.
@@ -71,26 +85,39 @@ impl Guest {
         self.versions += 1;
         self.ram[page] = if self.dice.one_in(4) { 0 } else { self.versions };
         let nth = self.dice.below(self.chains.len().max(1) as u64) as usize;
-        let Some((disk, chain)) = self.chains.iter().nth(nth) else { return Ok(()) };
-        let (written, chain) = (self.disks.get_mut(disk).expect("its model"), Arc::clone(chain));
+        let Some(disk) = self.chains.keys().nth(nth) else { return Ok(()) };
+        let written = self.disks.get_mut(disk).expect("its model");
         let from = self.dice.below(written.sectors());
         let most = if self.dice.one_in(6) { written.sectors() } else { 24 };
         let count = 1 + self.dice.below(most.min(written.sectors() - from));
-        match self.dice.below(10) {
-            0..=5 => {
-                written.put(from, count, self.versions);
-                chain.write(&self.versions.to_le_bytes().repeat((count * SECTOR / 4) as usize), from * SECTOR)
+        let ask = match self.dice.below(10) {
+            0..=5 => Ask::Write { from, count, version: self.versions },
+            6 | 7 => Ask::Write { from, count, version: 0 },
+            _ => Ask::Flush,
+        };
+        if let Ask::Write { from, count, version } = ask {
+            written.put(from, count, version);
+        }
+        self.asked = Some((disk.clone(), ask));
+        self.ask()
+    }
+
+    /// Asks for what was not answered.
+    fn ask(&mut self) -> image::Result<()> {
+        let Some((disk, ask)) = &self.asked else { return Ok(()) };
+        let Some(chain) = self.chains.get(disk) else { return Ok(()) };
+        match *ask {
+            Ask::Write { from, count, version: 0 } => chain.zero(from * SECTOR, count * SECTOR)?,
+            Ask::Write { from, count, version } => {
+                chain.write(&version.to_le_bytes().repeat((count * SECTOR / 4) as usize), from * SECTOR)?;
             }
-            6 | 7 => {
-                written.put(from, count, 0);
-                chain.zero(from * SECTOR, count * SECTOR)
-            }
-            _ => {
+            Ask::Flush => {
                 chain.flush()?;
-                written.flush();
-                Ok(())
+                self.disks.get_mut(disk).expect("its model").flush();
             }
         }
+        self.asked = None;
+        Ok(())
     }
 
     fn flush(&mut self) -> image::Result<()> {
@@ -114,6 +141,17 @@ pub(crate) fn carries(runtime: &Sim) -> Carries {
     Carries::new(runtime.root(), Uuid::from_u128(1))
 }
 
+/// What the request under way makes of the machine, once it is committed.
+#[derive(Debug, Clone)]
+struct Next {
+    job: JobId,
+    snapshots: BTreeMap<SnapshotId, Content>,
+    saved: Option<Vec<u32>>,
+    /// Of Now, if that becomes another.
+    disks: Option<BTreeMap<DiskId, Written>>,
+    ram: Option<Vec<u32>>,
+}
+
 pub(crate) struct World {
     pub(crate) disk: Sim,
     pub(crate) runtime: Sim,
@@ -127,8 +165,7 @@ pub(crate) struct World {
     /// In the order in which they were taken.
     order: Vec<SnapshotId>,
     saved: Option<Vec<u32>>,
-    /// What the request under way makes of the machine, once it is committed.
-    next: Option<Model>,
+    next: Option<Next>,
     /// What is under way.
     pub(crate) doing: &'static str,
     /// What was under way before, and the operation of the disk with which it began.
@@ -154,7 +191,8 @@ impl World {
         let size =
             |leaf: &LayerId| files.open_layer(&machine.layers[leaf], store::Mode::Read).expect("a base").info().size;
         let disks = machine.now.disks.iter().map(|(id, leaf)| (id.clone(), empty(size(leaf)))).collect();
-        let guest = Guest { chains: BTreeMap::new(), disks, ram: vec![0; PAGES], versions: 0, dice: Dice::new(!seed) };
+        let guest =
+            Guest { chains: Live::new(), asked: None, disks, ram: vec![0; PAGES], versions: 0, dice: Dice::new(!seed) };
         let guest = Arc::new(Mutex::new(guest));
         let keeper = Keeper::open(&files, carries(&runtime), steps(&guest)).expect("opens");
         Self {
@@ -175,14 +213,38 @@ impl World {
         }
     }
 
-    /// What the machine holds, as far as was acknowledged.
-    pub(crate) fn model(&self) -> Model {
-        Model { snapshots: self.snapshots.clone(), disks: self.guest().disks.clone(), saved: self.saved.clone() }
+    /// What the machine holds, as far as was acknowledged; and what it may hold as well, if the request under way was committed.
+    pub(crate) fn models(&self) -> Vec<Model> {
+        let disks = self.guest().disks.clone();
+        let next = self.next.clone().map(|next| Model {
+            snapshots: next.snapshots,
+            disks: next.disks.unwrap_or_else(|| disks.clone()),
+            saved: next.saved,
+        });
+        let now = Model { snapshots: self.snapshots.clone(), disks, saved: self.saved.clone() };
+        std::iter::once(now).chain(next).collect()
     }
 
-    /// What it may hold as well: the request under way may have been committed.
-    pub(crate) fn next(&self) -> Option<Model> {
-        self.next.clone()
+    /// The request of this task will change nothing but what is changed in what this returns.
+    fn will(&mut self, task: &Task) -> &mut Next {
+        let (job, snapshots, saved) = (task.id(), self.snapshots.clone(), self.saved.clone());
+        self.next.insert(Next { job, snapshots, saved, disks: None, ram: None })
+    }
+
+    /// The request under way was committed.
+    fn has(&mut self) {
+        let Some(next) = self.next.take() else { return };
+        (self.snapshots, self.saved) = (next.snapshots, next.saved);
+        self.order.retain(|id| self.snapshots.contains_key(id));
+        let new: Vec<_> = self.snapshots.keys().filter(|id| !self.order.contains(id)).copied().collect();
+        self.order.extend(new);
+        let mut guest = self.guest();
+        if let Some(disks) = next.disks {
+            guest.disks = disks;
+        }
+        if let Some(ram) = next.ram {
+            guest.ram = ram;
+        }
     }
 
     fn keeper(&self) -> Keeper {
@@ -256,11 +318,11 @@ impl World {
         let memory = next.now.memory;
         let disks = self.keeper().open_disks(&next)?;
         next.start(State::Running, memory, run());
-        self.next = Some(Model { saved: None, ..self.model() });
+        let saved = self.saved.clone();
+        let will = self.will(&task);
+        (will.saved, will.ram) = (None, saved);
         self.keeper().settle(&task, &Value::Null, |machine| *machine = next)?;
-        if let Some(saved) = self.saved.take() {
-            self.guest().ram = saved;
-        }
+        self.has();
         self.go_live(disks);
         Ok(())
     }
@@ -270,21 +332,17 @@ impl World {
         self.disks = Some(disks);
     }
 
-    fn end(&mut self) {
+    fn end(&mut self) -> Result<()> {
         self.guest().chains.clear();
-        if let Some(disks) = self.disks.take() {
-            disks.close();
-        }
-        if self.disk.powered() {
-            self.guest().disks.values_mut().for_each(Written::flush);
-        }
+        self.disks.take().map_or(Ok(()), Disks::close)
     }
 
     fn stop(&mut self) -> Result<()> {
         self.begin("stop");
         let task = self.task("stop");
         self.keeper().settle(&task, &Value::Null, Machine::turn_off)?;
-        self.end();
+        self.end()?;
+        self.guest().disks.values_mut().for_each(Written::flush);
         Ok(())
     }
 
@@ -296,11 +354,10 @@ impl World {
         self.guest().flush().map_err(|e| image(&e))?;
         let ram = self.guest().ram.clone();
         let written = self.write_memory(row, &ram)?;
-        self.next = Some(Model { saved: Some(ram.clone()), ..self.model() });
+        self.will(&task).saved = Some(ram);
         self.keeper().settle(&task, &Value::Null, |machine| machine.save(written))?;
-        self.saved = Some(ram);
-        self.end();
-        Ok(())
+        self.has();
+        self.end()
     }
 
     /// As QEMU would send it.
@@ -329,51 +386,33 @@ impl World {
             return self.snapshot_live(task).await;
         }
         let take = self.take(SnapshotState::Ready);
-        let id = take.id;
         let content = self.guest().content(self.saved.clone());
-        self.will_have(id, content);
+        self.will(task).snapshots.insert(take.id, content);
         self.keeper().snapshot_still(task, take, &Value::Null).await?;
-        self.taken(id);
+        self.has();
         Ok(Value::Null)
-    }
-
-    /// The snapshot is there once its transaction is.
-    fn will_have(&mut self, id: SnapshotId, content: Content) {
-        let mut next = self.model();
-        next.snapshots.insert(id, content);
-        self.next = Some(next);
-    }
-
-    fn taken(&mut self, id: SnapshotId) {
-        let content = self.next.take().and_then(|mut next| next.snapshots.remove(&id));
-        self.snapshots.insert(id, content.expect("it was to come"));
-        self.order.push(id);
     }
 
     async fn snapshot_live(&mut self, task: &Task) -> Result<Value> {
         let take = self.take(SnapshotState::Creating);
         let (id, memory) = (take.id, self.keeper().memory_row());
         let (leaves, made) = self.keeper().begin_snapshot(task, take, &memory, self.disks.as_ref()).await?;
-        let captured = self.capture(id, memory, &leaves, made);
-        // Whoever writes goes on meanwhile, and may be told so by a crash: what it wrote is Now's in either case.
-        if let Some(next) = &mut self.next {
-            next.disks = self.guest.lock().expect("the guest").disks.clone();
-        }
+        let captured = self.capture(task, id, memory, &leaves, made);
         let (keeper, disks) = (self.keeper(), self.disks.as_mut().expect("it runs"));
         keeper.end_snapshot(task, id, captured, &Value::Null, disks)?;
-        self.taken(id);
+        self.has();
         Ok(Value::Null)
     }
 
-    fn capture(&mut self, id: SnapshotId, memory: LayerRow, leaves: &Leaves, made: Made) -> Result<Memory> {
+    fn capture(&mut self, task: &Task, id: SnapshotId, row: LayerRow, leaves: &Leaves, made: Made) -> Result<Memory> {
+        let keeper = self.keeper();
         if self.dice.one_in(3) {
             // The guest stands still.
             self.guest().flush().map_err(|e| image(&e))?;
-            let keeper = self.keeper();
             keeper.push(self.disks.as_mut().expect("it runs"), leaves, made);
-            return self.capture_memory(id, memory);
+            let ram = self.at_point(task, id);
+            return self.write_memory(row, &ram);
         }
-        let keeper = self.keeper();
         let mut windows = keeper.push_ambiguous(self.disks.as_mut().expect("it runs"), leaves, made);
         self.act()?;
         if self.dice.one_in(2) {
@@ -383,24 +422,22 @@ impl World {
         if self.dice.one_in(6) {
             return Err(cancelled());
         }
-        let (ram, point) = (self.guest().ram.clone(), Received(Received::now().0 + 1));
-        let content = self.guest().content(Some(ram));
-        self.will_have(id, content);
+        let (ram, point) = (self.at_point(task, id), Received(Received::now().0 + 1));
         self.act()?;
         windows.iter_mut().try_for_each(|window| window.finish(point)).map_err(|e| image(&e))?;
         self.act()?;
-        let ram = self.next.as_ref().and_then(|next| next.snapshots[&id].memory.clone()).expect("it has RAM");
         if self.dice.one_in(8) {
             return Err(cancelled());
         }
-        self.write_memory(memory, &ram)
+        self.write_memory(row, &ram)
     }
 
-    fn capture_memory(&mut self, id: SnapshotId, memory: LayerRow) -> Result<Memory> {
+    /// The snapshot will hold what the machine holds now. Its RAM.
+    fn at_point(&mut self, task: &Task, id: SnapshotId) -> Vec<u32> {
         let ram = self.guest().ram.clone();
         let content = self.guest().content(Some(ram.clone()));
-        self.will_have(id, content);
-        self.write_memory(memory, &ram)
+        self.will(task).snapshots.insert(id, content);
+        ram
     }
 
     fn act(&mut self) -> Result<()> {
@@ -421,29 +458,25 @@ impl World {
         let ram = memory.as_ref().map(|_| self.guest().ram.clone()).or(self.saved.clone());
         let written = memory.map(|row| self.write_memory(row, ram.as_deref().expect("it runs"))).transpose()?;
         let mut next = self.keeper().rows().machine.clone();
-        let mut model = self.model();
-        let kept = kept.map(|(take, _)| take);
-        let kept_id = kept.as_ref().map(|take| take.id);
-        if let Some(take) = kept {
-            model.snapshots.insert(take.id, self.guest().content(ram));
+        let (present, content) = (self.guest().content(ram), self.snapshots[&to].clone());
+        let will = self.will(task);
+        if let Some((take, _)) = kept {
+            will.snapshots.insert(take.id, present);
             next.keep(take, written);
         }
+        will.disks = Some(content.disks.into_iter().map(|(id, sectors)| (id, Written::new(sectors))).collect());
+        will.ram = Some(content.memory.clone().unwrap_or_else(|| vec![0; PAGES]));
+        will.saved = content.memory.filter(|_| !run_on);
         next.apply(to, leaves, true);
-        let content = self.snapshots[&to].clone();
-        model.disks = content.disks.into_iter().map(|(id, sectors)| (id, Written::new(sectors))).collect();
-        model.saved = content.memory.filter(|_| !run_on);
         let disks = run_on.then(|| self.keeper().open_disks(&next)).transpose()?;
         if run_on {
             let memory = next.now.memory;
             next.start(State::Running, memory, run());
         }
-        self.next = Some(model.clone());
         self.keeper().end_apply(task, &Value::Null, next)?;
-        self.end();
-        let ram = self.snapshots[&to].memory.clone().unwrap_or_else(|| vec![0; PAGES]);
-        (self.guest().disks, self.guest().ram) = (model.disks, ram);
-        (self.snapshots, self.saved) = (model.snapshots, model.saved);
-        self.order.extend(kept_id);
+        let ended = self.end();
+        self.has();
+        ended?;
         if let Some(disks) = disks {
             self.go_live(disks);
         }
@@ -454,12 +487,9 @@ impl World {
         let id = self.order[self.dice.below(self.order.len() as u64) as usize];
         let subtree = self.dice.one_in(5);
         let gone = self.keeper().rows().machine.below(id, subtree);
-        let mut next = self.model();
-        next.snapshots.retain(|id, _| !gone.contains(id));
-        self.next = Some(next.clone());
+        self.will(task).snapshots.retain(|id, _| !gone.contains(id));
         self.keeper().delete(task, &id.to_string(), subtree)?;
-        self.snapshots = next.snapshots;
-        self.order.retain(|id| !gone.contains(id));
+        self.has();
         Ok(Value::Null)
     }
 
@@ -474,7 +504,9 @@ impl World {
             stop.ask();
         }
         let folded = self.keeper().fold(folding, &stop);
-        self.folded(&folded)
+        self.folded(&folded)?;
+        // What failed while it copied has had no answer; its guest would stand still now.
+        self.guest().ask().map_err(|e| image(&e))
     }
 
     fn folded(&mut self, folded: &Folded) -> Result<()> {
@@ -486,15 +518,10 @@ impl World {
     }
 
     /// The worker dies as by `kill -9`, and the next one takes over. The guest lives on.
-    fn die(&mut self) -> Result<()> {
+    pub(crate) fn die(&mut self) -> Result<()> {
         self.begin("recovery");
         self.disk.cut_now();
         self.runtime.cut_now();
-        self.recover()
-    }
-
-    /// What a new worker does: the host has lived on.
-    pub(crate) fn recover(&mut self) -> Result<()> {
         self.guest().chains.clear();
         drop(self.disks.take());
         drop(self.keeper.take());
@@ -508,7 +535,19 @@ impl World {
             self.go_live(disks);
         }
         let keeper = self.keeper();
-        keeper.undo_unfinished(self.disks.as_mut())
+        keeper.undo_unfinished(self.disks.as_mut())?;
+        let job = |next: &Next| keeper.rows().job(next.job).is_some_and(|job| job.state == JobState::Completed);
+        if self.next.as_ref().is_some_and(job) {
+            self.has();
+        }
+        self.next = None;
+        self.guest().ask().map_err(|e| image(&e))
+    }
+
+    /// Whether the machine holds what it ought to.
+    pub(crate) fn check(&self) -> Checked {
+        let models = self.models();
+        models[0].check(&self.keeper().rows(), &self.files, Some(&self.guest().chains))
     }
 }
 
@@ -523,7 +562,7 @@ fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
     Steps::watched(move |step| {
         let mut begun = folds.lock().unwrap_or_else(PoisonError::into_inner);
         if step == "merge:copying" && !std::mem::replace(&mut *begun, true) {
-            // A cut shows again at once in the fold itself.
+            // What fails is asked for again, see `collect`.
             let _ = guest.lock().unwrap_or_else(PoisonError::into_inner).act(2);
         }
         *begun = step == "merge:copying";
