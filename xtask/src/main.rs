@@ -5,12 +5,13 @@
 //!   guest   the test guest, into target/guest          test    everything that CI runs
 //!   qemu    both versions of QEMU, into target/qemu    bench   the numbers of SPECIFICATION.md
 //!   demo    a week in the life of a machine            fuzz    the parsers, for as long as one likes
-//!                                                      coverage  what of them the fuzzer's tests reach
+//!   crash   the whole stack under power cuts           coverage what of them the fuzzer's tests reach
 //! ```
 
 mod bench;
 mod check;
 mod cpio;
+mod crash;
 mod debian;
 mod emulators;
 mod fuzz;
@@ -33,6 +34,7 @@ usage: cargo xtask <command>
   test     format, lints, direction, unit tests and the whole system
   check    only the direction of dependencies between the crates
   bench    measure the numbers that SPECIFICATION.md promises
+  crash    cut the power of the whole stack: [--states N] [--seed S]
   fuzz     fuzz the parsers: [TARGET...] [--seconds N] [--seed S]
   coverage what of the parsers the fuzzer's tests reach: [--missing]
 ";
@@ -59,6 +61,7 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
         "test" => suite::run(rest),
         "check" => check::run(),
         "bench" => bench::run(rest),
+        "crash" => crash::run(rest),
         "fuzz" => fuzz::run(rest),
         "coverage" => fuzz::coverage(rest),
         "" | "help" | "-h" | "--help" => {

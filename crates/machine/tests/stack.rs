@@ -31,7 +31,7 @@ use world::{Dice, World, carries, files};
 /// How much a life does.
 const LIFE: u32 = 50;
 /// States that are looked at, at each cut.
-const STATES: u64 = 10;
+const STATES: u64 = 16;
 
 /// The distinct states that were seen, by what was under way.
 type Seen = BTreeMap<&'static str, HashSet<u64>>;
@@ -66,7 +66,7 @@ fn cut_everywhere(seed: u64, seen: &Mutex<Seen>) -> Checked {
     let (machine, runtime) = (sample::machine(2), runtime());
     let mut whole = World::new(&machine, seed);
     assert!(live(&mut whole, &runtime), "seed {seed}");
-    for at in cuts(&whole.diary, seed) {
+    for at in cuts(&whole.diary, seed, 1) {
         let mut world = World::new(&machine, seed);
         world.disk.cut(At::Operation(at));
         if live(&mut world, &runtime) {
@@ -84,8 +84,8 @@ fn cut_everywhere(seed: u64, seen: &Mutex<Seen>) -> Checked {
     Ok(())
 }
 
-/// The operations at which a life is cut.
-fn cuts(diary: &[(u64, &'static str)], seed: u64) -> Vec<u64> {
+/// The operations at which a life is cut: every few, and with `sparse` fewer by that.
+fn cuts(diary: &[(u64, &'static str)], seed: u64, sparse: u64) -> Vec<u64> {
     let stretches = diary.windows(2).map(|two| (two[0].0..two[1].0, two[0].1));
     let cuts = |(stretch, doing): (std::ops::Range<u64>, &str)| {
         let stride = match doing {
@@ -93,7 +93,7 @@ fn cuts(diary: &[(u64, &'static str)], seed: u64) -> Vec<u64> {
             "snapshot" | "apply" | "save" => 13,
             _ => 7,
         };
-        stretch.filter(move |at| (at + seed).is_multiple_of(stride))
+        stretch.filter(move |at| (at + seed).is_multiple_of(stride * sparse))
     };
     stretches.flat_map(cuts).collect()
 }
@@ -145,7 +145,7 @@ fn die_everywhere(seed: u64) -> std::result::Result<u64, String> {
     let mut whole = World::new(&machine, seed);
     assert!(live(&mut whole, &runtime), "seed {seed}");
     let mut deaths = 0;
-    for at in cuts(&whole.diary, seed) {
+    for at in cuts(&whole.diary, seed, 2) {
         let mut world = World::new(&machine, seed);
         world.disk.cut(At::Operation(at));
         if live(&mut world, &runtime) {
@@ -176,7 +176,7 @@ fn fail_everywhere(seed: u64, kind: ErrorKind, times: Times) -> std::result::Res
     let mut whole = World::new(&machine, seed);
     assert!(live(&mut whole, &runtime), "seed {seed}");
     let mut failures = 0;
-    for at in cuts(&whole.diary, seed) {
+    for at in cuts(&whole.diary, seed, 5) {
         let mut world = World::new(&machine, seed);
         world.disk.fail(At::Operation(at), kind, times);
         // Whether it shows is another matter: the log, for one, stops nobody.
