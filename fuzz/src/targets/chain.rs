@@ -5,7 +5,7 @@
 use super::disk::Look;
 use super::{base, firsts};
 use crate::file::{Disk, Shelf};
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::vhdx::settle_ids;
 use crate::{File, Input, Random, Target};
 use image::vhdx::Options;
@@ -17,6 +17,7 @@ pub(super) const TARGET: Target = Target {
     name: "chain",
     about: "a chain of VHDX files: parent locators, names of parents, ids",
     quick: 3000,
+    memory: MEMORY,
     seeds,
     mutate,
     run,
@@ -59,8 +60,8 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
 }
 
 fn run(input: &Input) -> String {
-    let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::to_read(name, file.clone())).collect();
-    let folder: Arc<dyn Folder> = Arc::new(Shelf(disks));
+    let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::to_read(name, file.clone()));
+    let folder: Arc<dyn Folder> = Arc::new(Shelf::new(disks));
     match gate::open_chain(&folder, NAMES[0], Mode::Read) {
         Ok(layers) => {
             let looks: Vec<_> = layers.iter().map(|layer| Look::at(&**layer).is_ok()).collect();

@@ -6,7 +6,7 @@ use super::stream::{MOST, WORDS, sound};
 use super::{outcome, store_of};
 use crate::file::{Disk, File, PAGE};
 use crate::mutate::{self, Field, checksum_without};
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use image::vhdx::{self, Options};
 use image::{Access, Chain};
@@ -19,6 +19,7 @@ pub(super) const TARGET: Target = Target {
     name: "memory",
     about: "memory disks: capture of a stream, the table, restore",
     quick: 1500,
+    memory: MEMORY,
     seeds,
     mutate,
     run,

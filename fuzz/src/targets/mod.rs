@@ -2,6 +2,7 @@
 
 mod carry;
 mod chain;
+mod check;
 mod disk;
 mod handshake;
 mod memory;
@@ -9,6 +10,7 @@ mod nbd;
 mod probe;
 mod qmp;
 mod stream;
+mod undo;
 mod vhd;
 mod vhdx;
 
@@ -26,6 +28,8 @@ pub const ALL: &[Target] = &[
     vhdx::TARGET,
     vhd::TARGET,
     chain::TARGET,
+    check::TARGET,
+    undo::TARGET,
     carry::TARGET,
     probe::TARGET,
     stream::TARGET,

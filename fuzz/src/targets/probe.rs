@@ -2,6 +2,7 @@
 
 use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{outcome, store_of};
+use crate::run::MEMORY;
 use crate::{File, Input, Random, Target, mutate};
 use image::{Format, open};
 use store::Mode;
@@ -10,6 +11,7 @@ pub(super) const TARGET: Target = Target {
     name: "probe",
     about: "signatures of image formats, and raw files",
     quick: 5000,
+    memory: MEMORY,
     seeds,
     mutate: change,
     run,

@@ -3,7 +3,7 @@
 //! An input is what the monitor says, in parts: one at once, each other when it has been sent a command.
 
 use super::change_stream;
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use qemu::{EventKind, Qmp};
 use std::fmt::Display;
@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 pub(super) const TARGET: Target =
-    Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, seeds, mutate, run };
+    Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, memory: MEMORY, seeds, mutate, run };
 
 /// A time that passes at once when both sides wait.
 const IDLE: Duration = Duration::from_secs(1);

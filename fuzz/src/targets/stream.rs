@@ -3,7 +3,7 @@
 //! Rule beside the limits: how the stream is cut makes no difference.
 
 use super::change_stream;
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use memory::stream::{Block, DeviceState, Emitter, Event, MAX_BLOCKS, PAGE, Parser};
 
@@ -11,6 +11,7 @@ pub(super) const TARGET: Target = Target {
     name: "stream",
     about: "the migration stream: header, blocks of RAM, pages, the devices' state",
     quick: 8000,
+    memory: MEMORY,
     seeds: || (0..24).map(|seed| Input::stream(&stream(&mut Random::new(seed), seed > 8))).collect(),
     mutate,
     run,

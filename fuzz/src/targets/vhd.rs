@@ -4,6 +4,7 @@ use super::disk::{self, disk};
 use super::{firsts, store_of};
 use crate::file::File;
 use crate::mutate;
+use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use image::vhd::{self, Options, Parent};
 use image::{Kind, Layer};
@@ -11,8 +12,9 @@ use image::{Kind, Layer};
 pub(super) const TARGET: Target = Target {
     name: "vhd",
     about: "a VHD file: footers, header, block table, bitmaps, parent locators",
-    quick: 600,
-    seeds,
+    quick: 3000,
+    memory: MEMORY,
+    seeds: || images().into_iter().map(|file| Input(vec![file])).collect(),
     mutate,
     run: super::vhdx::TARGET.run,
 };
@@ -27,11 +29,13 @@ const FOOTER_FIELDS: [(u64, usize); 9] =
 /// Numbers of a header, the locators' apart.
 const HEADER_FIELDS: [(u64, usize); 7] = [(0, 8), (8, 8), (16, 8), (24, 4), (28, 4), (32, 4), (40, 8)];
 
-fn seeds() -> Vec<Input> {
+/// Sound files of all shapes.
+pub(super) fn images() -> Vec<File> {
     let shapes = [
         (Kind::Fixed, 3 * MIB + 512, 2 * MIB),
         (Kind::Dynamic, 7 * MIB + 512, 512 << 10),
-        (Kind::Dynamic, 2040 << 30, 2 * MIB),
+        // The largest there is, and its table is still soon read.
+        (Kind::Dynamic, 2040 << 30, 256 * MIB),
         (Kind::Differencing, 7 * MIB + 512, 512 << 10),
         (Kind::Differencing, 100 * MIB, 32 * MIB),
     ];
@@ -54,7 +58,7 @@ fn seeds() -> Vec<Input> {
         all.push(store.file());
     }
     all.iter_mut().for_each(settle);
-    all.into_iter().map(|file| Input(vec![file])).collect()
+    all
 }
 
 /// Makes the file the same each time: no moments and no ids that were drawn.
@@ -72,13 +76,16 @@ fn settle(file: &mut File) {
 /// Where footers lie.
 fn footers(file: &File) -> Vec<u64> {
     let ends = [512, 511].into_iter().filter_map(|back| file.len().checked_sub(back));
-    std::iter::once(0).chain(ends).filter(|at| file.array(*at) == *b"conectix").collect()
+    // All but the last byte of the reserved ones must be there.
+    let first = (file.len() >= FOOTER - 1).then_some(0);
+    first.into_iter().chain(ends).filter(|at| file.array(*at) == *b"conectix").collect()
 }
 
 /// Where the header lies.
 fn header(file: &File) -> Option<u64> {
     let places = footers(file).into_iter().map(|at| number(file, at + 16, 8));
-    places.into_iter().find(|at| *at < file.len() && file.array(*at) == *b"cxsparse")
+    let inside = |at: &u64| at.checked_add(HEADER as u64).is_some_and(|end| end <= file.len());
+    places.into_iter().find(|at| inside(at) && file.array(*at) == *b"cxsparse")
 }
 
 /// A big-endian number.
@@ -107,8 +114,11 @@ fn mend(file: &mut File, mut leave: impl FnMut() -> bool) {
 }
 
 fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
-    let others = firsts(pool);
-    let file = &mut input.0[0];
+    change(&mut input.0[0], random, &firsts(pool));
+}
+
+/// Changes a file in one to four ways and mends it. `others` may lend parts.
+pub(super) fn change(file: &mut File, random: &mut Random, others: &[&File]) {
     for _ in 0..=random.below(3) {
         match random.below(12) {
             0..4 => change_field(file, random),
@@ -191,5 +201,31 @@ fn change_locator(file: &mut File, random: &mut Random) {
         // The parent's own name, and its id.
         file.write(header + 64, &[random.number() as u8; 20]);
         put(file, header + 40, 8, random.number());
+    }
+}
+
+/// Damages the file as hosts and tools do.
+pub(super) fn wound(file: &mut File, random: &mut Random) {
+    let footers = footers(file);
+    let tail = footers.last().copied().filter(|at| *at > 0);
+    match random.below(8) {
+        0 => file.zero(0, FOOTER),
+        1 => file.set_len(tail.unwrap_or(file.len())),
+        2 => tail.into_iter().for_each(|at| file.zero(at, FOOTER)),
+        3 => file.set_len(file.len().saturating_sub(1 + random.below(3 * MIB))),
+        // Without a checksum that fits, or without the signature.
+        4 | 5 => {
+            let at = if random.one_in(2) { footers.first().copied() } else { header(file) };
+            let at = at.unwrap_or_default() + *random.pick(&[0, 36, 64, 100]);
+            file.put(at, 1, random.number());
+        }
+        6 => {
+            // The two copies of the footer, each sound, say something else.
+            if let Some(at) = tail {
+                file.put(at + 68, 8, random.number());
+                mend(file, || false);
+            }
+        }
+        _ => change_table(file, random),
     }
 }

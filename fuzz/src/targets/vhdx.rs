@@ -6,6 +6,7 @@
 
 use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{firsts, images, outcome, store_of};
+use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use image::{Layer, open};
 use store::Mode;
@@ -14,6 +15,7 @@ pub(super) const TARGET: Target = Target {
     name: "vhdx",
     about: "a VHDX file: headers, regions, metadata, log, block table, bitmaps",
     quick: 3000,
+    memory: MEMORY,
     seeds: || images().into_iter().map(|file| Input(vec![file])).collect(),
     mutate,
     run,
