@@ -263,6 +263,12 @@ impl Store for Disk {
         Ok(())
     }
 
+    fn data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let file = self.operate();
+        let next = file.pages.range(place(offset).0..).next().map(|(number, _)| number * PAGE as u64);
+        Ok(next.filter(|at| *at < file.len()).map(|at| (at.max(offset), (at + PAGE as u64).min(file.len()))))
+    }
+
     fn allocated(&self) -> Result<u64> {
         Ok(self.operate().resident())
     }

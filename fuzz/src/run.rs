@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::time::{Duration, Instant};
 
-/// The most memory that an execution of most targets may hold at a time, bytes, besides [`MEMORY_PER_BYTE`].
-pub const MEMORY: u64 = 64 << 20;
+/// The most memory that an execution of most targets may hold at a time, bytes, besides [`MEMORY_PER_BYTE`]: the longest log of a
+/// VHDX, which may be all holes, and as much as everything else needs.
+pub const MEMORY: u64 = (64 + 16) << 20;
 /// The most memory for each byte that the input's pages have.
 pub const MEMORY_PER_BYTE: u64 = 4;
 /// The longest that one execution may take. The limits that count are those on operations; this one finds loops without any, and is

@@ -8,8 +8,10 @@ use crate::file::{Disk, Shelf};
 use crate::run::{MEMORY, words};
 use crate::vhdx::settle_ids;
 use crate::{File, Input, Random, Target};
+use image::Layer;
+use image::gate::{self, Gate};
+use image::reconnect::reconnect;
 use image::vhdx::Options;
-use image::{Layer, gate};
 use std::sync::Arc;
 use store::{Folder, Mode};
 
@@ -59,7 +61,35 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
     }
 }
 
+/// The child's parents in a folder that the user has named; then the child told where its parent is, whatever its id says.
+fn named(input: &Input) -> String {
+    let disks: Vec<_> = input.0.iter().zip(NAMES).map(|(file, name)| Disk::new(name, file.clone())).collect();
+    let (first, others) = disks.split_first().expect("a child");
+    let folder: Arc<dyn Folder> = Arc::new(Shelf::new([Arc::clone(first)]));
+    let gate = Gate::new(vec![Arc::new(Shelf::new(others.iter().map(Arc::clone)))]);
+    let _ = gate.has_room(&folder, NAMES[0]);
+    let merged = gate.open_to_merge(&folder, NAMES[0], None);
+    let found = super::outcome(&merged);
+    drop(merged);
+    let open = |disk: &Arc<Disk>, mode| image::open(super::store_of(disk), None, mode);
+    let (Ok(child), Ok(parent)) = (open(first, Mode::Write), open(&others[0], Mode::Read)) else { return found };
+    match reconnect(&*child, &*parent, NAMES[1], true) {
+        Ok(before) => {
+            gate::check_link(&*child, &*parent).expect("it was told that this is its parent");
+            assert!(before.fits || child.forced().is_some(), "that it was forced is not to be seen");
+            assert_eq!(gate::parent_name(&child.info().parent.expect("it has one")).as_deref(), Ok(NAMES[1]));
+            format!("{found}; fits {}", before.fits)
+        }
+        Err(error) => format!("{found}; {}", words(&error.to_string())),
+    }
+}
+
 fn run(input: &Input) -> String {
+    format!("{} | {}", beside(input), named(input))
+}
+
+/// All files in one folder.
+fn beside(input: &Input) -> String {
     let disks = input.0.iter().zip(NAMES).map(|(file, name)| Disk::to_read(name, file.clone()));
     let folder: Arc<dyn Folder> = Arc::new(Shelf::new(disks));
     match gate::open_chain(&folder, NAMES[0], Mode::Read) {

@@ -14,7 +14,7 @@ use crate::run::{MEMORY, words};
 use crate::vhdx;
 use crate::{Input, Random, Target};
 use image::check::{self, Remedy, Report, repair, take_back};
-use image::{Layer, Source, open};
+use image::{Format, Layer, Source, open};
 use std::sync::Arc;
 use store::{Folder, Mode};
 
@@ -43,6 +43,9 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
     if !random.one_in(3) {
         let others = firsts(pool);
         if vhdx::is_one(file) { vhdx::mutate(file, random, &others) } else { vhd::change(file, random, &others) }
+    }
+    if random.one_in(60) {
+        file.write(0, b"QFI\xfb");
     }
     if random.one_in(2) {
         if vhdx::is_one(file) { vhdx::wound(file, random) } else { vhd::wound(file, random) }
@@ -100,6 +103,12 @@ fn run(input: &Input) -> String {
         }
         Ok(_) => (),
         Err(error) => assert!(opened.is_err(), "it opens, and cannot be checked: {error}"),
+    }
+    // Whoever says what it is is not believed against its signature.
+    for format in [Format::Raw, Format::Vhd, Format::Vhdx] {
+        let said = check::check(&store_of(&to_read(file)), Some(format));
+        let signed = said.as_ref().ok().filter(|_| format != Format::Raw).zip(found.as_ref().ok());
+        assert!(signed.is_none_or(|(said, found)| said == found), "said to be {format:?}, it is something else");
     }
     let before = opened.as_ref().ok().map(|layer| content(&**layer));
     let image = Disk::new(NAME, file.clone());

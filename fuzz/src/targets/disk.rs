@@ -1,7 +1,7 @@
 //! Using a layer as a chain does.
 
 use crate::file::{Disk, File};
-use image::{Change, Layer, LayerInfo, Result, Run, Source};
+use image::{Change, Kind, Layer, LayerInfo, Result, Run, Source};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -74,8 +74,37 @@ pub(super) fn scribble(layer: &dyn Layer) -> Result<()> {
     let sector = u64::from(info.sector_size);
     for (at, len) in windows(&info) {
         write(layer, at, &vec![7; sector as usize])?;
+        change_mind(layer, at + len / 4 / sector * sector)?;
         zero(layer, at + len / 2 / sector * sector, (len / 4 / sector * sector).max(sector))?;
     }
+    Ok(())
+}
+
+/// What the sector at `at` reads as; nothing if a parent would show through.
+pub(super) fn sector(layer: &dyn Layer, at: u64) -> Result<Option<Vec<u8>>> {
+    let info = layer.info();
+    let mut runs = Vec::new();
+    layer.map(at, info.sector_size.into(), &mut runs)?;
+    let mut bytes = vec![0; info.sector_size as usize];
+    match runs[0].source {
+        Source::Data(place) => layer.store().read_at(&mut bytes, place)?,
+        Source::Absent if info.kind == Kind::Differencing => return Ok(None),
+        Source::Zero | Source::Absent => (),
+    }
+    Ok(Some(bytes))
+}
+
+/// A write that never happens, beside one that does.
+fn change_mind(layer: &dyn Layer, at: u64) -> Result<()> {
+    let info = layer.info();
+    let len = u64::from(info.sector_size);
+    let before = sector(layer, at)?;
+    let dropped = layer.prepare(at, len, Change::Data)?;
+    if at + 2 * len <= info.size {
+        write(layer, at + len, &vec![8; len as usize])?;
+    }
+    drop(dropped);
+    assert_eq!(sector(layer, at)?, before, "what was dropped shows");
     Ok(())
 }
 

@@ -9,6 +9,7 @@ mod memory;
 mod nbd;
 mod probe;
 mod qmp;
+mod shape;
 mod stream;
 mod undo;
 mod vhd;
@@ -28,6 +29,7 @@ pub const ALL: &[Target] = &[
     vhdx::TARGET,
     vhd::TARGET,
     chain::TARGET,
+    shape::TARGET,
     check::TARGET,
     undo::TARGET,
     carry::TARGET,

@@ -66,7 +66,12 @@ fn run(input: &Input) -> String {
         misuse(&*read);
         let written = open(store_of(&disk(file)), format, Mode::Write).expect("what is read is written");
         assert_eq!(Look::at(&*written).expect("a raw file is read"), seen, "reading and writing see the same");
-        scribble(&*written).and_then(|()| written.close()).expect("a raw file takes anything");
+        scribble(&*written).expect("a raw file takes anything");
+        let (size, sector) = (written.info().size, u64::from(written.info().sector_size));
+        for size in [0, size + 1, size + sector, sector] {
+            assert_eq!(written.resize(size, 0).is_ok(), size != 0 && size.is_multiple_of(sector), "{size} bytes");
+        }
+        written.close().expect("nothing fails here");
     }
     words.join("; ")
 }

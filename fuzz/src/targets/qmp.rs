@@ -62,13 +62,14 @@ fn seeds() -> Vec<Input> {
     let nodes = r#"[{"node-name": "disk0", "drv": "nbd", "image": {"virtual-size": 1048576}}]"#;
     answers
         .iter()
-        .map(|answers| {
+        .enumerate()
+        .map(|(which, answers)| {
             let answers = answers.iter().copied().chain([nodes, chardevs]);
             let mut out = format!("{GREETING}\r\n").into_bytes();
             let all = std::iter::once("{}").chain(answers);
             for (index, answer) in all.enumerate() {
                 out.push(BREAK);
-                let event = String::from_utf8_lossy(WORDS[8 + index]).into_owned();
+                let event = String::from_utf8_lossy(WORDS[8 + (index + 3 * which) % 9]).into_owned();
                 let id = index + 1;
                 let answer = match answer {
                     "NO" => format!(r#"{{"error": {{"class": "GenericError", "desc": "no"}}, "id": {id}}}"#),

@@ -58,7 +58,7 @@ pub(super) fn sound(random: &mut Random) -> Vec<u8> {
 }
 
 /// A stream that is made as sound ones are, and may have something that those never have.
-fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
+pub(super) fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
     let names = ["pc.ram", "pc.bios", "0000:00:02.0/vga.vram", "r", "/rom@etc/acpi/tables"];
     let count = random.index(names.len()) + 1;
     let pages = |random: &mut Random| if random.one_in(5) { 0 } else { random.below(6) };
@@ -98,6 +98,8 @@ fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
                     0 if parts == 1 || part < parts => {
                         emitter.page(&mut out, index, offset, &[random.number() as u8; PAGE]);
                     }
+                    // A page that is missing.
+                    _ if odd && random.one_in(40) => (),
                     _ => emitter.zero_page(&mut out, index, offset),
                 }
             }
