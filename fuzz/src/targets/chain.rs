@@ -3,15 +3,15 @@
 //! Rule beside the limits: no name leads out of the folder (the folder itself checks it).
 
 use super::disk::Look;
-use super::{base, firsts};
+use super::{base, firsts, vhd};
 use crate::file::{Disk, Shelf};
 use crate::run::{MEMORY, words};
 use crate::vhdx::settle_ids;
 use crate::{File, Input, Random, Target};
-use image::Layer;
 use image::gate::{self, Gate};
 use image::reconnect::reconnect;
 use image::vhdx::Options;
+use image::{Format, Layer};
 use std::sync::Arc;
 use store::{Folder, Mode};
 
@@ -48,13 +48,19 @@ fn seeds() -> Vec<Input> {
         crate::vhdx::mend_unless(&mut parent, || false);
         all.push(Input(vec![child.clone(), parent, child, File::of(&[0; 8192])]));
     }
+    // A VHD over the same.
+    let parent = all[0].0[1].clone();
+    let child = vhd::images().into_iter().rfind(|file| file.len() > 4096).expect("a child");
+    all.push(Input(vec![child.clone(), parent, child, File::of(&[0; 8192])]));
     all
 }
 
 fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
     // Mostly the child's locator.
     let which = if random.one_in(4) { random.index(3) } else { 0 };
-    if random.one_in(3) {
+    if !crate::vhdx::is_one(&input.0[which]) {
+        vhd::change(&mut input.0[which], random, &firsts(pool));
+    } else if random.one_in(3) {
         crate::vhdx::mutate(&mut input.0[which], random, &firsts(pool));
     } else {
         crate::vhdx::rename_parent(&mut input.0[which], random);
@@ -76,7 +82,9 @@ fn named(input: &Input) -> String {
     match reconnect(&*child, &*parent, NAMES[1], true) {
         Ok(before) => {
             gate::check_link(&*child, &*parent).expect("it was told that this is its parent");
-            assert!(before.fits || child.forced().is_some(), "that it was forced is not to be seen");
+            // A VHD has no place for it.
+            let seen = child.info().format != Format::Vhdx || child.forced().is_some();
+            assert!(before.fits || seen, "that it was forced is not to be seen");
             assert_eq!(gate::parent_name(&child.info().parent.expect("it has one")).as_deref(), Ok(NAMES[1]));
             format!("{found}; fits {}", before.fits)
         }

@@ -1,7 +1,7 @@
 //! Using a layer as a chain does.
 
 use crate::file::{Disk, File};
-use image::{Change, Kind, Layer, LayerInfo, Result, Run, Source};
+use image::{Change, Kind, Layer, LayerInfo, Result, Run, Source, Ticket};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -11,11 +11,17 @@ const GLANCE: u64 = 16 << 10;
 /// Writes sectors through a ticket.
 pub(super) fn write(layer: &dyn Layer, offset: u64, data: &[u8]) -> Result<()> {
     let ticket = layer.prepare(offset, data.len() as u64, Change::Data)?;
+    fill(layer, &ticket, data)?;
+    layer.commit(ticket)
+}
+
+/// Writes what a ticket is for.
+fn fill(layer: &dyn Layer, ticket: &Ticket, data: &[u8]) -> Result<()> {
     for extent in &ticket.extents {
-        let at = (extent.offset - offset) as usize;
+        let at = (extent.offset - ticket.offset) as usize;
         layer.store().write_at(&data[at..at + extent.len as usize], extent.at)?;
     }
-    layer.commit(ticket)
+    Ok(())
 }
 
 /// Zeroes sectors through a ticket.
@@ -99,11 +105,14 @@ fn change_mind(layer: &dyn Layer, at: u64) -> Result<()> {
     let info = layer.info();
     let len = u64::from(info.sector_size);
     let before = sector(layer, at)?;
+    drop(layer.prepare(at, len, Change::Data)?);
     let dropped = layer.prepare(at, len, Change::Data)?;
-    if at + 2 * len <= info.size {
-        write(layer, at + len, &vec![8; len as usize])?;
-    }
+    let beside = (at + 2 * len <= info.size).then(|| layer.prepare(at + len, len, Change::Data)).transpose()?;
     drop(dropped);
+    if let Some(ticket) = beside {
+        fill(layer, &ticket, &vec![8; len as usize])?;
+        layer.commit(ticket)?;
+    }
     assert_eq!(sector(layer, at)?, before, "what was dropped shows");
     Ok(())
 }

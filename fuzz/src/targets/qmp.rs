@@ -5,7 +5,7 @@
 use super::change_stream;
 use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
-use qemu::{EventKind, Qmp};
+use qemu::{EventKind, Qmp, Stamp};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -119,18 +119,22 @@ async fn play(stream: UnixStream, bytes: Vec<u8>) -> Option<()> {
 async fn speak(stream: UnixStream) -> String {
     let events = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&events);
-    let note = move |event: &qemu::Event| {
-        let kind = match &event.kind {
-            EventKind::Migration(status) if status.is_end() => "End".to_owned(),
-            kind => format!("{kind:?}"),
+    let note =
+        move |event: &qemu::Event| {
+            let kind = match &event.kind {
+                EventKind::Migration(status) if status.is_end() => "End".to_owned(),
+                kind => format!("{kind:?}"),
+            };
+            let later = |at: Stamp| Stamp::from_micros(at.micros().saturating_add(1)).micros_since(at);
+            assert!(event.at.is_none_or(|at| later(at) <= 1
+                && at.micros_since(at) == 0
+                && at.micros_since(Stamp::now()) < u64::MAX));
+            let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            if !seen.contains(&word) && seen.len() < 3 {
+                seen.push(word);
+            }
         };
-        assert_eq!(event.at.map(|at| at.micros_since(at)), event.at.map(|_| 0));
-        let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
-        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if !seen.contains(&word) && seen.len() < 3 {
-            seen.push(word);
-        }
-    };
     let mut said = Vec::new();
     match Qmp::connect(stream, note).await {
         Err(error) => said.push(words(&error.to_string())),

@@ -5,6 +5,7 @@
 
 use super::disk::{disk, sector, windows, write};
 use super::{images, outcome, store_of, vhd};
+use crate::PAGE;
 use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use image::{Layer, LayerInfo, open};
@@ -15,7 +16,7 @@ use store::{Mode, Store};
 pub(super) const TARGET: Target = Target {
     name: "shape",
     about: "a VHDX or VHD file that is packed, made larger, and made smaller",
-    quick: 1500,
+    quick: 800,
     // Blocks that move are copied in memory here.
     memory: 2 * MEMORY,
     seeds: || images().into_iter().chain(vhd::images()).map(|file| Input(vec![file])).collect(),
@@ -63,8 +64,20 @@ impl Subject {
 
     /// Closes the file and opens it again.
     fn reopen(&mut self) {
-        self.layer.close().expect("nothing fails here");
-        self.layer = open(Arc::clone(&self.store), None, Mode::Write).expect("what was closed opens");
+        match self.layer.close() {
+            Ok(()) => {
+                let again = open(Arc::clone(&self.store), None, Mode::Write);
+                self.layer = again.expect("what was closed opens");
+            }
+            // The headers may be numbered to the end of all numbers.
+            Err(error) => self.recover(&error),
+        }
+    }
+
+    /// Some failures leave a layer that must be opened again.
+    fn recover(&mut self, error: &image::Error) {
+        let again = open(Arc::clone(&self.store), None, Mode::Write);
+        self.layer = again.unwrap_or_else(|again| panic!("{error}, and then {again}"));
     }
 
     fn size(&self) -> u64 {
@@ -73,8 +86,23 @@ impl Subject {
 
     fn pack(&mut self) -> String {
         let packed = self.layer.pack(&mut |_, _| true);
+        if let Err(error) = &packed {
+            self.recover(error);
+        }
         self.check(&*self.layer, self.size(), "packed");
         outcome(&packed)
+    }
+
+    /// Forgets what the parent has as well.
+    fn forget(&mut self) {
+        let size = self.size();
+        let _ = self.layer.forget(0, size);
+        self.reopen();
+        let kept = self.places.iter().filter(|at| **at < size).count();
+        let now = content(&*self.layer, &self.places[..kept]).expect("it could be read");
+        for (now, before) in now.into_iter().zip(&self.content) {
+            assert!(now.is_none() || now == *before, "what is not the parent's is as it was");
+        }
     }
 
     fn resize(&mut self, size: u64, beneath: u64) -> String {
@@ -82,9 +110,7 @@ impl Subject {
         let resized = self.layer.resize(size, beneath);
         assert!(may.is_ok() || resized.is_err(), "it was not to be resized: {may:?}");
         if let Err(error) = &resized {
-            // Some failures leave a layer that must be opened again.
-            self.layer = open(Arc::clone(&self.store), None, Mode::Write)
-                .unwrap_or_else(|again| panic!("{error}, and then {again}"));
+            self.recover(error);
         }
         let now = if resized.is_ok() { size } else { old };
         assert_eq!(self.size(), now, "the size that it has");
@@ -120,7 +146,9 @@ fn run(input: &Input) -> String {
     let mut words = vec![format!("{:?} {:?}", info.format, info.kind), subject.pack()];
     subject.reopen();
     let (unit, block) = (u64::from(info.sector_size), u64::from(info.block_size).max(MIB));
-    let larger = info.size + 3 * block + unit;
+    // Within the table's place, and out of it.
+    let blocks = [3, 300, 150_000][(input.resident() / PAGE as u64 % 3) as usize];
+    let larger = info.size + blocks * block + unit;
     words.push(subject.resize(larger, info.size + block));
     if subject.size() == larger {
         write(&*subject.layer, larger - unit, &vec![7; unit as usize]).expect("room");
@@ -131,5 +159,6 @@ fn run(input: &Input) -> String {
     words.push(subject.pack());
     subject.reopen();
     subject.check(&*subject.layer, subject.size(), "opened once more");
+    subject.forget();
     words.join("; ")
 }

@@ -23,6 +23,9 @@ const MIB: u64 = 1 << 20;
 /// Bytes of a footer, and of a header.
 const FOOTER: u64 = 512;
 const HEADER: usize = 1024;
+/// Who may have made a file, and where the footer says it.
+const CREATORS: [&[u8; 4]; 4] = [b"win ", b"vpc ", b"qem2", b"tap\0"];
+const CREATOR: u64 = 28;
 /// Numbers of a footer: offset and width.
 const FOOTER_FIELDS: [(u64, usize); 9] =
     [(0, 8), (8, 4), (12, 4), (16, 8), (40, 8), (48, 8), (60, 4), (68, 8), (84, 1)];
@@ -55,7 +58,13 @@ pub(super) fn images() -> Vec<File> {
             all.push(store.file());
         }
         layer.close().expect("a sound image");
+        // As we leave it, and as if others had made it.
         all.push(store.file());
+        let mut file = store.file();
+        for at in footers(&file) {
+            file.write(at + CREATOR, CREATORS[all.len() % CREATORS.len()]);
+        }
+        all.push(file);
     }
     all.iter_mut().for_each(settle);
     all
@@ -120,7 +129,11 @@ fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
 /// Changes a file in one to four ways and mends it. `others` may lend parts.
 pub(super) fn change(file: &mut File, random: &mut Random, others: &[&File]) {
     for _ in 0..=random.below(3) {
-        match random.below(12) {
+        match random.below(13) {
+            12 => {
+                let creator = *random.pick(&CREATORS);
+                footers(file).into_iter().for_each(|at| file.write(at + CREATOR, creator));
+            }
             0..4 => change_field(file, random),
             4..7 => change_table(file, random),
             7 => change_locator(file, random),
@@ -188,7 +201,13 @@ fn change_locator(file: &mut File, random: &mut Random) {
     put(file, at + 8, 4, *random.pick(&[0, 1, 16, length, 1 << 16, 0xffff_ffff]));
     put(file, at + 16, 8, *random.pick(&[0, offset, file.len(), u64::MAX - 511]));
     if random.one_in(2) {
-        let name = *random.pick::<&str>(&[r".\base.vhd", r"..\x", "/etc/passwd", "file://localhost/C:/x%20y%zz"]);
+        let name = *random.pick::<&str>(&[
+            r".\base.vhd",
+            r"..\x",
+            "/etc/passwd",
+            "file://./a%20b%zz%",
+            "file://localhost/C:/x%20y%zz",
+        ]);
         let wide: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
         let (offset, text) = if code == *b"MacX" { (offset, name.as_bytes()) } else { (offset, &wide[..]) };
         if offset >= 4096 {
@@ -208,7 +227,39 @@ fn change_locator(file: &mut File, random: &mut Random) {
 pub(super) fn wound(file: &mut File, random: &mut Random) {
     let footers = footers(file);
     let tail = footers.last().copied().filter(|at| *at > 0);
-    match random.below(8) {
+    match random.below(12) {
+        8 => file.set_len(file.len().saturating_sub(1)),
+        9 => {
+            // The end is lost, and the footer put behind what is left.
+            if let Some(at) = tail {
+                let footer = file.bytes(at, FOOTER as usize);
+                let end = at.saturating_sub(random.below(MIB) / 512 * 512).max(FOOTER);
+                file.set_len(end);
+                file.write(end, &footer);
+            }
+        }
+        10 => {
+            // The parent's names are lost, or the table lies over something.
+            if let Some(at) = header(file) {
+                if random.one_in(2) {
+                    file.zero(at + 64, 512 + 8 * 24);
+                } else {
+                    let locator = number(file, at + 576 + 16, 8);
+                    put(file, at + 16, 8, *random.pick(&[512, 1024, 1536, locator, locator.saturating_sub(512)]));
+                }
+                mend(file, || false);
+            }
+        }
+        11 => {
+            // All bits of a block's bitmap.
+            if let Some(at) = header(file) {
+                let (table, entries) = (number(file, at + 16, 8).min(1 << 40), number(file, at + 28, 4).clamp(1, 4096));
+                let block = number(file, table + random.below(entries) * 4, 4) * 512;
+                if block != 0 && block < file.len() {
+                    file.write(block, &[0xff; 512]);
+                }
+            }
+        }
         0 => file.zero(0, FOOTER),
         1 => file.set_len(tail.unwrap_or(file.len())),
         2 => tail.into_iter().for_each(|at| file.zero(at, FOOTER)),

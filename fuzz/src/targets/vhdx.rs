@@ -59,6 +59,8 @@ fn run(input: &Input) -> String {
 
 fn use_it(layer: &dyn Layer) -> image::Result<()> {
     scribble(layer)?;
+    layer.settle()?;
+    layer.wrote();
     if let Some(mut link) = layer.info().parent {
         link.linkage2 = Some(link.linkage);
         link.relative_path = Some(r".\a longer name than before.vhdx".to_owned());

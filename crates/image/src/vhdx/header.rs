@@ -68,6 +68,9 @@ pub(crate) fn read_data(
     while let Some((start, end)) = store.data(at)?.filter(|(start, _)| *start < region.end()) {
         let start = at.max(start / PAGE_BYTES * PAGE_BYTES);
         let end = end.next_multiple_of(PAGE_BYTES).min(region.end()).min(start + STEP);
+        if store.len()? < end {
+            break;
+        }
         take(start - region.offset, &read(store, start, (end - start) as usize)?);
         at = end;
     }
