@@ -59,8 +59,8 @@ fn run(input: &Input) -> String {
     let file = &input.0[0];
     let mut words = Vec::new();
     let made = image::raw::create(store_of(&disk(&File::default())), file.len());
-    assert_eq!(made.is_ok(), file.len() > 0 && file.len().is_multiple_of(512), "a raw disk of {} bytes", file.len());
-    assert!(image::raw::create(store_of(&disk(file)), 512).is_err() || file.len() == 0, "there is something already");
+    assert_eq!(made.is_ok(), !file.is_empty() && file.len().is_multiple_of(512), "a raw disk of {} bytes", file.len());
+    assert!(image::raw::create(store_of(&disk(file)), 512).is_err() || file.is_empty(), "there is something already");
     for format in [None, Some(Format::Raw), Some(Format::Vhdx)] {
         let read = open(store_of(&to_read(file)), format, Mode::Read);
         words.push(outcome(&read));

@@ -132,7 +132,9 @@ pub(super) fn change(file: &mut File, random: &mut Random, others: &[&File]) {
         match random.below(13) {
             12 => {
                 let creator = *random.pick(&CREATORS);
-                footers(file).into_iter().for_each(|at| file.write(at + CREATOR, creator));
+                for at in footers(file) {
+                    file.write(at + CREATOR, creator);
+                }
             }
             0..4 => change_field(file, random),
             4..7 => change_table(file, random),
