@@ -1,6 +1,7 @@
 //! Files in memory: sparse, cheap to copy, and counting what is done to them.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use store::{Error, ErrorKind, Folder, Lock, Mode, Result, Store};
@@ -11,11 +12,20 @@ pub const PAGE: usize = 4096;
 const MAX_FILE: u64 = 1 << 60;
 
 /// A file's bytes. What has no page is zeros; copies share their pages.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct File {
     len: u64,
     pages: BTreeMap<u64, Arc<[u8; PAGE]>>,
 }
+
+/// The same bytes, whether a page of zeros is there or not.
+impl PartialEq for File {
+    fn eq(&self, other: &Self) -> bool {
+        self.len == other.len && self.solid().eq(other.solid())
+    }
+}
+
+impl Eq for File {}
 
 impl File {
     /// A file of these bytes.
@@ -43,6 +53,11 @@ impl File {
     /// The offsets of the pages that it has.
     pub fn pages(&self) -> impl Iterator<Item = u64> + '_ {
         self.pages.keys().map(|number| number * PAGE as u64)
+    }
+
+    /// The pages that are not all zeros.
+    fn solid(&self) -> impl Iterator<Item = (&u64, &Arc<[u8; PAGE]>)> {
+        self.pages.iter().filter(|(_, page)| ***page != [0; PAGE])
     }
 
     /// Makes it `len` bytes long.
@@ -248,58 +263,85 @@ impl Store for Disk {
         Ok(())
     }
 
+    fn data(&self, offset: u64) -> Result<Option<(u64, u64)>> {
+        let file = self.operate();
+        let next = file.pages.range(place(offset).0..).next().map(|(number, _)| number * PAGE as u64);
+        Ok(next.filter(|at| *at < file.len()).map(|at| (at.max(offset), (at + PAGE as u64).min(file.len()))))
+    }
+
     fn allocated(&self) -> Result<u64> {
         Ok(self.operate().resident())
     }
 }
 
-/// A folder of disks, for opening only.
-#[derive(Debug)]
-pub struct Shelf(pub Vec<Arc<Disk>>);
+/// A folder of disks, without folders in it.
+#[derive(Debug, Default)]
+pub struct Shelf(Mutex<BTreeMap<String, Arc<Disk>>>);
 
 impl Shelf {
-    fn refuse<T>(operation: &'static str, name: &str) -> Result<T> {
-        Err(Error::new(ErrorKind::Denied, operation, name, "this folder is only read"))
+    /// A folder that holds these disks by their names.
+    pub fn new(disks: impl IntoIterator<Item = Arc<Disk>>) -> Self {
+        Self(Mutex::new(disks.into_iter().map(|disk| (disk.name.clone(), disk)).collect()))
+    }
+
+    /// What the disk of this name holds now; nothing if there is none.
+    pub fn file(&self, name: &str) -> File {
+        self.disks(name).get(name).map(|disk| disk.file()).unwrap_or_default()
+    }
+
+    /// The disks that it holds now. No name may lead out of it.
+    fn disks(&self, name: &str) -> MutexGuard<'_, BTreeMap<String, Arc<Disk>>> {
+        assert!(!name.contains(['/', '\\', '\0']) && name != "..", "{name:?} was to be used");
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn refuse<T>(kind: ErrorKind, operation: &'static str, name: &str) -> Result<T> {
+        Err(Error::new(kind, operation, name, "on a shelf"))
     }
 }
 
 impl Folder for Shelf {
     fn open(&self, name: &str, _: Mode) -> Result<Arc<dyn Store>> {
-        assert!(!name.contains(['/', '\\', '\0']) && name != "..", "{name:?} was to be opened");
-        match self.0.iter().find(|disk| disk.name == name) {
+        match self.disks(name).get(name) {
             Some(disk) => Ok(Arc::<Disk>::clone(disk)),
-            None => Err(Error::new(ErrorKind::NotFound, "open", name, "no such file")),
+            None => Self::refuse(ErrorKind::NotFound, "open", name),
         }
     }
 
     fn create(&self, name: &str) -> Result<Arc<dyn Store>> {
-        Self::refuse("create", name)
+        let disk = Disk::new(name, File::default());
+        match self.disks(name).entry(name.to_owned()) {
+            Entry::Occupied(_) => Self::refuse(ErrorKind::Exists, "create", name),
+            Entry::Vacant(entry) => Ok(Arc::<Disk>::clone(entry.insert(disk))),
+        }
     }
 
-    fn rename(&self, from: &str, _: &str) -> Result<()> {
-        Self::refuse("rename", from)
+    fn rename(&self, from: &str, to: &str) -> Result<()> {
+        let mut disks = self.disks(to);
+        let Some(disk) = disks.remove(from) else { return Self::refuse(ErrorKind::NotFound, "rename", from) };
+        disks.insert(to.to_owned(), disk);
+        Ok(())
     }
 
     fn unlink(&self, name: &str) -> Result<()> {
-        Self::refuse("remove", name)
+        let gone = self.disks(name).remove(name);
+        if gone.is_some() { Ok(()) } else { Self::refuse(ErrorKind::NotFound, "remove", name) }
     }
 
     fn create_folder(&self, name: &str) -> Result<Arc<dyn Folder>> {
-        Self::refuse("create", name)
+        Self::refuse(ErrorKind::Denied, "create", name)
     }
 
     fn folder(&self, name: &str) -> Result<Arc<dyn Folder>> {
-        Self::refuse("open", name)
+        Self::refuse(ErrorKind::NotFound, "open", name)
     }
 
     fn remove_folder(&self, name: &str) -> Result<()> {
-        Self::refuse("remove", name)
+        Self::refuse(ErrorKind::NotFound, "remove", name)
     }
 
     fn list(&self) -> Result<Vec<String>> {
-        let mut names: Vec<_> = self.0.iter().map(|disk| disk.name.clone()).collect();
-        names.sort();
-        Ok(names)
+        Ok(self.disks("").keys().cloned().collect())
     }
 
     fn sync(&self) -> Result<()> {

@@ -38,6 +38,8 @@ pub struct Target {
     pub about: &'static str,
     /// Executions in the bounded run: some seconds' worth in a debug build.
     pub quick: u64,
+    /// The most memory that one execution may hold at a time, bytes, besides [`run::MEMORY_PER_BYTE`].
+    pub memory: u64,
     /// Sound inputs of many shapes, made by our own writers. The same each time.
     pub seeds: fn() -> Vec<Input>,
     /// Changes an input; the others of the pool may lend parts.

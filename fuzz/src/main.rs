@@ -85,12 +85,13 @@ fn campaign(target: &'static Target, seed: u64, time: Duration) -> Result<usize>
     while begun.elapsed() < time && failures.len() < ENOUGH {
         let input = campaign.next_input();
         *current.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), input.clone()));
-        if let Err(failure) = campaign.run(input) {
+        let ran = campaign.run(input);
+        *current.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if let Err(failure) = ran {
             println!("{}: FAILED: {failure}\n  kept in {}", target.name, keep(target, &failure)?.display());
             failures.push(failure);
         }
     }
-    *current.lock().unwrap_or_else(PoisonError::into_inner) = None;
     println!(
         "{:10} {:>9} executions  {:>5}/s  {:>4} outcomes  {:>4} MiB at most  {} failures",
         target.name,

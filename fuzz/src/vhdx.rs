@@ -184,6 +184,46 @@ pub fn mutate(file: &mut File, random: &mut Random, others: &[&File]) {
     mend(file, random);
 }
 
+/// Whether a file is a VHDX, or was one.
+pub fn is_one(file: &File) -> bool {
+    file.array(0) == *b"vhdxfile" || HEADERS.iter().any(|at| file.array(*at) == *b"head")
+}
+
+/// Damages the file as hosts and tools do.
+pub fn wound(file: &mut File, random: &mut Random) {
+    let places = Places::of(file);
+    match random.below(10) {
+        0 => file.zero(*random.pick(&HEADERS), PAGE as u64),
+        1 => HEADERS.iter().for_each(|at| file.zero(*at, PAGE as u64)),
+        2 => file.zero(*random.pick(&REGIONS), TABLE as u64),
+        3 => REGIONS.iter().for_each(|at| file.zero(*at, TABLE as u64)),
+        4 => file.zero(0, 8),
+        5 => file.set_len(file.len().saturating_sub(1 + random.below(4 * MIB))),
+        6 => shift_table(file, &places, random),
+        7 => file.zero(places.log.0, places.log.1),
+        8 => number_alike(file, random),
+        _ => {
+            let one = file.number(places.bat.0, 8);
+            file.put(places.bat.0 + random.below(8) * 8, 8, one);
+        }
+    }
+}
+
+/// What QEMU before 8.0 did to a page of the table: its first entry is lost, or there twice, and the others stand one further on.
+fn shift_table(file: &mut File, places: &Places, random: &mut Random) {
+    let at = places.bat.0 + random.below(2) * PAGE as u64;
+    let page = file.bytes(at, PAGE - 8);
+    file.write(at + 8, &page);
+    if random.one_in(2) {
+        file.put(at, 8, (file.len() >> 20) << 20 | 6);
+        file.set_len(file.len() + 2 * MIB);
+    }
+    if random.one_in(2) {
+        let creator: Vec<u8> = "QEMU v6.2.0".encode_utf16().flat_map(u16::to_le_bytes).collect();
+        file.write(8, &creator);
+    }
+}
+
 /// Numbers both headers alike: then they have to be alike.
 fn number_alike(file: &mut File, random: &mut Random) {
     let number = file.number(HEADERS[0] + 8, 8);

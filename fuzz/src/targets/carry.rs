@@ -6,6 +6,7 @@ use super::disk::{Look, disk, scribble, write, zero};
 use super::{MIB, outcome, store_of};
 use crate::file::{Disk, PAGE};
 use crate::mutate::{self, Field, checksum_without};
+use crate::run::MEMORY;
 use crate::vhdx::settle_ids;
 use crate::{File, Input, Random, Target};
 use image::vhdx::{self, Carry, Options};
@@ -13,8 +14,15 @@ use image::{Kind, Layer};
 use store::Mode;
 use uuid::Uuid;
 
-pub(super) const TARGET: Target =
-    Target { name: "carry", about: "the carry-over journal of a VHDX", quick: 3000, seeds, mutate, run };
+pub(super) const TARGET: Target = Target {
+    name: "carry",
+    about: "the carry-over journal of a VHDX",
+    quick: 3000,
+    memory: MEMORY,
+    seeds,
+    mutate,
+    run,
+};
 
 const LIFE: Uuid = Uuid::from_u128(1);
 /// Where the first record lies in a new journal.

@@ -1,7 +1,7 @@
 //! Using a layer as a chain does.
 
 use crate::file::{Disk, File};
-use image::{Change, Layer, LayerInfo, Result, Run, Source};
+use image::{Change, Kind, Layer, LayerInfo, Result, Run, Source, Ticket};
 use std::sync::Arc;
 
 const MIB: u64 = 1 << 20;
@@ -11,11 +11,17 @@ const GLANCE: u64 = 16 << 10;
 /// Writes sectors through a ticket.
 pub(super) fn write(layer: &dyn Layer, offset: u64, data: &[u8]) -> Result<()> {
     let ticket = layer.prepare(offset, data.len() as u64, Change::Data)?;
+    fill(layer, &ticket, data)?;
+    layer.commit(ticket)
+}
+
+/// Writes what a ticket is for.
+fn fill(layer: &dyn Layer, ticket: &Ticket, data: &[u8]) -> Result<()> {
     for extent in &ticket.extents {
-        let at = (extent.offset - offset) as usize;
+        let at = (extent.offset - ticket.offset) as usize;
         layer.store().write_at(&data[at..at + extent.len as usize], extent.at)?;
     }
-    layer.commit(ticket)
+    Ok(())
 }
 
 /// Zeroes sectors through a ticket.
@@ -74,8 +80,40 @@ pub(super) fn scribble(layer: &dyn Layer) -> Result<()> {
     let sector = u64::from(info.sector_size);
     for (at, len) in windows(&info) {
         write(layer, at, &vec![7; sector as usize])?;
+        change_mind(layer, at + len / 4 / sector * sector)?;
         zero(layer, at + len / 2 / sector * sector, (len / 4 / sector * sector).max(sector))?;
     }
+    Ok(())
+}
+
+/// What the sector at `at` reads as; nothing if a parent would show through.
+pub(super) fn sector(layer: &dyn Layer, at: u64) -> Result<Option<Vec<u8>>> {
+    let info = layer.info();
+    let mut runs = Vec::new();
+    layer.map(at, info.sector_size.into(), &mut runs)?;
+    let mut bytes = vec![0; info.sector_size as usize];
+    match runs[0].source {
+        Source::Data(place) => layer.store().read_at(&mut bytes, place)?,
+        Source::Absent if info.kind == Kind::Differencing => return Ok(None),
+        Source::Zero | Source::Absent => (),
+    }
+    Ok(Some(bytes))
+}
+
+/// A write that never happens, beside one that does.
+fn change_mind(layer: &dyn Layer, at: u64) -> Result<()> {
+    let info = layer.info();
+    let len = u64::from(info.sector_size);
+    let before = sector(layer, at)?;
+    drop(layer.prepare(at, len, Change::Data)?);
+    let dropped = layer.prepare(at, len, Change::Data)?;
+    let beside = (at + 2 * len <= info.size).then(|| layer.prepare(at + len, len, Change::Data)).transpose()?;
+    drop(dropped);
+    if let Some(ticket) = beside {
+        fill(layer, &ticket, &vec![8; len as usize])?;
+        layer.commit(ticket)?;
+    }
+    assert_eq!(sector(layer, at)?, before, "what was dropped shows");
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! read is written as it was.
 
 use super::change_stream;
+use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use export::nbd::handshake::{MAX_OPTION, Negotiation, Offer, OptionHeader, Step};
 use export::nbd::proto::{self, Bytes, Command, Request, option, reply};
@@ -12,6 +13,7 @@ pub(super) const TARGET: Target = Target {
     name: "handshake",
     about: "NBD options and requests, without a socket",
     quick: 30_000,
+    memory: MEMORY,
     seeds,
     mutate,
     run,

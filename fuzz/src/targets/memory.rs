@@ -2,11 +2,11 @@
 //!
 //! Rule beside the limits: what was captured is restored, and captured again it is the same.
 
-use super::stream::{MOST, WORDS, sound};
+use super::stream::{MOST, WORDS, sound, stream};
 use super::{outcome, store_of};
 use crate::file::{Disk, File, PAGE};
 use crate::mutate::{self, Field, checksum_without};
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use image::vhdx::{self, Options};
 use image::{Access, Chain};
@@ -19,6 +19,7 @@ pub(super) const TARGET: Target = Target {
     name: "memory",
     about: "memory disks: capture of a stream, the table, restore",
     quick: 1500,
+    memory: MEMORY,
     seeds,
     mutate,
     run,
@@ -84,13 +85,14 @@ fn mend(file: &mut File, random: &mut Random) {
 
 fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
     let others: Vec<&File> = pool.iter().map(|input| &input.0[1]).collect();
-    let [stream, disk] = &mut input.0[..] else { return };
+    let [captured, disk] = &mut input.0[..] else { return };
     if random.one_in(2) {
-        let mut bytes = if random.one_in(2) { sound(random) } else { stream.bytes(0, stream.len() as usize) };
+        let mut bytes =
+            if random.one_in(2) { stream(random, true) } else { captured.bytes(0, captured.len() as usize) };
         if !random.one_in(4) {
             mutate::change_stream(&mut bytes, &WORDS, MOST, random);
         }
-        *stream = File::of(&bytes);
+        *captured = File::of(&bytes);
         return;
     }
     if random.one_in(6) {

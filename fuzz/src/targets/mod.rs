@@ -2,13 +2,16 @@
 
 mod carry;
 mod chain;
+mod check;
 mod disk;
 mod handshake;
 mod memory;
 mod nbd;
 mod probe;
 mod qmp;
+mod shape;
 mod stream;
+mod undo;
 mod vhd;
 mod vhdx;
 
@@ -26,6 +29,9 @@ pub const ALL: &[Target] = &[
     vhdx::TARGET,
     vhd::TARGET,
     chain::TARGET,
+    shape::TARGET,
+    check::TARGET,
+    undo::TARGET,
     carry::TARGET,
     probe::TARGET,
     stream::TARGET,

@@ -5,6 +5,7 @@
 use super::handshake::{mutate, seeds};
 use super::{Shape, store_of};
 use crate::file::Disk;
+use crate::run::MEMORY;
 use crate::{Input, Target};
 use export::{Export, Options, listen_unix};
 use image::{Access, Chain, Kind, open};
@@ -15,8 +16,15 @@ use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 use store::Mode;
 
-pub(super) const TARGET: Target =
-    Target { name: "nbd", about: "an NBD client's whole conversation", quick: 1500, seeds, mutate, run };
+pub(super) const TARGET: Target = Target {
+    name: "nbd",
+    about: "an NBD client's whole conversation",
+    quick: 1500,
+    memory: MEMORY,
+    seeds,
+    mutate,
+    run,
+};
 
 /// The most of a server's answers that is looked at, bytes.
 const MOST: u64 = 80 << 20;

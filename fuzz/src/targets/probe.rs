@@ -2,6 +2,7 @@
 
 use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{outcome, store_of};
+use crate::run::MEMORY;
 use crate::{File, Input, Random, Target, mutate};
 use image::{Format, open};
 use store::Mode;
@@ -10,6 +11,7 @@ pub(super) const TARGET: Target = Target {
     name: "probe",
     about: "signatures of image formats, and raw files",
     quick: 5000,
+    memory: MEMORY,
     seeds,
     mutate: change,
     run,
@@ -56,6 +58,9 @@ fn change(input: &mut Input, random: &mut Random, _: &[Input]) {
 fn run(input: &Input) -> String {
     let file = &input.0[0];
     let mut words = Vec::new();
+    let made = image::raw::create(store_of(&disk(&File::default())), file.len());
+    assert_eq!(made.is_ok(), !file.is_empty() && file.len().is_multiple_of(512), "a raw disk of {} bytes", file.len());
+    assert!(image::raw::create(store_of(&disk(file)), 512).is_err() || file.is_empty(), "there is something already");
     for format in [None, Some(Format::Raw), Some(Format::Vhdx)] {
         let read = open(store_of(&to_read(file)), format, Mode::Read);
         words.push(outcome(&read));
@@ -64,7 +69,12 @@ fn run(input: &Input) -> String {
         misuse(&*read);
         let written = open(store_of(&disk(file)), format, Mode::Write).expect("what is read is written");
         assert_eq!(Look::at(&*written).expect("a raw file is read"), seen, "reading and writing see the same");
-        scribble(&*written).and_then(|()| written.close()).expect("a raw file takes anything");
+        scribble(&*written).expect("a raw file takes anything");
+        let (size, sector) = (written.info().size, u64::from(written.info().sector_size));
+        for size in [0, size + 1, size + sector, sector] {
+            assert_eq!(written.resize(size, 0).is_ok(), size != 0 && size.is_multiple_of(sector), "{size} bytes");
+        }
+        written.close().expect("nothing fails here");
     }
     words.join("; ")
 }

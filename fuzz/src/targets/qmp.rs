@@ -3,9 +3,9 @@
 //! An input is what the monitor says, in parts: one at once, each other when it has been sent a command.
 
 use super::change_stream;
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
-use qemu::{EventKind, Qmp};
+use qemu::{EventKind, Qmp, Stamp};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 pub(super) const TARGET: Target =
-    Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, seeds, mutate, run };
+    Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, memory: MEMORY, seeds, mutate, run };
 
 /// A time that passes at once when both sides wait.
 const IDLE: Duration = Duration::from_secs(1);
@@ -62,13 +62,14 @@ fn seeds() -> Vec<Input> {
     let nodes = r#"[{"node-name": "disk0", "drv": "nbd", "image": {"virtual-size": 1048576}}]"#;
     answers
         .iter()
-        .map(|answers| {
+        .enumerate()
+        .map(|(which, answers)| {
             let answers = answers.iter().copied().chain([nodes, chardevs]);
             let mut out = format!("{GREETING}\r\n").into_bytes();
             let all = std::iter::once("{}").chain(answers);
             for (index, answer) in all.enumerate() {
                 out.push(BREAK);
-                let event = String::from_utf8_lossy(WORDS[8 + index]).into_owned();
+                let event = String::from_utf8_lossy(WORDS[8 + (index + 3 * which) % 9]).into_owned();
                 let id = index + 1;
                 let answer = match answer {
                     "NO" => format!(r#"{{"error": {{"class": "GenericError", "desc": "no"}}, "id": {id}}}"#),
@@ -118,18 +119,22 @@ async fn play(stream: UnixStream, bytes: Vec<u8>) -> Option<()> {
 async fn speak(stream: UnixStream) -> String {
     let events = Arc::new(Mutex::new(Vec::new()));
     let seen = Arc::clone(&events);
-    let note = move |event: &qemu::Event| {
-        let kind = match &event.kind {
-            EventKind::Migration(status) if status.is_end() => "End".to_owned(),
-            kind => format!("{kind:?}"),
+    let note =
+        move |event: &qemu::Event| {
+            let kind = match &event.kind {
+                EventKind::Migration(status) if status.is_end() => "End".to_owned(),
+                kind => format!("{kind:?}"),
+            };
+            let later = |at: Stamp| Stamp::from_micros(at.micros().saturating_add(1)).micros_since(at);
+            assert!(event.at.is_none_or(|at| later(at) <= 1
+                && at.micros_since(at) == 0
+                && at.micros_since(Stamp::now()) < u64::MAX));
+            let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
+            let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
+            if !seen.contains(&word) && seen.len() < 3 {
+                seen.push(word);
+            }
         };
-        assert_eq!(event.at.map(|at| at.micros_since(at)), event.at.map(|_| 0));
-        let word = kind.split([' ', '(']).next().unwrap_or_default().to_owned();
-        let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
-        if !seen.contains(&word) && seen.len() < 3 {
-            seen.push(word);
-        }
-    };
     let mut said = Vec::new();
     match Qmp::connect(stream, note).await {
         Err(error) => said.push(words(&error.to_string())),

@@ -3,7 +3,7 @@
 //! Rule beside the limits: how the stream is cut makes no difference.
 
 use super::change_stream;
-use crate::run::words;
+use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use memory::stream::{Block, DeviceState, Emitter, Event, MAX_BLOCKS, PAGE, Parser};
 
@@ -11,6 +11,7 @@ pub(super) const TARGET: Target = Target {
     name: "stream",
     about: "the migration stream: header, blocks of RAM, pages, the devices' state",
     quick: 8000,
+    memory: MEMORY,
     seeds: || (0..24).map(|seed| Input::stream(&stream(&mut Random::new(seed), seed > 8))).collect(),
     mutate,
     run,
@@ -57,7 +58,7 @@ pub(super) fn sound(random: &mut Random) -> Vec<u8> {
 }
 
 /// A stream that is made as sound ones are, and may have something that those never have.
-fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
+pub(super) fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
     let names = ["pc.ram", "pc.bios", "0000:00:02.0/vga.vram", "r", "/rom@etc/acpi/tables"];
     let count = random.index(names.len()) + 1;
     let pages = |random: &mut Random| if random.one_in(5) { 0 } else { random.below(6) };
@@ -97,6 +98,8 @@ fn stream(random: &mut Random, odd: bool) -> Vec<u8> {
                     0 if parts == 1 || part < parts => {
                         emitter.page(&mut out, index, offset, &[random.number() as u8; PAGE]);
                     }
+                    // A page that is missing.
+                    _ if odd && random.one_in(40) => (),
                     _ => emitter.zero_page(&mut out, index, offset),
                 }
             }

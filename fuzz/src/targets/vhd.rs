@@ -4,6 +4,7 @@ use super::disk::{self, disk};
 use super::{firsts, store_of};
 use crate::file::File;
 use crate::mutate;
+use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use image::vhd::{self, Options, Parent};
 use image::{Kind, Layer};
@@ -11,8 +12,9 @@ use image::{Kind, Layer};
 pub(super) const TARGET: Target = Target {
     name: "vhd",
     about: "a VHD file: footers, header, block table, bitmaps, parent locators",
-    quick: 600,
-    seeds,
+    quick: 3000,
+    memory: MEMORY,
+    seeds: || images().into_iter().map(|file| Input(vec![file])).collect(),
     mutate,
     run: super::vhdx::TARGET.run,
 };
@@ -21,17 +23,22 @@ const MIB: u64 = 1 << 20;
 /// Bytes of a footer, and of a header.
 const FOOTER: u64 = 512;
 const HEADER: usize = 1024;
+/// Who may have made a file, and where the footer says it.
+const CREATORS: [&[u8; 4]; 4] = [b"win ", b"vpc ", b"qem2", b"tap\0"];
+const CREATOR: u64 = 28;
 /// Numbers of a footer: offset and width.
 const FOOTER_FIELDS: [(u64, usize); 9] =
     [(0, 8), (8, 4), (12, 4), (16, 8), (40, 8), (48, 8), (60, 4), (68, 8), (84, 1)];
 /// Numbers of a header, the locators' apart.
 const HEADER_FIELDS: [(u64, usize); 7] = [(0, 8), (8, 8), (16, 8), (24, 4), (28, 4), (32, 4), (40, 8)];
 
-fn seeds() -> Vec<Input> {
+/// Sound files of all shapes.
+pub(super) fn images() -> Vec<File> {
     let shapes = [
         (Kind::Fixed, 3 * MIB + 512, 2 * MIB),
         (Kind::Dynamic, 7 * MIB + 512, 512 << 10),
-        (Kind::Dynamic, 2040 << 30, 2 * MIB),
+        // The largest there is, and its table is still soon read.
+        (Kind::Dynamic, 2040 << 30, 256 * MIB),
         (Kind::Differencing, 7 * MIB + 512, 512 << 10),
         (Kind::Differencing, 100 * MIB, 32 * MIB),
     ];
@@ -51,10 +58,16 @@ fn seeds() -> Vec<Input> {
             all.push(store.file());
         }
         layer.close().expect("a sound image");
+        // As we leave it, and as if others had made it.
         all.push(store.file());
+        let mut file = store.file();
+        for at in footers(&file) {
+            file.write(at + CREATOR, CREATORS[all.len() % CREATORS.len()]);
+        }
+        all.push(file);
     }
     all.iter_mut().for_each(settle);
-    all.into_iter().map(|file| Input(vec![file])).collect()
+    all
 }
 
 /// Makes the file the same each time: no moments and no ids that were drawn.
@@ -72,13 +85,16 @@ fn settle(file: &mut File) {
 /// Where footers lie.
 fn footers(file: &File) -> Vec<u64> {
     let ends = [512, 511].into_iter().filter_map(|back| file.len().checked_sub(back));
-    std::iter::once(0).chain(ends).filter(|at| file.array(*at) == *b"conectix").collect()
+    // All but the last byte of the reserved ones must be there.
+    let first = (file.len() >= FOOTER - 1).then_some(0);
+    first.into_iter().chain(ends).filter(|at| file.array(*at) == *b"conectix").collect()
 }
 
 /// Where the header lies.
 fn header(file: &File) -> Option<u64> {
     let places = footers(file).into_iter().map(|at| number(file, at + 16, 8));
-    places.into_iter().find(|at| *at < file.len() && file.array(*at) == *b"cxsparse")
+    let inside = |at: &u64| at.checked_add(HEADER as u64).is_some_and(|end| end <= file.len());
+    places.into_iter().find(|at| inside(at) && file.array(*at) == *b"cxsparse")
 }
 
 /// A big-endian number.
@@ -107,10 +123,19 @@ fn mend(file: &mut File, mut leave: impl FnMut() -> bool) {
 }
 
 fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
-    let others = firsts(pool);
-    let file = &mut input.0[0];
+    change(&mut input.0[0], random, &firsts(pool));
+}
+
+/// Changes a file in one to four ways and mends it. `others` may lend parts.
+pub(super) fn change(file: &mut File, random: &mut Random, others: &[&File]) {
     for _ in 0..=random.below(3) {
-        match random.below(12) {
+        match random.below(13) {
+            12 => {
+                let creator = *random.pick(&CREATORS);
+                for at in footers(file) {
+                    file.write(at + CREATOR, creator);
+                }
+            }
             0..4 => change_field(file, random),
             4..7 => change_table(file, random),
             7 => change_locator(file, random),
@@ -178,7 +203,13 @@ fn change_locator(file: &mut File, random: &mut Random) {
     put(file, at + 8, 4, *random.pick(&[0, 1, 16, length, 1 << 16, 0xffff_ffff]));
     put(file, at + 16, 8, *random.pick(&[0, offset, file.len(), u64::MAX - 511]));
     if random.one_in(2) {
-        let name = *random.pick::<&str>(&[r".\base.vhd", r"..\x", "/etc/passwd", "file://localhost/C:/x%20y%zz"]);
+        let name = *random.pick::<&str>(&[
+            r".\base.vhd",
+            r"..\x",
+            "/etc/passwd",
+            "file://./a%20b%zz%",
+            "file://localhost/C:/x%20y%zz",
+        ]);
         let wide: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
         let (offset, text) = if code == *b"MacX" { (offset, name.as_bytes()) } else { (offset, &wide[..]) };
         if offset >= 4096 {
@@ -191,5 +222,63 @@ fn change_locator(file: &mut File, random: &mut Random) {
         // The parent's own name, and its id.
         file.write(header + 64, &[random.number() as u8; 20]);
         put(file, header + 40, 8, random.number());
+    }
+}
+
+/// Damages the file as hosts and tools do.
+pub(super) fn wound(file: &mut File, random: &mut Random) {
+    let footers = footers(file);
+    let tail = footers.last().copied().filter(|at| *at > 0);
+    match random.below(12) {
+        8 => file.set_len(file.len().saturating_sub(1)),
+        9 => {
+            // The end is lost, and the footer put behind what is left.
+            if let Some(at) = tail {
+                let footer = file.bytes(at, FOOTER as usize);
+                let end = at.saturating_sub(random.below(MIB) / 512 * 512).max(FOOTER);
+                file.set_len(end);
+                file.write(end, &footer);
+            }
+        }
+        10 => {
+            // The parent's names are lost, or the table lies over something.
+            if let Some(at) = header(file) {
+                if random.one_in(2) {
+                    file.zero(at + 64, 512 + 8 * 24);
+                } else {
+                    let locator = number(file, at + 576 + 16, 8);
+                    put(file, at + 16, 8, *random.pick(&[512, 1024, 1536, locator, locator.saturating_sub(512)]));
+                }
+                mend(file, || false);
+            }
+        }
+        11 => {
+            // All bits of a block's bitmap.
+            if let Some(at) = header(file) {
+                let (table, entries) = (number(file, at + 16, 8).min(1 << 40), number(file, at + 28, 4).clamp(1, 4096));
+                let block = number(file, table + random.below(entries) * 4, 4) * 512;
+                if block != 0 && block < file.len() {
+                    file.write(block, &[0xff; 512]);
+                }
+            }
+        }
+        0 => file.zero(0, FOOTER),
+        1 => file.set_len(tail.unwrap_or(file.len())),
+        2 => tail.into_iter().for_each(|at| file.zero(at, FOOTER)),
+        3 => file.set_len(file.len().saturating_sub(1 + random.below(3 * MIB))),
+        // Without a checksum that fits, or without the signature.
+        4 | 5 => {
+            let at = if random.one_in(2) { footers.first().copied() } else { header(file) };
+            let at = at.unwrap_or_default() + *random.pick(&[0, 36, 64, 100]);
+            file.put(at, 1, random.number());
+        }
+        6 => {
+            // The two copies of the footer, each sound, say something else.
+            if let Some(at) = tail {
+                file.put(at + 68, 8, random.number());
+                mend(file, || false);
+            }
+        }
+        _ => change_table(file, random),
     }
 }

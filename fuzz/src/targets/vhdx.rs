@@ -6,6 +6,7 @@
 
 use super::disk::{Look, disk, misuse, scribble, to_read};
 use super::{firsts, images, outcome, store_of};
+use crate::run::MEMORY;
 use crate::{Input, Random, Target};
 use image::{Layer, open};
 use store::Mode;
@@ -14,6 +15,7 @@ pub(super) const TARGET: Target = Target {
     name: "vhdx",
     about: "a VHDX file: headers, regions, metadata, log, block table, bitmaps",
     quick: 3000,
+    memory: MEMORY,
     seeds: || images().into_iter().map(|file| Input(vec![file])).collect(),
     mutate,
     run,
@@ -57,6 +59,8 @@ fn run(input: &Input) -> String {
 
 fn use_it(layer: &dyn Layer) -> image::Result<()> {
     scribble(layer)?;
+    layer.settle()?;
+    layer.wrote();
     if let Some(mut link) = layer.info().parent {
         link.linkage2 = Some(link.linkage);
         link.relative_path = Some(r".\a longer name than before.vhdx".to_owned());

@@ -49,9 +49,9 @@ impl Plan {
         self.writes.is_empty() && self.last.is_empty() && self.copies.is_empty() && self.length == 0
     }
 
-    /// All writes: offset and bytes.
-    pub(crate) fn writes(&self) -> impl Iterator<Item = (u64, &[u8])> {
-        self.writes.iter().chain(&self.last).map(|(at, bytes)| (*at, bytes.as_slice()))
+    /// All writes, neighbours joined: offset and bytes.
+    pub(crate) fn writes(&self) -> impl Iterator<Item = (u64, Vec<u8>)> {
+        joined(&self.writes).chain(joined(&self.last))
     }
 
     /// The length of a file of `length` bytes afterwards.
@@ -73,13 +73,28 @@ impl Plan {
             store.sync()?;
         }
         for writes in [&self.writes, &self.last] {
-            for (at, bytes) in writes {
-                store.write_at(bytes, *at)?;
+            for (at, bytes) in joined(writes) {
+                store.write_at(&bytes, at)?;
             }
             store.sync()?;
         }
         Ok(())
     }
+}
+
+/// The writes in order, those that follow on one another joined up to [`STEP`] bytes.
+fn joined(writes: &BTreeMap<u64, Vec<u8>>) -> impl Iterator<Item = (u64, Vec<u8>)> {
+    let mut rest = writes.iter().peekable();
+    std::iter::from_fn(move || {
+        let (at, bytes) = rest.next()?;
+        let mut all = bytes.clone();
+        let follows =
+            |all: &Vec<u8>, next: u64, more: usize| next == at + all.len() as u64 && all.len() + more <= STEP as usize;
+        while let Some((_, more)) = rest.next_if(|(next, more)| follows(&all, **next, more.len())) {
+            all.extend_from_slice(more);
+        }
+        Some((*at, all))
+    })
 }
 
 fn copy(store: &dyn Store, from: u64, to: u64, len: u64) -> Result<()> {

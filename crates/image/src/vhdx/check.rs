@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 /// The most zeros that a log may ask for to be carried out by a repair, bytes: they are kept in memory, and what they replace in
 /// the undo file. No log that was seen asks for any.
-const MAX_ZEROS: u64 = 64 * MIB;
+const MAX_ZEROS: u64 = 16 * MIB;
 
 /// Whether a file without the signature of a VHDX is one all the same: it has a header.
 pub(crate) fn looks_like_one(store: &dyn Store) -> Result<bool> {
@@ -184,12 +184,19 @@ impl Exam {
                 headers.slot = usize::from(decoded[0].is_none());
                 headers.broken = true;
                 let lost = 1 - headers.slot;
+                let (effect, remedy) = match header::of(&raw) {
+                    Ok(_) => (
+                        "none: the other copy is good. If that is lost too, nothing can be read",
+                        mend("it is written again from the other copy"),
+                    ),
+                    Err(_) => (NOTHING_READS, cannot("the other copy cannot be used")),
+                };
                 self.damage(
                     "header",
                     &format!("copy {} of the header, at {}", lost + 1, HEADER_AT[lost]),
                     "one of the two copies of the header is destroyed",
-                    "none: the other copy is good. If that is lost too, nothing can be read",
-                    mend("it is written again from the other copy"),
+                    effect,
+                    remedy,
                 );
                 raw
             }
@@ -207,12 +214,15 @@ impl Exam {
 
     /// Two headers with one number that differ: whether the first can be taken for both.
     fn headers_differ(&mut self, first: &RawHeader, second: &RawHeader) -> bool {
+        let usable = header::of(first).is_ok();
         let same_log = (first.log, first.log_offset, first.log_length, first.log_version, first.version)
             == (second.log, second.log_offset, second.log_length, second.log_version, second.version);
-        let remedy = if same_log {
-            mend("the first copy is taken; a child that was made over the other id no longer recognises this image")
-        } else {
-            cannot("it is not known which of them says where the log lies and whether it is in use")
+        let remedy = match (same_log, usable) {
+            (true, true) => {
+                mend("the first copy is taken; a child that was made over the other id no longer recognises this image")
+            }
+            (true, false) => cannot("what they agree on cannot be"),
+            (false, _) => cannot("it is not known which of them says where the log lies and whether it is in use"),
         };
         self.damage(
             "header",
@@ -221,7 +231,7 @@ impl Exam {
             "which of them counts is not known; the data is not touched by that",
             remedy,
         );
-        same_log
+        same_log && usable
     }
 
     /// The file as it is once its log is carried out. If the log is to be empty after a repair, `header` says so.
@@ -236,7 +246,14 @@ impl Exam {
             self.stop("log", &place, (ErrorKind::Unsupported, what));
             return Ok(as_it_is);
         }
-        let bytes = padded(&*self.store, header.log_offset, header.log_length as usize)?;
+        let length = self.store.len()?;
+        // What a log that reaches past the file's end says does not count, to the opener neither.
+        let inside = header.log_offset + header.log_length <= length;
+        let bytes = if inside {
+            header::read(&*self.store, header.log_offset, header.log_length as usize)?
+        } else {
+            Vec::new()
+        };
         let Some(mut replay) = log::replay(&bytes, header.log) else {
             self.damage(
                 "log",
@@ -249,7 +266,6 @@ impl Exam {
             header.log = Uuid::nil();
             return Ok(as_it_is);
         };
-        let length = self.store.len()?;
         if length < replay.flushed_length {
             self.damage(
                 "cut",

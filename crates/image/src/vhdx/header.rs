@@ -44,6 +44,10 @@ impl Header {
 
 /// Reads the file, or says that it ends too early.
 pub(crate) fn read(store: &dyn Store, offset: u64, length: usize) -> Result<Vec<u8>, crate::Error> {
+    if length > PAGE {
+        // The last byte first: a length that is a lie takes no memory.
+        store.read_at(&mut [0], offset + length as u64 - 1)?;
+    }
     let mut bytes = vec![0; length];
     store.read_at(&mut bytes, offset)?;
     Ok(bytes)
@@ -64,6 +68,9 @@ pub(crate) fn read_data(
     while let Some((start, end)) = store.data(at)?.filter(|(start, _)| *start < region.end()) {
         let start = at.max(start / PAGE_BYTES * PAGE_BYTES);
         let end = end.next_multiple_of(PAGE_BYTES).min(region.end()).min(start + STEP);
+        if store.len()? < end {
+            break;
+        }
         take(start - region.offset, &read(store, start, (end - start) as usize)?);
         at = end;
     }

@@ -349,12 +349,19 @@ pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<()
     Ok(())
 }
 
-/// Replaces the disk's size inside a region's bytes.
+/// Replaces the disk's size inside a region's bytes. An item that lies over it would say something else afterwards.
 pub(crate) fn replace_size(region: &mut [u8], size: u64) -> Result<(), Fault> {
     let items = items(region)?;
     let is_size = |item: &&RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_DISK_SIZE;
     let item = items.iter().find(is_size).filter(|item| item.length.get() as usize >= size_of::<u64>());
     let item = item.ok_or_else(|| damaged("the image does not say its size"))?;
+    let place =
+        |item: &RawItem| u64::from(item.offset.get())..u64::from(item.offset.get()) + u64::from(item.length.get());
+    let own = place(item);
+    let over = |other: &RawItem| place(other).start < own.end && own.start < place(other).end;
+    if items.iter().filter(|other| over(other)).count() > 1 {
+        return Err(damaged("the disk's size cannot be changed: another item of the metadata lies over it"));
+    }
     put(region, item.offset.get() as usize, &size.to_le_bytes());
     Ok(())
 }
@@ -370,6 +377,23 @@ mod tests {
             relative_path: Some(path.to_owned()),
             absolute_path: None,
         }
+    }
+
+    #[test]
+    fn a_size_that_another_item_lies_over_is_not_changed() {
+        let mut region = encode(&metadata("base")).unwrap();
+        let sound = region.clone();
+        replace_size(&mut region, 77 << 20).unwrap();
+        assert_eq!(read(&region).unwrap().size, 77 << 20);
+        // The parameters' place, for both.
+        let mut region = sound;
+        let parameters: RawItem = parse(&region, size_of::<RawItem>()).unwrap();
+        let size: RawItem = parse(&region, 2 * size_of::<RawItem>()).unwrap();
+        put(&mut region, 2 * size_of::<RawItem>(), &RawItem { offset: parameters.offset, ..size });
+        let before = region.clone();
+        let (kind, message) = replace_size(&mut region, 77 << 20).unwrap_err();
+        assert!(kind == ErrorKind::Damaged && message.contains("lies over it"), "{message}");
+        assert_eq!(region, before);
     }
 
     fn metadata(path: &str) -> Metadata {

@@ -38,6 +38,7 @@ mod pack;
 mod page;
 mod replay;
 mod resize;
+mod units;
 mod write;
 
 pub use carry::Carry;

@@ -10,6 +10,7 @@ use super::header::{self, Header, Region, Regions, read, read_data};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
 use super::replay::{self, Replayed};
+use super::units::Units;
 use super::{Ids, Inner, Meta, USERS, VhdxLayer, lock};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
@@ -254,7 +255,7 @@ fn check_bitmap(bat: &Bat, geometry: &Geometry, index: u64, entry: Entry, used: 
 struct Used {
     file: String,
     length: u64,
-    bits: Vec<u64>,
+    units: Units,
     /// The end of everything that was marked.
     end: u64,
 }
@@ -264,9 +265,7 @@ impl Used {
         if length > MAX_FILE {
             return Err(Error::new(ErrorKind::Unsupported, file, format!("it has {length} bytes, which is too much")));
         }
-        // A block may stick out past the file's end by almost its own length, 256 MiB.
-        let units = length / MIB + 512;
-        Ok(Self { file: file.to_owned(), length, bits: vec![0; units.div_ceil(64) as usize], end: 0 })
+        Ok(Self { file: file.to_owned(), length, units: Units::default(), end: 0 })
     }
 
     fn damaged(&self, message: String) -> Error {
@@ -291,12 +290,10 @@ impl Used {
         if !inside {
             return Err(self.damaged(format!("{what} lies at {at}, past the file's end at {}", self.length)));
         }
-        for unit in at / MIB..(at + len) / MIB {
-            let (word, bit) = ((unit / 64) as usize, 1 << (unit % 64));
-            if self.bits[word] & bit != 0 {
-                return Err(self.damaged(format!("{what} lies at {at}, where something else lies too")));
-            }
-            self.bits[word] |= bit;
+        let mut twice = false;
+        self.units.put(at, len, |_| twice = true);
+        if twice {
+            return Err(self.damaged(format!("{what} lies at {at}, where something else lies too")));
         }
         self.end = self.end.max(at + len);
         Ok(())
@@ -305,17 +302,8 @@ impl Used {
     /// What is left, for blocks of `block` bytes.
     fn into_space(self, block: u64) -> Space {
         let mut space = Space::new(self.length, self.end, block);
-        let is_used = |unit: u64| self.bits[(unit / 64) as usize] >> (unit % 64) & 1 == 1;
-        let mut free_since = None;
-        for unit in 0..=self.end / MIB {
-            match (unit == self.end / MIB || is_used(unit), free_since) {
-                (true, Some(start)) => {
-                    space.give(start * MIB, (unit - start) * MIB);
-                    free_since = None;
-                }
-                (false, None) => free_since = Some(unit),
-                _ => (),
-            }
+        for (at, len) in self.units.holes(self.end) {
+            space.give(at, len);
         }
         space
     }

@@ -129,8 +129,9 @@ impl Exam {
         if let Some(end) = end {
             self.plan.grow(end);
             if limit < self.length {
-                // The footer, which lies in the block and goes behind it.
-                self.plan.write(limit, vec![0; (self.length - limit) as usize]);
+                // The footer, which lies in the block and goes behind it: up to where it goes, for writes do not overlap.
+                let behind = self.length.min(end.next_multiple_of(SECTOR));
+                self.plan.write(limit, vec![0; (behind - limit) as usize]);
             }
         }
         (self.cut, self.regrown) = (!cut.is_empty() && end.is_none(), end);

@@ -1,7 +1,7 @@
 //! The block table, entry by entry: what each says, what is wrong with it, and what it is to say instead.
 //!
-//! The table is read twice, a MiB at a time, and never held as a whole: first every entry claims its place, then each is judged
-//! with all claims known. Memory is a few bits for each MiB of the file, and the pages that change.
+//! The table is read a MiB at a time, and never held as a whole: first every entry claims its place, then each is judged with all
+//! claims known. Memory is a few bits for each MiB of the file, and the pages that change.
 
 use super::claims::Claims;
 use super::padded;
@@ -12,7 +12,7 @@ use crate::vhdx::bat::{Entry, Geometry, State};
 use crate::vhdx::format::{MIB, PAGE, PAGE_BYTES};
 use crate::vhdx::header::Region;
 use crate::vhdx::page::{PageBytes, WORDS};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use store::Store;
 
@@ -127,12 +127,25 @@ impl Outcome {
 /// What is wrong with a block's entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    PastEnd { partial: bool },
-    Misplaced { what: &'static str, partial: bool },
-    Shared,
+    PastEnd {
+        partial: bool,
+    },
+    Misplaced {
+        what: &'static str,
+        partial: bool,
+    },
+    /// With another block, or with a bitmap.
+    Shared {
+        bitmap: bool,
+    },
     Cut,
-    Alone { parent_named: bool },
-    Reserved { state: u64, kept: bool },
+    Alone {
+        parent_named: bool,
+    },
+    Reserved {
+        state: u64,
+        kept: bool,
+    },
     ZeroPlaced,
     BitmapMissing,
     StalePlace,
@@ -147,7 +160,7 @@ const LANES: usize = 4;
 impl Fault {
     fn lane(self) -> usize {
         match self {
-            Self::PastEnd { .. } | Self::Misplaced { .. } | Self::Shared | Self::Cut => 0,
+            Self::PastEnd { .. } | Self::Misplaced { .. } | Self::Shared { .. } | Self::Cut => 0,
             Self::Alone { .. } | Self::Reserved { .. } | Self::ZeroPlaced => 1,
             Self::BitmapMissing => 2,
             Self::StalePlace | Self::ReservedBits | Self::Stray | Self::StrayPlaced => 3,
@@ -162,7 +175,7 @@ impl Fault {
         match self {
             Self::PastEnd { .. } => "past-end",
             Self::Misplaced { .. } => "misplaced",
-            Self::Shared => "shared",
+            Self::Shared { .. } => "shared",
             Self::Cut => "cut",
             Self::Alone { .. } => "partial-alone",
             Self::Reserved { .. } => "reserved-state",
@@ -178,7 +191,8 @@ impl Fault {
         match self {
             Self::PastEnd { .. } => "the place lies past the file's end".to_owned(),
             Self::Misplaced { what, .. } => format!("the place lies in {what}"),
-            Self::Shared => "the place is another block's, too".to_owned(),
+            Self::Shared { bitmap: false } => "the place is another block's, too".to_owned(),
+            Self::Shared { bitmap: true } => "the place is a bitmap's, too".to_owned(),
             Self::Cut => "the block is cut off by the file's end".to_owned(),
             Self::Alone { .. } => "the block is partly the parent's, and there is no parent".to_owned(),
             Self::Reserved { state, .. } => format!("the state {state} is none that the format knows"),
@@ -199,7 +213,8 @@ impl Fault {
                 format!("what this image held of {bytes} is lost; after a repair the parent's older content is there")
             }
             Self::PastEnd { .. } | Self::Misplaced { .. } => format!("{bytes} are lost; after a repair they are zeros"),
-            Self::Shared => format!("{bytes} may hold another block's data"),
+            Self::Shared { bitmap: false } => format!("{bytes} may hold another block's data"),
+            Self::Shared { bitmap: true } => format!("{bytes} may hold what is none of the disk's data"),
             Self::Cut => format!("what lay behind the file's end of {bytes} is lost; after a repair it is zeros"),
             Self::Alone { .. } => format!("{bytes}: it is not known which sectors of them were written"),
             Self::Reserved { kept: true, .. } => format!("{bytes} may not be what the block held"),
@@ -223,7 +238,10 @@ impl Fault {
                 "the block becomes one that is not there"
             }
             Self::PastEnd { .. } | Self::Misplaced { .. } => "the block becomes zeros",
-            Self::Shared => "each of them gets a place of its own, with the same content",
+            Self::Shared { bitmap: false } => "each of them gets a place of its own, with the same content",
+            Self::Shared { bitmap: true } => {
+                return super::cannot("it is not known whether data lies there or a bitmap");
+            }
             Self::Cut => "the file is made longer",
             Self::Alone { parent_named: false } => "the block becomes a full one: all that lies in its place counts",
             Self::Alone { .. } => {
@@ -267,6 +285,8 @@ struct Exam<'a> {
     hopeless: Option<String>,
     placed: u64,
     first: u64,
+    /// Chunks with partial blocks.
+    partial: BTreeSet<u64>,
     /// The newest chunk with partial blocks that stay so, and whether its bitmap can be read.
     chunk: Option<(u64, bool)>,
 }
@@ -278,7 +298,7 @@ pub(super) fn examine(subject: &Subject<'_>, pages: Pages) -> Result<Outcome> {
         subject,
         file_length,
         pages,
-        claims: Claims::new(file_length),
+        claims: Claims::default(),
         report: Report::new(Format::Vhdx),
         lanes: [const { None }; LANES],
         copies: Vec::new(),
@@ -288,12 +308,16 @@ pub(super) fn examine(subject: &Subject<'_>, pages: Pages) -> Result<Outcome> {
         hopeless: None,
         placed: 0,
         first: u64::MAX,
+        partial: BTreeSet::new(),
         chunk: None,
     };
     exam.walk(|exam, index, entry| {
         exam.claim(index, entry);
         Ok(())
     })?;
+    if exam.claims.any_twice {
+        exam.claim_bitmaps()?;
+    }
     exam.walk(Exam::judge)?;
     (0..LANES).for_each(|lane| exam.tell(lane));
     Ok(exam.end())
@@ -324,8 +348,14 @@ impl<'a> Exam<'a> {
     }
 
     fn claim(&mut self, index: u64, entry: Entry) {
-        let len = match (self.subject.geometry.block_of(index), self.chunk_of(index)) {
-            (Some(_), _) => self.subject.geometry.block,
+        let geometry = self.subject.geometry;
+        let len = match (geometry.block_of(index), self.chunk_of(index)) {
+            (Some(block), _) => {
+                if geometry.differencing && entry.state() == Some(State::Partial) {
+                    self.partial.insert(block / geometry.ratio());
+                }
+                geometry.block
+            }
             (None, Some(_)) => MIB,
             (None, None) => return,
         };
@@ -334,6 +364,24 @@ impl<'a> Exam<'a> {
             self.placed += 1;
             self.first = self.first.min(entry.offset());
         }
+    }
+
+    /// Finds the bitmaps that are needed. A block that lies over one stays where it is.
+    fn claim_bitmaps(&mut self) -> Result<()> {
+        for chunk in std::mem::take(&mut self.partial) {
+            let entry = self.pages.get(self.subject, self.subject.geometry.bitmap_index(chunk))?;
+            if let Some(at) = entry.place().filter(|at| *at < self.file_length) {
+                self.claims.bitmaps.mark(at, MIB);
+            }
+        }
+        let len = self.subject.geometry.block;
+        self.walk(|exam, index, entry| {
+            let is_block = exam.subject.geometry.block_of(index).is_some();
+            if let Some(at) = entry.place().filter(|at| is_block && exam.claims.bitmaps.any(*at, len)) {
+                exam.claims.kept.mark(at, len);
+            }
+            Ok(())
+        })
     }
 
     fn judge(&mut self, index: u64, entry: Entry) -> Result<()> {
@@ -391,8 +439,11 @@ impl<'a> Exam<'a> {
         }
         let mut new = entry;
         if self.claims.any_twice && self.claims.twice.any(at, len) {
-            self.put(Fault::Shared, block, index, entry);
-            new = self.own_place(at, len, needed, partial);
+            let bitmap = self.claims.bitmaps.any(at, len);
+            self.put(Fault::Shared { bitmap }, block, index, entry);
+            if !bitmap {
+                new = self.own_place(at, len, needed, partial);
+            }
         }
         if at + needed > self.file_length {
             self.put(Fault::Cut, block, index, entry);
@@ -414,7 +465,8 @@ impl<'a> Exam<'a> {
         if new == entry { Ok(()) } else { self.set(index, new) }
     }
 
-    /// A place for a block that shares the one at `at`: the first that comes keeps it, the others get a copy.
+    /// A place for a block that shares the one at `at`: the first that comes keeps it, unless it must be left to one that shares it
+    /// with a bitmap; the others get a copy.
     fn own_place(&mut self, at: u64, len: u64, needed: u64, partial: bool) -> Entry {
         let placed = |at| if partial { Entry::partial(at) } else { Entry::full(at) };
         if !self.claims.kept.any(at, len) {
@@ -472,7 +524,7 @@ impl<'a> Exam<'a> {
         } else if let Some(what) = self.fixed_at(at, MIB) {
             Some(Fault::Misplaced { what, partial: true })
         } else {
-            self.claims.twice.any(at, MIB).then_some(Fault::Shared)
+            self.claims.twice.any(at, MIB).then_some(Fault::Shared { bitmap: false })
         }
     }
 
@@ -583,7 +635,7 @@ impl<'a> Exam<'a> {
             self.claims.used.mark(region.offset, region.length.min(self.file_length));
         }
         let (mut holes, mut leaked) = (Vec::new(), 0);
-        for hole in self.claims.holes(self.file_length) {
+        for hole in self.claims.used.holes(self.file_length) {
             leaked += hole.1;
             if holes.len() < 8 {
                 holes.push(hole);
