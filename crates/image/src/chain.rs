@@ -23,14 +23,19 @@
 //!
 //! A reader holds its gate from look-up to the end of its `pread`, so the place it reads from is not given away meanwhile: only a
 //! zero frees places, and a zero is alone. Two writes of the same sectors at once may share a gate; either may win.
+//!
+//! Who reads the file himself ([`Chain::locate`]) holds stack and gate in the same way, for as long as the read takes. He may hold many
+//! at once, of any stripes, because he does not wait for one: where somebody is alone, or waits to be, he gets none.
 
 mod ambiguous;
 mod index;
+mod locate;
 mod resolve;
 mod slot;
 mod touched;
 
 pub use ambiguous::Ambiguous;
+pub use locate::{Held, Located};
 
 use crate::merge::{self, FoldError};
 use crate::{Error, ErrorKind, Layer, Result};

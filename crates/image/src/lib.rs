@@ -38,7 +38,7 @@ pub mod siblings;
 pub mod vhd;
 pub mod vhdx;
 
-pub use chain::{Access, Ambiguous, Chain, ChainRun, Received, RunKind};
+pub use chain::{Access, Ambiguous, Chain, ChainRun, Held, Located, Received, RunKind};
 pub use gate::open_path;
 pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Pin, Run, Source, Ticket};
 pub use open::open;

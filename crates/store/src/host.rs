@@ -421,6 +421,10 @@ impl Store for HostFile {
         self.path.display().to_string()
     }
 
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        Some(self.fd.as_fd())
+    }
+
     fn len(&self) -> Result<u64> {
         let stat = fs::fstat(&self.fd).map_err(|errno| self.failed("read the length of", errno))?;
         Ok(stat.st_size as u64)

@@ -26,6 +26,7 @@ pub mod sim;
 pub use lax::Lax;
 
 use std::fmt;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// How a file is opened.
@@ -83,6 +84,11 @@ pub trait Store: Send + Sync + fmt::Debug {
     }
     /// Bytes that the file occupies on its file system (allocated blocks, not its length).
     fn allocated(&self) -> Result<u64>;
+    /// The open file, for who reads it in a way of his own (io_uring): its bytes are what [`Store::read_at`] gives. `None` if there is no
+    /// such file.
+    fn descriptor(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 }
 
 /// A folder: names of files and of folders below it.

@@ -98,6 +98,11 @@ impl Slot {
         Ok(runs.iter().all(|run| run.source == Source::Absent))
     }
 
+    /// The layer's file.
+    pub(crate) fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
     /// Reads from the layer's file.
     pub(crate) fn read(&self, buf: &mut [u8], at: u64) -> Result<()> {
         Ok(self.store.read_at(buf, at)?)
