@@ -30,6 +30,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tokio", &["qemu", "machine", "api", "tenby", "fuzz"]),
     ("redb", &["machine"]),
     ("axum", &["api"]),
+    ("io-uring", &["export"]),
     ("clap", &["tenby"]),
 ];
 

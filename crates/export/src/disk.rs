@@ -12,6 +12,8 @@ pub(crate) struct Disk {
     pub(crate) chain: Arc<Chain>,
     pub(crate) name: String,
     pub(crate) read_only: bool,
+    /// Small reads go through io_uring where there is one.
+    pub(crate) ring: bool,
     /// Most threads that work for one connection beside its reader.
     pub(crate) threads: usize,
     /// Bounds the payloads that wait to be written, of all connections.
@@ -28,6 +30,7 @@ impl Disk {
             chain,
             name: options.name,
             read_only: options.read_only,
+            ring: options.ring,
             threads: options.threads,
             window: Window::new(options.window),
             share: options.window / 2,

@@ -1,8 +1,9 @@
 //! Shows a chain of images to a guest, or to anybody who speaks NBD.
 //!
 //! ```text
-//!   QEMU ──► socket ──► reader ──┬──────────────────► Chain      one reader a connection; it does small, cheap
-//!   fio  ──► socket ──► reader ──┴─► pool of threads ──┘         requests itself and hands the others over
+//!   QEMU ──► socket ──► reader ──┬─► io_uring ──► files          one reader a connection; it begins small reads, does small,
+//!   fio  ──► socket ──► reader ──┼──────────────────► Chain      cheap writes itself, and hands the others over
+//!                                └─► pool of threads ──┘
 //! ```
 //!
 //! # Life
@@ -25,6 +26,7 @@ pub mod nbd;
 mod pool;
 pub mod qcow2;
 mod socket;
+mod uring;
 
 pub use socket::{Listener, listen_unix, uri};
 
@@ -100,6 +102,9 @@ pub struct Options {
     pub read_only: bool,
     /// The export's name. The empty name leads to it in any case, and is its name by default.
     pub name: String,
+    /// Small reads go through io_uring where the system has one: one thread of a connection keeps many under way. If not, or where it has
+    /// none, threads do them.
+    pub ring: bool,
     /// Most threads that work for one connection beside its reader; started as they are needed.
     pub threads: usize,
     /// Most clients at a time; who comes when they are there is turned away.
@@ -116,6 +121,7 @@ impl Default for Options {
         Self {
             read_only: false,
             name: String::new(),
+            ring: true,
             threads: 32,
             connections: 64,
             window: 128 << 20,
@@ -129,6 +135,7 @@ impl fmt::Debug for Options {
         f.debug_struct("Options")
             .field("read_only", &self.read_only)
             .field("name", &self.name)
+            .field("ring", &self.ring)
             .field("threads", &self.threads)
             .field("connections", &self.connections)
             .field("window", &self.window)

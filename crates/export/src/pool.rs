@@ -65,6 +65,11 @@ impl<J: Send> Pool<J> {
         Ok(())
     }
 
+    /// Whether who hands in a job has to wait.
+    pub(crate) fn is_full(&self) -> bool {
+        lock(&self.state).jobs.len() >= self.most_jobs
+    }
+
     /// A thread's life: does jobs until the pool is closed and empty.
     pub(crate) fn work(&self, mut run: impl FnMut(J)) {
         let mut state = lock(&self.state);
@@ -126,6 +131,16 @@ impl Window {
         }
         *free -= bytes;
         Held { window: self, bytes }
+    }
+}
+
+impl Window {
+    /// The same if it is there now.
+    pub(crate) fn try_take(&self, bytes: usize) -> Option<Held<'_>> {
+        let bytes = bytes.min(self.limit);
+        let mut free = lock(&self.free);
+        *free = free.checked_sub(bytes)?;
+        Some(Held { window: self, bytes })
     }
 }
 

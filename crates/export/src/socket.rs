@@ -3,7 +3,8 @@
 use crate::{Error, Result};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
-use std::io::{self, Read, Write};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -105,10 +106,31 @@ impl Socket {
         }
     }
 
+    /// What is there now; `WouldBlock` if nothing is.
+    pub(crate) fn recv_now(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let (_, received) = rustix::net::recv(self, buf, RecvFlags::DONTWAIT)?;
+        Ok(received)
+    }
+
+    /// As much as it takes, one byte at least. If it takes none, waits or says `WouldBlock`.
+    pub(crate) fn send(&self, parts: &[IoSlice<'_>], wait: bool) -> io::Result<usize> {
+        let flags = if wait { SendFlags::NOSIGNAL } else { SendFlags::NOSIGNAL | SendFlags::DONTWAIT };
+        Ok(rustix::net::sendmsg(self, parts, &mut SendAncillaryBuffer::default(), flags)?)
+    }
+
     pub(crate) fn send_all(&self, buf: &[u8]) -> io::Result<()> {
         match self {
             Self::Unix(stream) => (&*stream).write_all(buf),
             Self::Tcp(stream) => (&*stream).write_all(buf),
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Unix(stream) => stream.as_fd(),
+            Self::Tcp(stream) => stream.as_fd(),
         }
     }
 }

@@ -8,7 +8,7 @@ use std::ffi::OsStr;
 use std::io::Write;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use support::{Served, disk};
+use support::{Served, disk, options};
 
 const MIB: u64 = 1 << 20;
 
@@ -124,7 +124,7 @@ fn qemu_nbd_lists_the_export() {
     if !has("qemu-nbd") {
         return;
     }
-    let served = Served::with(disk(MIB), Options { name: "system disk".into(), ..Options::default() });
+    let served = Served::with(disk(MIB), Options { name: "system disk".into(), ..options() });
     let socket = served.socket.to_str().expect("ASCII").to_owned();
     let list = run("qemu-nbd", ["--list", "-k", &socket]);
     for expected in [
@@ -181,7 +181,7 @@ fn qemu_io_waits_for_a_server_that_comes_back() {
     // It finds nobody at first, and keeps the request.
     say("write -P 3 2M 1M\n");
     let listener = listen_unix(&served.socket).expect("the name is stale");
-    let second = Export::serve(Arc::clone(&served.chain), listener, Options::default()).expect("threads");
+    let second = Export::serve(Arc::clone(&served.chain), listener, options()).expect("threads");
     hear("wrote 1048576/1048576 bytes at offset 2097152");
     say("read -P 2 1M 1M\n");
     hear("read 1048576/1048576 bytes at offset 1048576");

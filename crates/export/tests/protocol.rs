@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use support::client::{Client, Reply, greet, option_replies, send_option};
-use support::{Served, disk};
+use support::{Served, cool, disk, leaf_over, options};
 
 const MIB: u64 = 1 << 20;
 const EPERM: u32 = 1;
@@ -91,7 +91,7 @@ fn requests_that_make_no_sense_are_refused_and_the_next_one_is_served() {
 
 #[test]
 fn a_read_only_disk_refuses_changes() {
-    let served = Served::with(disk(MIB), Options { read_only: true, ..Options::default() });
+    let served = Served::with(disk(MIB), Options { read_only: true, ..options() });
     let mut client = Client::new(&served.socket);
     assert_eq!(client.flags & 2, 2);
     assert_eq!(client.write(0, &[1; 512]), EPERM);
@@ -159,7 +159,7 @@ fn clients_that_leave_in_the_middle_do_no_harm() {
 
 #[test]
 fn the_handshake_lists_and_refuses() {
-    let served = Served::with(disk(MIB), Options { name: "disk".into(), ..Options::default() });
+    let served = Served::with(disk(MIB), Options { name: "disk".into(), ..options() });
     let mut stream = greet(&served.socket);
     send_option(&mut stream, option::LIST, &[]);
     assert_eq!(
@@ -203,7 +203,7 @@ fn the_first_change_waits_for_the_gate_and_reads_do_not() {
         counter.fetch_add(1, Ordering::SeqCst);
         if answers.recv().expect("an answer") { Ok(()) } else { Err(std::io::ErrorKind::Other.into()) }
     });
-    let options = Options { before_first_change: Some(before_first_change), ..Options::default() };
+    let options = Options { before_first_change: Some(before_first_change), ..options() };
     let served = Served::with(disk(MIB), options);
     let mut writer = Client::new(&served.socket);
     let mut reader = Client::new(&served.socket);
@@ -223,7 +223,7 @@ fn the_first_change_waits_for_the_gate_and_reads_do_not() {
 
 #[test]
 fn too_many_clients_are_turned_away() {
-    let served = Served::with(disk(MIB), Options { connections: 2, ..Options::default() });
+    let served = Served::with(disk(MIB), Options { connections: 2, ..options() });
     let _first = Client::new(&served.socket);
     let mut second = Client::new(&served.socket);
     assert_eq!(served.export.connections(), 2);
@@ -258,7 +258,7 @@ fn what_is_under_way_is_answered_before_the_end() {
         tell.send(()).expect("the test waits");
         wait.recv().map_err(std::io::Error::other)
     });
-    let served = Served::with(disk(MIB), Options { before_first_change: Some(hook), ..Options::default() });
+    let served = Served::with(disk(MIB), Options { before_first_change: Some(hook), ..options() });
     let mut client = Client::new(&served.socket);
     client.send(Command::Write, flag::FUA, 0, 512, &[3; 512]);
     reached.1.recv().expect("the write is under way");
@@ -284,7 +284,7 @@ fn a_new_server_takes_over_a_dead_ones_socket() {
     client.write(0, &[9; 512]);
     first.export.stop();
     let listener = listen_unix(&first.socket).expect("the name is stale");
-    let _second = Export::serve(Arc::clone(&first.chain), listener, Options::default()).expect("threads");
+    let _second = Export::serve(Arc::clone(&first.chain), listener, options()).expect("threads");
     assert_eq!(Client::new(&first.socket).read(0, 512).data, [9; 512]);
 }
 
@@ -293,7 +293,7 @@ fn tcp_works_too() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     let chain: Arc<Chain> = disk(MIB);
-    let export = Export::serve(chain, listener, Options::default()).expect("threads");
+    let export = Export::serve(chain, listener, options()).expect("threads");
     let mut stream = std::net::TcpStream::connect(address).expect("it listens");
     let mut hello = [0; 18];
     stream.read_exact(&mut hello).expect("a greeting");
@@ -305,7 +305,7 @@ fn tcp_works_too() {
 #[test]
 fn a_chain_that_may_only_be_read_says_so_to_writers() {
     let chain = Arc::new(Chain::new(disk(MIB).layers(), Access::Read).expect("two layers"));
-    let served = Served::with(chain, Options::default());
+    let served = Served::with(chain, options());
     let mut client = Client::new(&served.socket);
     assert_ne!(client.write(0, &[1; 512]), 0);
     assert_eq!(client.read(0, 512).error, 0);
@@ -339,6 +339,83 @@ fn several_connections_deep_in_the_pipeline() {
             scope.spawn(move || crowd_member(served, member, 20));
         }
     });
+}
+
+/// A client that waits for all of these.
+fn receive_all(client: &mut Client, mut asked: Vec<u64>) -> Vec<Reply> {
+    let mut replies = Vec::new();
+    while !asked.is_empty() {
+        let reply = client.receive().expect("an answer");
+        let index = asked.iter().position(|cookie| *cookie == reply.cookie).expect("one of ours, once");
+        asked.swap_remove(index);
+        replies.push(reply);
+    }
+    replies
+}
+
+#[test]
+fn reads_that_wait_for_the_disk_and_all_that_may_wait_for_them() {
+    let served = Served::new(8 * MIB);
+    let mut client = Client::new(&served.socket);
+    let data = pattern(5, 4 << 20);
+    assert_eq!(client.write(0, &data), 0);
+    for round in 0..8 {
+        cool(&served.chain);
+        let leaf = leaf_over(&served.chain);
+        std::thread::scope(|scope| {
+            // Waits until no request is under way, and holds up those that come then.
+            scope.spawn(|| served.chain.push(leaf).expect("a leaf"));
+            let mut reads = Vec::new();
+            let mut changes = Vec::new();
+            for step in 0..64u64 {
+                let offset = (step * 7919 + round * 31) % 1000 * 4096;
+                reads.push((client.send(Command::Read, 0, offset, 4096, &[]), offset));
+                // The same stripes, alone: a part of a sector, and a place given back.
+                let beside = (4 << 20) + step * 4096;
+                changes.push(client.send(Command::Write, 0, beside + 1, 3, &[1, 2, 3]));
+                changes.push(client.send(Command::Trim, 0, beside, 4096, &[]));
+                changes.push(client.send(Command::Flush, 0, 0, 0, &[]));
+            }
+            let asked = reads.iter().map(|(cookie, _)| *cookie).chain(changes).collect();
+            for reply in receive_all(&mut client, asked) {
+                assert_eq!(reply.error, 0);
+                if let Some((_, offset)) = reads.iter().find(|(cookie, _)| *cookie == reply.cookie) {
+                    assert!(reply.data == data[*offset as usize..][..4096], "{offset}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
+fn a_client_that_takes_no_replies_holds_nobody_up() {
+    let served = Served::new(8 * MIB);
+    let mut client = Client::new(&served.socket);
+    let data = pattern(6, 8 << 20);
+    assert_eq!(client.write(0, &data), 0);
+    cool(&served.chain);
+    // Far more than a socket holds.
+    let asked: Vec<u64> = (0..128).map(|n| client.send(Command::Read, 0, n << 16, 1 << 16, &[])).collect();
+    served.chain.push(leaf_over(&served.chain)).expect("a leaf");
+    served.chain.zero(0, 8 * MIB).expect("alone");
+    let mut other = Client::new(&served.socket);
+    assert_eq!(other.read(0, 4096).data, [0; 4096]);
+    let replies = receive_all(&mut client, asked);
+    assert!(replies.iter().all(|reply| reply.error == 0 && reply.data.len() == 1 << 16));
+}
+
+#[test]
+fn a_file_that_was_cut_is_an_error_and_the_next_request_is_served() {
+    let served = Served::new(8 * MIB);
+    let mut client = Client::new(&served.socket);
+    assert_eq!(client.write(0, &pattern(7, 64 << 10)), 0);
+    served.chain.flush().expect("durable");
+    served.chain.layers()[1].store().set_len(MIB).expect("cut");
+    for _ in 0..3 {
+        let asked = (0..16).map(|n| client.send(Command::Read, 0, n * 4096, 4096, &[])).collect();
+        assert!(receive_all(&mut client, asked).iter().all(|reply| reply.error == EIO));
+        assert_eq!(client.read(4 * MIB, 4096).data, [0; 4096]);
+    }
 }
 
 #[derive(Debug, Clone)]

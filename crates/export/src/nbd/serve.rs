@@ -1,22 +1,25 @@
 //! One connection: greets, negotiates, answers requests.
 //!
 //! ```text
-//!              ┌─ small and cheap: done here, replies gathered, one send for all that had arrived ─┐
+//!              ┌─ small reads: begun here, many under way, replies gathered ───────────────────────┐
+//!              ├─ small and cheap: done here, replies gathered, one send for all that had arrived ─┤
 //!   socket ──► reader                                                                              ├──► socket
 //!              └─ the rest ──► pool: up to `threads` at work, each sends its own reply ────────────┘
 //! ```
 //!
-//! Handing a request to another thread costs more than reading four kilobytes from the page cache, and less than waiting for a
-//! disk: [`Pace`] measures which it is. A client that breaks the protocol, or that stops in the middle of a message, is
+//! Handing a request to another thread and back costs more than to read four kilobytes. So small reads go through io_uring, whether
+//! their data is in the page cache or not ([`Flights`]). Small writes, and small reads where there is no io_uring, are done by the
+//! reader unless they have to wait for a disk: [`Pace`] measures whether they do. A client that breaks the protocol, or that stops in the middle of a message, is
 //! disconnected; nothing it sends ends more than its own connection.
 
+use super::flights::Flights;
 use super::handshake::{self, ALLOCATION_ID, Agreed, MAX_OPTION, Negotiation, Offer, OptionHeader, Step};
 use super::proto::{self, Command, Errno, Request, chunk, flag, state, transmission};
 use super::wire::{Deadline, Input, Output};
 use crate::disk::{Busy, Disk};
 use crate::pool::{self, Held, Pool, Window, lock};
 use crate::socket::Socket;
-use image::{ChainRun, ErrorKind, Received, RunKind};
+use image::{ChainRun, ErrorKind, Located, Received, RunKind};
 use std::io;
 use std::net::Shutdown;
 use std::sync::Mutex;
@@ -187,7 +190,8 @@ impl<'a> Connection<'a> {
     ) -> io::Result<()> {
         let start = Box::new(|| pool::start(scope, "nbd-work", || self.work()));
         let (out, pace, received) = (Output::new(BUFFER), Pace::default(), Received::now());
-        Reader { connection: self, start, input, out, pace, received }.run()
+        let flights = Flights::new(self.disk, &self.client.socket);
+        Reader { connection: self, start, input, out, flights, begun: 0, pace, received }.run()
     }
 
     /// A worker's life.
@@ -464,6 +468,10 @@ struct Reader<'r, 'a> {
     input: &'r mut Input<'a>,
     /// Replies of what was done here.
     out: Output,
+    /// Small reads that were begun here.
+    flights: Flights<'a>,
+    /// Bytes of their replies, since it was last looked whether they have ended.
+    begun: usize,
     pace: Pace,
     /// When the last bytes came in.
     received: Received,
@@ -476,18 +484,28 @@ enum Then {
     End,
 }
 
-impl Reader<'_, '_> {
+impl<'a> Reader<'_, 'a> {
     fn run(&mut self) -> io::Result<()> {
         while self.do_all_that_came()? == Then::Next && self.wait()? == Then::Next {}
-        Ok(())
+        self.come_down()?;
+        self.settle()
     }
 
+    /// Waits for the client, and meanwhile answers what was begun.
     fn wait(&mut self) -> io::Result<Then> {
         loop {
             if self.connection.client.is_leaving() {
                 return Ok(Then::End);
             }
-            match self.input.fill() {
+            let idle = self.flights.is_idle();
+            if !idle {
+                let readable = self.flights.land(true)?;
+                self.settle()?;
+                if !readable {
+                    continue;
+                }
+            }
+            match if idle { self.input.fill() } else { self.input.fill_now() } {
                 Ok(true) => break,
                 Ok(false) => return Ok(Then::End),
                 // Nobody waits for an idle client, not even in the middle of a header: it holds nothing.
@@ -515,26 +533,91 @@ impl Reader<'_, '_> {
             }
             self.take(&request)?;
         }
-        self.connection.send(&mut self.out)?;
+        self.flights.land(false)?;
+        self.settle()?;
         Ok(then)
     }
 
     fn take(&mut self, request: &Request) -> io::Result<()> {
         if let Err(error) = self.connection.check(request) {
             if request.command == Command::Write {
-                self.connection.send(&mut self.out)?;
+                self.come_down()?;
+                self.send()?;
                 self.input.skip(request.len as usize, Deadline::after(STALL))?;
             }
+            self.make_room(SMALL_REPLY)?;
             return self.connection.answer(request, Some(error), &mut self.out);
         }
-        if is_small(request) && self.pace.is_cheap() { self.do_here(request) } else { self.hand_over(request) }
+        if self.begin(request)? {
+            Ok(())
+        } else if is_small(request) && self.flights.is_idle() && self.pace.is_cheap() {
+            self.do_here(request)
+        } else {
+            self.hand_over(request)
+        }
     }
 
+    /// Begins a small read; `false` if it is none, or one that cannot be begun.
+    fn begin(&mut self, request: &Request) -> io::Result<bool> {
+        if request.command != Command::Read || !is_small(request) || !self.flights.has_room()? {
+            return Ok(false);
+        }
+        let connection = self.connection;
+        let len = request.len as usize;
+        let chunk = proto::data_chunk(request.cookie, true, request.offset, request.len);
+        let simple = proto::simple_reply(request.cookie, None);
+        let head = if connection.agreed.structured { &chunk[..] } else { &simple[..] };
+        match connection.disk.chain.locate(request.offset, u64::from(request.len)) {
+            Some(Located::Data(place)) => self.flights.begin(*request, head, place, connection.disk.begin()),
+            Some(Located::Zeros) => {
+                self.make_room(len + SMALL_REPLY)?;
+                self.out.put(head);
+                self.out.put_zeros(len);
+            }
+            None => return Ok(false),
+        }
+        self.begun += head.len() + len;
+        if self.begun >= EAGER {
+            self.begun = 0;
+            self.flights.land(false)?;
+            self.send()?;
+        }
+        Ok(true)
+    }
+
+    /// Sends the replies that are there, and lets threads read what could not be read as it was begun.
+    fn settle(&mut self) -> io::Result<()> {
+        loop {
+            self.send()?;
+            match self.flights.failed() {
+                Some(request) => self.hand_over(&request)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// To be called before anything that may wait for anybody but the disk.
+    fn come_down(&mut self) -> io::Result<()> {
+        self.flights.land_all()
+    }
+
+    fn make_room(&mut self, len: usize) -> io::Result<()> {
+        if self.out.room() < len { self.send() } else { Ok(()) }
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        let connection = self.connection;
+        let sent = self.flights.send(self.out.bytes(), &connection.client.socket, &connection.sending);
+        self.out.clear();
+        sent
+    }
+
+    /// Does a small request. Nothing may be under way: it waits for whom it has to.
     fn do_here(&mut self, request: &Request) -> io::Result<()> {
-        self.connection.make_room(SMALL as usize + SMALL_REPLY, &mut self.out)?;
+        self.make_room(SMALL as usize + SMALL_REPLY)?;
         let len = if request.command == Command::Write { request.len as usize } else { 0 };
         if self.input.available().len() < len {
-            self.connection.send(&mut self.out)?;
+            self.send()?;
             self.input.need(len, Deadline::after(STALL))?;
         }
         let began = Instant::now();
@@ -542,24 +625,28 @@ impl Reader<'_, '_> {
         self.connection.execute(request, payload, self.received, &mut self.out)?;
         self.pace.note(began.elapsed());
         self.input.consume(len);
-        if self.out.bytes().len() >= EAGER { self.connection.send(&mut self.out) } else { Ok(()) }
+        if self.out.bytes().len() >= EAGER { self.send() } else { Ok(()) }
     }
 
     fn hand_over(&mut self, request: &Request) -> io::Result<()> {
         let connection = self.connection;
         // From here on it may have to wait; what is answered need not.
-        connection.send(&mut self.out)?;
+        self.send()?;
         let (payload, room) = self.payload(request)?;
+        if connection.pool.is_full() {
+            self.come_down()?;
+        }
         let busy = connection.disk.begin();
         let job = Job { request: *request, payload, received: self.received, room, _busy: busy };
         match connection.pool.submit(job, &self.start) {
             Ok(()) => Ok(()),
-            Err(job) => connection.do_job(job, &mut self.out),
+            Err(job) => {
+                self.come_down()?;
+                connection.do_job(job, &mut self.out)
+            }
         }
     }
-}
 
-impl<'a> Reader<'_, 'a> {
     /// What a write brings, and the room it takes: the connection's share first, so that nobody waits with room of all in hand
     /// for room of his own.
     fn payload(&mut self, request: &Request) -> io::Result<(Vec<u8>, Option<[Held<'a>; 2]>)> {
@@ -567,10 +654,21 @@ impl<'a> Reader<'_, 'a> {
             return Ok((Vec::new(), None));
         }
         let len = request.len as usize;
-        let room = [self.connection.window.take(len), self.connection.disk.window.take(len)];
+        if self.input.available().len() < len {
+            self.come_down()?;
+        }
+        let room = [self.room(self.connection.window, len)?, self.room(&self.connection.disk.window, len)?];
         let mut buffer = self.connection.take_buffer(len);
         self.input.read_exact(&mut buffer[..len], Deadline::after(STALL))?;
         Ok((buffer, Some(room)))
+    }
+
+    fn room(&mut self, window: &'a Window, len: usize) -> io::Result<Held<'a>> {
+        if let Some(held) = window.try_take(len) {
+            return Ok(held);
+        }
+        self.come_down()?;
+        Ok(window.take(len))
     }
 }
 

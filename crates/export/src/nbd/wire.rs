@@ -44,10 +44,19 @@ impl<'a> Input<'a> {
 
     /// Waits for more; `false` if the client has closed. Says `WouldBlock` when the socket's patience ends.
     pub(crate) fn fill(&mut self) -> io::Result<bool> {
+        self.fill_by(Socket::recv)
+    }
+
+    /// Takes what is there; `false` if the client has closed. Says `WouldBlock` if nothing is.
+    pub(crate) fn fill_now(&mut self) -> io::Result<bool> {
+        self.fill_by(Socket::recv_now)
+    }
+
+    fn fill_by(&mut self, recv: impl Fn(&Socket, &mut [u8]) -> io::Result<usize>) -> io::Result<bool> {
         // What is left is less than one message, mostly nothing: moving it is cheaper than a read of few bytes.
         self.buf.copy_within(self.start..self.end, 0);
         (self.start, self.end) = (0, self.end - self.start);
-        let got = recv(self.socket, &mut self.buf[self.end..])?;
+        let got = uninterrupted(|| recv(self.socket, &mut self.buf[self.end..]))?;
         self.end += got;
         Ok(got > 0)
     }
@@ -71,7 +80,7 @@ impl<'a> Input<'a> {
         self.consume(have);
         while have < out.len() {
             deadline.check()?;
-            match recv(self.socket, &mut out[have..])? {
+            match uninterrupted(|| self.socket.recv(&mut out[have..]))? {
                 0 => return Err(io::ErrorKind::UnexpectedEof.into()),
                 got => have += got,
             }
@@ -94,9 +103,9 @@ impl<'a> Input<'a> {
     }
 }
 
-fn recv(socket: &Socket, buf: &mut [u8]) -> io::Result<usize> {
+fn uninterrupted(mut receive: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
     loop {
-        match socket.recv(buf) {
+        match receive() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             result => return result,
         }
@@ -131,6 +140,12 @@ impl Output {
     pub(crate) fn put(&mut self, bytes: &[u8]) {
         self.buf[self.len..][..bytes.len()].copy_from_slice(bytes);
         self.len += bytes.len();
+    }
+
+    /// Appends zeros, for which there must be room.
+    pub(crate) fn put_zeros(&mut self, len: usize) {
+        self.buf[self.len..][..len].fill(0);
+        self.len += len;
     }
 
     /// Takes back the last `len` bytes.

@@ -25,6 +25,29 @@ pub(crate) fn disk(size: u64) -> Arc<Chain> {
     Arc::new(Chain::new(vec![base, leaf], Access::Write).expect("two layers"))
 }
 
+/// A new leaf for this disk.
+pub(crate) fn leaf_over(chain: &Chain) -> Arc<dyn Layer> {
+    let folder = tempfile::tempdir().expect("a folder");
+    let folder = HostFolder::open(folder.path()).expect("it is there");
+    let layers = chain.layers();
+    let options = vhdx::Options::differencing(&**layers.last().expect("a layer"), "leaf.avhdx").expect("a parent");
+    vhdx::create(folder.create("next.avhdx").expect("a file"), &options).expect("a layer")
+}
+
+/// Lets the system forget what the files hold, as far as it will: reads wait for the disk.
+pub(crate) fn cool(chain: &Chain) {
+    chain.flush().expect("durable");
+    for layer in chain.layers() {
+        let file = layer.store().descriptor().expect("a file of the host");
+        rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).expect("let go");
+    }
+}
+
+/// The options of these tests: in `on_threads.rs` as if there were no io_uring.
+pub(crate) fn options() -> Options {
+    Options { ring: !module_path!().starts_with("on_threads"), ..Options::default() }
+}
+
 /// A disk that is served on a socket of its own.
 pub(crate) struct Served {
     pub(crate) chain: Arc<Chain>,
@@ -35,7 +58,7 @@ pub(crate) struct Served {
 
 impl Served {
     pub(crate) fn new(size: u64) -> Self {
-        Self::with(disk(size), Options::default())
+        Self::with(disk(size), options())
     }
 
     pub(crate) fn with(chain: Arc<Chain>, options: Options) -> Self {
