@@ -69,6 +69,43 @@ fn pair(place: &Place) {
     write(place, "child.avhdx", &["write -P 3 4096 4096", "write -z 5M 64k", "write -P 4 7M 512"]);
 }
 
+/// Whether the served child of [`pair`] reads as it was written. Needs `qemu-io`.
+fn reads_well(socket: &str) {
+    let mut io = Command::new("qemu-io");
+    io.args(["-r", "-f", "raw", &format!("nbd+unix:///?socket={socket}")]);
+    for read in
+        ["-P 1 0 4k", "-P 3 4k 4k", "-P 0 8k 60k", "-P 0 5M 64k", "-P 2 5308416 30000", "-P 4 7M 512", "-P 0 6M 1M"]
+    {
+        io.args(["-c", &format!("read {read}")]);
+    }
+    let done = io.output().unwrap();
+    assert!(done.status.success() && !String::from_utf8_lossy(&done.stdout).contains("failed"), "{done:?}");
+}
+
+#[test]
+fn a_chain_is_served_where_there_is_no_io_uring_as_where_there_is() {
+    if !has("qemu-io") || !place::can_watch() {
+        return;
+    }
+    let place = Place::new();
+    pair(&place);
+    let (socket, log) = (place.path("s.sock"), place.path("refused"));
+    let serve = place.command(&["disk", "serve", "child.avhdx", "--read-only", "--socket", &socket]);
+    // `-D`: the server is our child, and strace its.
+    let mut refused = Command::new("strace");
+    refused.args(["-D", "-f", "-qq", "-e", "trace=io_uring_setup", "-e", "inject=io_uring_setup:error=EPERM", "-o"]);
+    refused.arg(&log).arg(serve.get_program()).args(serve.get_args()).current_dir(place.dir.path());
+    for mut command in [serve, refused] {
+        let mut serving = command.stdout(Stdio::null()).spawn().unwrap();
+        place::eventually("the socket", || Path::new(&socket).exists());
+        reads_well(&socket);
+        rustix::process::kill_process(rustix::process::Pid::from_child(&serving), rustix::process::Signal::TERM)
+            .unwrap();
+        assert!(serving.wait().unwrap().success());
+    }
+    place::eventually("strace's end", || std::fs::read_to_string(&log).is_ok_and(|said| said.contains("EPERM")));
+}
+
 #[test]
 fn a_map_covers_the_disk_and_names_the_layers() {
     if !has("qemu-io") {

@@ -4,7 +4,7 @@ mod place;
 
 use image::vhdx::{self, Options};
 use image::{Layer, ParentLink, vhd};
-use place::{Ended, Place};
+use place::{Ended, Place, can_watch};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
@@ -128,16 +128,6 @@ fn opened(line: &str) -> Option<PathBuf> {
         }
     }
     Some(path)
-}
-
-/// Whether system calls can be watched here.
-fn can_watch() -> bool {
-    let can =
-        Command::new("strace").args(["-qq", "-e", "trace=none", "true"]).output().is_ok_and(|o| o.status.success());
-    if !can {
-        println!("SKIPPED: no strace, or it may not trace");
-    }
-    can
 }
 
 /// The verbs that open a chain, on the child.

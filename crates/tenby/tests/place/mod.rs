@@ -135,6 +135,16 @@ pub(crate) fn content(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     all
 }
 
+/// Whether system calls can be watched here (`strace`).
+pub(crate) fn can_watch() -> bool {
+    let can =
+        Command::new("strace").args(["-qq", "-e", "trace=none", "true"]).output().is_ok_and(|o| o.status.success());
+    if !can {
+        println!("SKIPPED: no strace, or it may not trace");
+    }
+    can
+}
+
 /// Waits for something that must come, however slow the host is.
 #[track_caller]
 pub(crate) fn eventually(what: &str, mut is: impl FnMut() -> bool) {
