@@ -125,29 +125,35 @@ pub enum Direction {
     Up,
 }
 
-/// Bytes of data that a fold moves, by direction. `None`: that way is closed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Bytes of data that a fold moves, by direction: out of each layer that goes, lowest first. `None`: that way is closed.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// What the layers above the lowest hold; closed if the lowest cannot have the top's size.
-    pub down: Option<u64>,
+    pub down: Option<Vec<u64>>,
     /// What the top lacks; closed by [`can_fold_up`].
-    pub up: Option<u64>,
+    pub up: Option<Vec<u64>>,
 }
 
 impl Plan {
     /// The way on which fewer bytes move; down if they are the same.
-    pub fn direction(self) -> Direction {
-        match (self.down, self.up) {
+    pub fn direction(&self) -> Direction {
+        let bytes = |way: &Option<Vec<u64>>| way.as_ref().map(|moves| moves.iter().sum::<u64>());
+        match (bytes(&self.down), bytes(&self.up)) {
             (Some(down), Some(up)) if up < down => Direction::Up,
             (None, Some(_)) => Direction::Up,
             _ => Direction::Down,
         }
     }
 
-    /// Bytes that move that way.
-    pub fn bytes(self) -> u64 {
-        let way = if self.direction() == Direction::Up { self.up } else { self.down };
-        way.unwrap_or(0)
+    /// What moves out of each layer that goes on one of the ways; nothing if it is closed.
+    pub fn moves(&self, direction: Direction) -> &[u64] {
+        let way = if direction == Direction::Up { &self.up } else { &self.down };
+        way.as_deref().unwrap_or_default()
+    }
+
+    /// Bytes that move on the cheaper way.
+    pub fn bytes(&self) -> u64 {
+        self.moves(self.direction()).iter().sum()
     }
 }
 

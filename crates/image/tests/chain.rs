@@ -264,7 +264,7 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
                 };
                 let commit = || Ok::<_, Infallible>(());
                 let folded = fold_up(Some(&chain), &layers[position - 1], &layers[run], progress, commit);
-                assert_eq!((folded.unwrap(), Some(moved)), (Outcome::Folded, plan.up));
+                assert_eq!((folded.unwrap(), moved), (Outcome::Folded, plan.moves(Direction::Up).iter().sum()));
                 assert_eq!((top.info().data_id, top.info().size), (id, size));
                 assert_eq!(chain.layers().len(), layers.len() - gone);
                 check_links(&chain);
@@ -427,7 +427,7 @@ fn a_fold_moves_only_what_the_child_holds() {
     let chain = Chain::new(layers.to_vec(), Access::Write).unwrap();
     chain.write(&[1; 512], 5 * MIB).unwrap();
     chain.write(&[2; 4096], 9 * MIB + 512).unwrap();
-    assert_eq!(plan(None, &layers).unwrap(), Plan { down: Some(512 + 4096), up: None });
+    assert_eq!(plan(None, &layers).unwrap(), Plan { down: Some(vec![512 + 4096]), up: None });
     assert_eq!(fold(&chain, 1), Outcome::Folded);
     let data = chain.runs(0, 64 * MIB, 100).unwrap();
     let data: u64 = data.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.len).sum();
@@ -448,7 +448,7 @@ fn the_smaller_side_moves() {
         chain.write(&pattern(3, above as usize * 4096), MIB + (below - 1) * 4096).unwrap();
         let (before, layers) = (content(&chain), chain.layers());
         let plan = plan(Some(&*layers[0]), &layers[1..]).unwrap();
-        assert_eq!(plan, Plan { down: Some(above * 4096), up: Some((below - 1) * 4096) });
+        assert_eq!(plan, Plan { down: Some(vec![above * 4096]), up: Some(vec![(below - 1) * 4096]) });
         let (mut moved, commit) = (0, || Ok::<_, Infallible>(()));
         let progress = &mut |now: Progress| {
             moved = now.done;
@@ -470,11 +470,11 @@ fn the_smaller_side_moves() {
 
 #[test]
 fn of_equal_costs_a_fold_goes_down_and_a_closed_way_is_not_taken() {
-    let plan = |down, up| Plan { down, up };
+    let plan = |down: Option<u64>, up: Option<u64>| Plan { down: down.map(|n| vec![n, 1]), up: up.map(|n| vec![1, n]) };
     assert_eq!(plan(Some(7), Some(7)).direction(), Direction::Down);
     assert_eq!(plan(Some(7), None).direction(), Direction::Down);
     assert_eq!(plan(None, Some(9)).direction(), Direction::Up);
-    assert_eq!((plan(Some(7), Some(6)).direction(), plan(Some(7), Some(6)).bytes()), (Direction::Up, 6));
+    assert_eq!((plan(Some(7), Some(6)).direction(), plan(Some(7), Some(6)).bytes()), (Direction::Up, 7));
     // A base that stands on nothing stays what it is.
     let layers = [base(MIB, 512, 4096), leaf(MIB, 512, 4096)];
     let chain = Chain::new(layers.to_vec(), Access::Write).unwrap();

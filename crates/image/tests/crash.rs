@@ -326,7 +326,7 @@ impl World {
         self.begin_fold(&run, up);
         let layers = self.chain.layers();
         let (chain, g) = (Arc::clone(&self.chain), Uuid::new_v4());
-        let during: Vec<_> = (0..2).map(|_| self.range()).collect();
+        let during: Vec<_> = (0..8).map(|_| self.range()).collect();
         let (late, names) = (self.range(), std::cell::RefCell::new(std::mem::take(&mut self.names)));
         let guest = std::cell::RefCell::new((&mut self.model, &mut self.versions));
         let refused = std::cell::Cell::new(false);
@@ -352,10 +352,12 @@ impl World {
         let mut calls = 0;
         let mut progress = |_| {
             calls += 1;
-            match calls {
-                1 | 3 => write(during[calls / 2]),
-                4 => flush(),
-                _ => {}
+            // Between any two pieces, and between the last one and the commit.
+            if let Some(range) = during.get(calls - 1) {
+                write(*range);
+                if calls % 2 == 0 {
+                    flush();
+                }
             }
             ControlFlow::Continue(())
         };

@@ -190,6 +190,53 @@ fn a_fold_fails_at_every_operation_and_nothing_acknowledged_is_lost() {
     }
 }
 
+/// What a fold has just copied into the leaf is known to this process alone; a guest that writes over it, in place, must find that in the
+/// file when the process dies then.
+#[test]
+fn a_write_over_what_a_fold_has_copied_outlives_the_process() {
+    for (format, up) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        let sim = Sim::new();
+        let bottom = base(&sim, format);
+        let middle = child(&sim, format, "middle", &bottom);
+        let chain = Chain::new(vec![Arc::clone(&bottom), Arc::clone(&middle)], Access::Write).unwrap();
+        chain.write(&vec![1; 3 * MIB as usize], 0).unwrap();
+        let top = child(&sim, format, "top", &middle);
+        chain.push(Arc::clone(&top)).unwrap();
+        chain.flush().unwrap();
+        let chain = Chain::new(chain.layers(), Access::Write).unwrap().surviving();
+        // Reads what the files say.
+        let survivor = |names: &[&str]| {
+            let open = |name: &&str| {
+                let file = sim.root().open(name, Mode::Read).unwrap();
+                image::open::open_unlocked(file, None, Mode::Read).unwrap()
+            };
+            let chain = Chain::new(names.iter().map(open).collect(), Access::Read).unwrap();
+            let mut bytes = [0; 512];
+            chain.read(&mut bytes, MIB + 512).unwrap();
+            bytes
+        };
+        let mut byte = 10;
+        let mut progress = |_| {
+            byte += 1;
+            chain.write(&[byte; 512], MIB + 512).unwrap();
+            assert_eq!(survivor(&["base", "middle", "top"]), [byte; 512], "{format:?}, up: {up}");
+            ControlFlow::Continue(())
+        };
+        let written = || {
+            chain.write(&[99; 512], MIB + 512).unwrap();
+            let after = if up { ["base", "top"] } else { ["base", "middle"] };
+            assert_eq!(survivor(&after), [99; 512], "{format:?}, up: {up}");
+            Ok::<_, Infallible>(())
+        };
+        let folded = if up {
+            fold_up(Some(&chain), &bottom, &[middle, top], &mut progress, written)
+        } else {
+            fold_down(Some(&chain), &top, &middle, Uuid::new_v4(), &mut progress, written)
+        };
+        assert_eq!(folded.unwrap(), Outcome::Folded);
+    }
+}
+
 /// Somebody cuts or lengthens a file while it is being read: what is missing is an error and never zeros; what is new is not looked at.
 #[test]
 fn a_file_that_changes_its_length_while_it_is_read() {

@@ -11,9 +11,9 @@ use crate::ledger::Journal;
 use crate::log;
 use crate::mark;
 use crate::request::{DeletePlan, Pending, Problem};
-use crate::tree::{JobId, LayerId, Machine, SnapshotId};
+use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId};
 use crate::views;
-use image::merge::{self, Outcome};
+use image::merge::{self, Direction, Outcome, Plan};
 use image::{Layer, ParentLink};
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -26,6 +26,7 @@ use tokio::task::JoinHandle;
 pub(crate) struct Folding {
     /// From the base upwards; the last one's child is what stays.
     run: Vec<Fold>,
+    direction: Direction,
     task: Task,
     cancel: Arc<Cancel>,
     thread: JoinHandle<Result<Outcome, Problem>>,
@@ -35,6 +36,7 @@ pub(crate) struct Folding {
 #[derive(Debug)]
 pub(crate) struct Folded {
     run: Vec<Fold>,
+    direction: Direction,
     task: Task,
     outcome: Result<Outcome, Problem>,
 }
@@ -46,7 +48,7 @@ impl Folding {
         let outcome = (&mut running.thread).await;
         let ended = folding.take().expect("it was there, and nobody else takes it");
         let outcome = outcome.unwrap_or_else(|e| Err(Problem::failed(format!("a merge broke off: {e}"))));
-        Folded { run: ended.run, task: ended.task, outcome }
+        Folded { run: ended.run, direction: ended.direction, task: ended.task, outcome }
     }
 }
 
@@ -64,9 +66,9 @@ impl Owner {
 
     fn begin_next_fold(&mut self) -> Result<(), Problem> {
         let rows = self.machine();
-        match garbage(&rows.machine).run() {
-            [] => Ok(()),
-            run => self.begin_fold(&rows.machine, run.to_vec()),
+        match garbage(&rows.machine).runs().next() {
+            None => Ok(()),
+            Some(run) => self.begin_fold(&rows.machine, run.to_vec()),
         }
     }
 
@@ -126,44 +128,41 @@ impl Owner {
     }
 
     fn begin_fold(&mut self, machine: &Machine, run: Vec<Fold>) -> Result<(), Problem> {
-        let row = |id: LayerId| {
-            machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))
-        };
-        let into = row(run[0].into)?;
-        let children = run.iter().map(|fold| row(fold.child)).collect::<Result<Vec<_>, _>>()?;
-        let top = children[children.len() - 1];
-        // While QEMU runs on this chain, the fold goes through it; the handles of what changes are made writable.
+        let rows = rows_of(machine, &run)?;
+        let (lowest, top) = (rows[0], rows[rows.len() - 1]);
+        // While QEMU runs on this chain, the fold goes through it.
         let chain = self.live.as_ref().and_then(|live| live.chain_of(machine, top.id));
-        let mut open = |row, mode| match &mut self.live {
-            Some(live) if chain.is_some() && mode == Mode::Write => live.writable(&self.files, row),
-            Some(live) if chain.is_some() => live.layer(row),
-            _ => self.files.open_layer(row, mode),
-        };
-        let into_layer = open(into, Mode::Write)?;
-        let mode = |number| if number == 0 { Mode::Write } else { Mode::Read };
-        let layers: Vec<_> =
-            children.iter().enumerate().map(|(number, row)| open(row, mode(number))).collect::<Result<_, _>>()?;
+        let beneath = lowest.parent.map(|id| row(machine, id)).transpose()?;
+        let beneath = beneath.map(|row| self.handle(row, Mode::Read)).transpose()?;
+        let mut layers = rows.iter().map(|row| self.handle(row, Mode::Read)).collect::<Result<Vec<_>, _>>()?;
+        let direction = way(lowest, &plan(beneath.as_ref(), &layers)?);
+        // The handles of what changes are made writable: down the parent and its child's link, up the top.
+        let written = if direction == Direction::Down { 0..2 } else { rows.len() - 1..rows.len() };
+        for number in written {
+            layers[number] = self.handle(rows[number], Mode::Write)?;
+        }
+        let (stays, gone) =
+            if direction == Direction::Down { (lowest, &rows[1..]) } else { (top, &rows[..rows.len() - 1]) };
+        let gone: Vec<String> = gone.iter().map(|row| row.file.clone()).collect();
         let task = self
             .shared
             .jobs
-            .open(JobId::new(), &machine.name, "merge")
+            .open_at(JobId::new(), &machine.name, "merge", std::mem::take(&mut self.merge_pace))
             .map_err(|_| Problem::failed("a fresh job id is taken"))?;
         task.running();
-        let gone: Vec<String> = children.iter().map(|row| row.file.clone()).collect();
-        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), into.file));
+        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
         self.shared.set_moment(|moment| moment.doing = vec!["merging".to_owned()]);
         let cancel = Arc::<Cancel>::default();
         let (folds, top) = (run.clone(), top.id);
         let (book, steps) = (self.book.clone(), Arc::clone(&self.steps));
         let (told, stop) = (task.clone(), Arc::clone(&cancel));
-        let live = chain.is_some();
         let thread = tokio::task::spawn_blocking(move || {
             let job = told.id();
             let commit = || {
                 steps.at("merge:copied");
                 book.commit(|rows| {
                     for fold in &folds {
-                        folded(&mut rows.machine, fold.into, fold.child);
+                        folded(&mut rows.machine, *fold, direction);
                     }
                     rows.insert_journal(Journal {
                         job,
@@ -178,23 +177,42 @@ impl Owner {
             let mut progress = |progress: merge::Progress| {
                 told.progress(progress.done, progress.total);
                 steps.at("merge:copying");
+                told.keep_pace(progress.done, || stop.asked());
                 if stop.asked() || told.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
-            let g = uuid::Uuid::new_v4();
-            let outcome = merge::fold_run(chain.as_deref(), &layers, &into_layer, g, &mut progress, commit).map_err(
-                |e| match e {
-                    merge::FoldError::Image(e) => image_problem(&e),
-                    merge::FoldError::Commit(problem) => problem,
-                },
-            )?;
+            let live = chain.as_deref();
+            let (stays, outcome) = match (direction, &beneath) {
+                (Direction::Up, Some(beneath)) => {
+                    (layers.last(), merge::fold_up(live, beneath, &layers, &mut progress, commit))
+                }
+                _ => {
+                    let g = uuid::Uuid::new_v4();
+                    (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
+                }
+            };
+            let outcome = outcome.map_err(|e| match e {
+                merge::FoldError::Image(e) => image_problem(&e),
+                merge::FoldError::Commit(problem) => problem,
+            })?;
             // Left clean for other tools; a live leaf is closed with its chain.
-            if !live {
-                into_layer.close().map_err(|e| image_problem(&e))?;
+            if live.is_none() {
+                stays.map_or(Ok(()), |stays| stays.close()).map_err(|e| image_problem(&e))?;
             }
             Ok(outcome)
         });
-        self.folding = Some(Folding { run, task, cancel, thread });
+        self.folding = Some(Folding { run, direction, task, cancel, thread });
         Ok(())
+    }
+
+    /// A layer's handle: the one of the chain that is served, or one of its own.
+    fn handle(&mut self, row: &LayerRow, mode: Mode) -> Result<Arc<dyn Layer>, Problem> {
+        let rows = self.machine();
+        match &mut self.live {
+            Some(live) if live.chain_of(&rows.machine, row.id).is_none() => self.files.open_layer(row, mode),
+            Some(live) if mode == Mode::Write => live.writable(&self.files, row),
+            Some(live) => live.layer(row),
+            None => self.files.open_layer(row, mode),
+        }
     }
 
     /// Stops a fold under way, for a request that wants the tree to itself. It begins again afterwards.
@@ -208,15 +226,16 @@ impl Owner {
 
     /// A fold has ended.
     pub(crate) fn folded(&mut self, ended: Folded) {
-        let Folded { run, task, outcome } = ended;
+        let Folded { run, direction, task, outcome } = ended;
         self.shared.set_moment(|moment| moment.doing.retain(|what| what != "merging"));
         let cancelled =
             || Problem::new(crate::request::ProblemKind::Cancelled, "the merge was stopped; nothing is lost");
         let outcome = match outcome {
-            Ok(Outcome::Folded) => self.folded_well(&run, &task),
+            Ok(Outcome::Folded) => self.folded_well(&run, direction, &task),
             Ok(Outcome::Cancelled) => {
                 // Its user's wish holds until the tree changes again; ours is only for a moment.
                 self.resting = task.cancelled();
+                self.merge_pace = Arc::clone(task.pace());
                 Err(cancelled())
             }
             Err(problem) => Err(problem),
@@ -229,16 +248,16 @@ impl Owner {
         self.finish(&task, &outcome);
     }
 
-    fn folded_well(&mut self, run: &[Fold], task: &Task) -> Result<serde_json::Value, Problem> {
+    fn folded_well(&mut self, run: &[Fold], direction: Direction, task: &Task) -> Result<serde_json::Value, Problem> {
         if let Some(live) = &mut self.live {
             for fold in run {
-                live.folded(fold.into, fold.child);
+                live.folded(*fold, direction);
             }
         }
         let rows = self.machine();
         let top = run[run.len() - 1].child;
         let file = rows.machine.layers.get(&top).map(|row| row.file.clone()).unwrap_or_default();
-        self.rename_parents(top)?;
+        self.name_neighbours(top)?;
         self.seal()?;
         if let Some(journal) = rows.journal(task.id()) {
             self.forget(journal)?;
@@ -249,32 +268,92 @@ impl Owner {
 }
 
 impl Owner {
-    /// What stands on a layer that has moved names the file that it lives in now. For other tools: we go by the ledger.
-    pub(crate) fn rename_parents(&mut self, moved: LayerId) -> Result<(), Problem> {
+    /// After a fold: what stands on the layer names the file that it lives in now, and it names what it stands on itself, and nothing
+    /// else. The names are for other tools, we go by the ledger; but a second id that was left would be taken for a fold under way.
+    pub(crate) fn name_neighbours(&mut self, folded: LayerId) -> Result<(), Problem> {
         let rows = self.machine();
         let machine = &rows.machine;
-        let Some(parent) = machine.layers.get(&moved) else { return Ok(()) };
-        for row in machine.layers.values().filter(|row| row.parent == Some(moved)) {
-            let (layer, served) = match &mut self.live {
-                Some(live) if live.chain_of(machine, row.id).is_some() => (live.writable(&self.files, row)?, true),
-                _ => (self.files.open_layer(row, Mode::Write)?, false),
-            };
-            rename_parent(&*layer, name_beside(parent)).map_err(|e| image_problem(&e))?;
-            if !served {
-                layer.close().map_err(|e| image_problem(&e))?;
-            }
+        let Some(row) = machine.layers.get(&folded) else { return Ok(()) };
+        if let Some(parent) = row.parent.and_then(|id| machine.layers.get(&id)) {
+            let id = self.handle(parent, Mode::Read)?.info().data_id;
+            // A raw file has none.
+            let linkage = |link: &ParentLink| if id.is_nil() { link.linkage } else { id };
+            self.change_link(row, |link| ParentLink {
+                linkage: linkage(&link),
+                linkage2: None,
+                ..named(link, parent)
+            })?;
+        }
+        for child in machine.layers.values().filter(|child| child.parent == Some(folded)) {
+            self.change_link(child, |link| named(link, row))?;
         }
         Ok(())
     }
+
+    /// Changes what a layer says of its parent, if there is anything to change.
+    fn change_link(&mut self, row: &LayerRow, change: impl FnOnce(ParentLink) -> ParentLink) -> Result<(), Problem> {
+        let rows = self.machine();
+        let served = self.live.as_ref().is_some_and(|live| live.chain_of(&rows.machine, row.id).is_some());
+        let link = self.handle(row, Mode::Read)?.info().parent;
+        let Some(changed) = link.clone().map(change).filter(|changed| Some(changed) != link.as_ref()) else {
+            return Ok(());
+        };
+        let layer = self.handle(row, Mode::Write)?;
+        layer.relink(None, Some(changed)).map_err(|e| image_problem(&e))?;
+        if served { Ok(()) } else { layer.close().map_err(|e| image_problem(&e)) }
+    }
 }
 
-fn rename_parent(child: &dyn Layer, name: Option<&str>) -> image::Result<()> {
-    let Some(link) = child.info().parent else { return Ok(()) };
-    let relative_path = name.map(|name| format!(r".\{name}"));
+/// The same link, to a parent that lies in the file of this row.
+fn named(link: ParentLink, parent: &LayerRow) -> ParentLink {
+    let relative_path = name_beside(parent).map(|name| format!(r".\{name}"));
     if link.relative_path == relative_path {
-        return Ok(());
+        return link;
     }
-    child.relink(None, Some(ParentLink { relative_path, absolute_path: None, ..link }))
+    ParentLink { relative_path, absolute_path: None, ..link }
+}
+
+fn row(machine: &Machine, id: LayerId) -> Result<&LayerRow, Problem> {
+    machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))
+}
+
+/// The rows of all layers that are folded into one, lowest first.
+fn rows_of<'a>(machine: &'a Machine, run: &[Fold]) -> Result<Vec<&'a LayerRow>, Problem> {
+    let ids = run.first().map(|fold| fold.into).into_iter().chain(run.iter().map(|fold| fold.child));
+    ids.map(|id| row(machine, id)).collect()
+}
+
+fn plan(beneath: Option<&Arc<dyn Layer>>, layers: &[Arc<dyn Layer>]) -> Result<Plan, Problem> {
+    merge::plan(beneath.map(|beneath| &**beneath), layers).map_err(|e| image_problem(&e))
+}
+
+/// The way on which fewer bytes move. A file that was taken in place stays, and takes what stands on it.
+fn way(lowest: &LayerRow, plan: &Plan) -> Direction {
+    if lowest.in_place { Direction::Down } else { plan.direction() }
+}
+
+/// What a merge will do to the files of a run, as far as they say so now.
+#[derive(Debug)]
+pub(crate) struct Merge<'a> {
+    /// The layer whose file stays.
+    pub(crate) stays: &'a LayerRow,
+    /// Those whose files go, and how many bytes move out of each.
+    pub(crate) gone: Vec<(&'a LayerRow, u64)>,
+}
+
+/// Looks at the files of a run. A leaf that is being written says what it held at its last flush.
+pub(crate) fn foresee<'a>(machine: &'a Machine, files: &Files, run: &[Fold]) -> Result<Merge<'a>, Problem> {
+    let rows = rows_of(machine, run)?;
+    let open = |row: &LayerRow| files.open_layer(row, Mode::Read);
+    let layers = rows.iter().map(|row| open(row)).collect::<Result<Vec<_>, _>>()?;
+    let beneath = rows[0].parent.map(|id| row(machine, id).and_then(open)).transpose()?;
+    let plan = plan(beneath.as_ref(), &layers)?;
+    let direction = way(rows[0], &plan);
+    let (stays, gone) = match direction {
+        Direction::Down => (rows[0], &rows[1..]),
+        Direction::Up => (rows[rows.len() - 1], &rows[..rows.len() - 1]),
+    };
+    Ok(Merge { stays, gone: gone.iter().copied().zip(plan.moves(direction).iter().copied()).collect() })
 }
 
 /// What deleting a snapshot (with everything below it) would do to the files.
@@ -286,12 +365,12 @@ pub(crate) fn plan_delete(machine: &Machine, files: &Files, id: SnapshotId, subt
         .into_iter()
         .filter(|p| !before.contains(&(p.kind.clone(), p.file.clone())))
         .collect();
-    let of = |kind: &str| pending.iter().filter(|p| p.kind == kind).map(|p| p.bytes).sum::<u64>();
-    let (moved, removed) = (of("merge"), of("remove"));
+    let moved = pending.iter().filter(|p| p.kind == "merge").map(|p| p.bytes).sum();
+    let gone = |row: &&LayerRow| pending.iter().any(|p| p.kind != "wait" && p.file == row.file);
     DeletePlan {
         snapshots,
         bytes_moved: moved,
-        bytes_freed: moved + removed,
+        bytes_freed: machine.layers.values().filter(gone).map(|row| files.allocated(row)).sum(),
         estimated_ms: views::merge_ms(moved),
         files: pending,
     }

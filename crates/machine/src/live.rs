@@ -11,10 +11,12 @@
 
 use crate::carry::{Carries, Kept};
 use crate::files::{Files, image_problem};
+use crate::garbage::Fold;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, LayerRow, Machine, MachineId, NetMode, Run};
 use export::Export;
+use image::merge::Direction;
 use image::{Access, Chain, Layer};
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
 use std::collections::BTreeMap;
@@ -287,15 +289,14 @@ impl Live {
         Ok(Arc::clone(&handle.layer))
     }
 
-    /// A layer's content lies in `into`'s file now, which has taken its id.
-    pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
-        for served in self.disks.served.values_mut() {
-            if let Some(at) = served.handles.iter().position(|handle| handle.id == into) {
-                // The child's file goes, with what was kept of it.
-                let gone = served.handles.extract_if(.., |handle| handle.id == child);
-                gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
-                served.handles[at].id = child;
-            }
+    /// Two layers are one now: down, in `into`'s file, which has taken the child's id; up, in the child's.
+    pub(crate) fn folded(&mut self, Fold { into, child }: Fold, direction: Direction) {
+        let (stays, goes) = if direction == Direction::Down { (into, child) } else { (child, into) };
+        for handles in self.disks.served.values_mut().map(|served| &mut served.handles) {
+            // A file that goes takes with it what was kept of it.
+            let gone = handles.extract_if(.., |handle| handle.id == goes);
+            gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
+            handles.iter_mut().filter(|handle| handle.id == stays).for_each(|handle| handle.id = child);
         }
     }
 

@@ -68,8 +68,8 @@ impl Owner {
             self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
         }
         for journal in rows.journals() {
-            if let Ok(moved) = journal.note.parse() {
-                self.rename_parents(LayerId(moved))?;
+            if let Ok(folded) = journal.note.parse() {
+                self.name_neighbours(LayerId(folded))?;
             }
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
             self.forget(journal)?;

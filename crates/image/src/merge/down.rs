@@ -79,13 +79,14 @@ impl<'a> Down<'a> {
         commit: &mut Option<F>,
     ) -> Result<Result<(), E>, Stop> {
         self.begin_mirror()?;
-        self.work.begin_pass(self.run.bytes()?)?;
+        self.work.begin_pass(self.run.bytes()?.iter().sum())?;
         match self.most {
             Some(most) => self.copy_and_forget(most)?,
             None => self.copy(0, self.child().size())?,
         }
         // So that the last one, for which a flush may wait, is short.
         self.parent.sync()?;
+        self.work.tell()?;
         self.end(g, commit)
     }
 
@@ -190,9 +191,9 @@ impl<'a> Down<'a> {
             let unit = if matches!(place, Place::Data { .. }) { PIECE } else { block };
             for (offset, len) in pieces(start, len, unit) {
                 if self.mirrored {
-                    self.put_still(offset, len)?
+                    self.put_still(offset, len)?;
                 } else {
-                    self.put(offset, len, place.skip(offset - start))?
+                    self.put(offset, len, place.skip(offset - start))?;
                 }
                 self.work.tell_copied(&Arc::clone(&self.parent))?;
             }

@@ -83,26 +83,27 @@ impl Run {
         })
     }
 
-    /// Bytes of data in the run.
-    pub(super) fn bytes(&self) -> Result<u64> {
-        let mut bytes = 0;
-        self.each(0, self.top().size(), count(&mut bytes))?;
+    /// Bytes of data that the run holds, by the layer whose copy counts.
+    pub(super) fn bytes(&self) -> Result<Vec<u64>> {
+        let mut bytes = vec![0; self.slots.len()];
+        self.each(0, self.top().size(), |_, len, place| count(&mut bytes, len, place))?;
         Ok(bytes)
     }
 
-    /// Bytes of data that the top lacks.
-    pub(super) fn bytes_below_top(&self) -> Result<u64> {
-        let mut bytes = 0;
-        self.each_below_top(count(&mut bytes))?;
+    /// Bytes of data that the top lacks, by the layer below it that has them.
+    pub(super) fn bytes_below_top(&self) -> Result<Vec<u64>> {
+        let mut bytes = vec![0; self.slots.len() - 1];
+        self.each_below_top(|_, len, place| count(&mut bytes, len, place))?;
         Ok(bytes)
     }
 }
 
-fn count(bytes: &mut u64) -> impl FnMut(u64, u64, Place) -> Result<()> {
-    |_, len, place| {
-        *bytes += if matches!(place, Place::Data { .. }) { len } else { 0 };
-        Ok(())
+#[expect(clippy::unnecessary_wraps, reason = "visitors of a run may fail, this one does not")]
+fn count(bytes: &mut [u64], len: u64, place: Place) -> Result<()> {
+    if let Place::Data { layer, .. } = place {
+        bytes[layer] += len;
     }
+    Ok(())
 }
 
 /// Whether a range of a layer may read as anything but zeros.

@@ -36,7 +36,7 @@ impl<'a> Up<'a> {
     fn copy_and_end<E>(&mut self, commit: impl FnOnce() -> Result<(), E>) -> Result<Result<(), E>, Stop> {
         // What stands on the top knows it by its id.
         self.top().layer().settle()?;
-        self.work.begin_pass(self.run.bytes_below_top()?)?;
+        self.work.begin_pass(self.run.bytes_below_top()?.iter().sum())?;
         self.copy()?;
         self.top().sync()?;
         self.accept_both()?;
@@ -72,7 +72,8 @@ impl<'a> Up<'a> {
     /// Step 2: it names what the lowest of the run named.
     fn name_new_parent(&self) -> Result<()> {
         let names = self.run.lowest().layer().info().parent.map_or_else(|| self.link(), Ok)?;
-        let linkage = self.beneath.layer().info().data_id;
+        let id = self.beneath.layer().info().data_id;
+        let linkage = if id.is_nil() { names.linkage } else { id };
         self.top().layer().relink(None, Some(ParentLink { linkage, linkage2: None, ..names }))
     }
 
