@@ -326,7 +326,7 @@ impl World {
         self.begin_fold(&run, up);
         let layers = self.chain.layers();
         let (chain, g) = (Arc::clone(&self.chain), Uuid::new_v4());
-        let during: Vec<_> = (0..8).map(|_| self.range()).collect();
+        let during: Vec<_> = (0..5).map(|_| self.range()).collect();
         let (late, names) = (self.range(), std::cell::RefCell::new(std::mem::take(&mut self.names)));
         let guest = std::cell::RefCell::new((&mut self.model, &mut self.versions));
         let refused = std::cell::Cell::new(false);
@@ -414,7 +414,7 @@ impl World {
         drop(layers);
         if let Some(run) = self.folding.clone().filter(|_| committed.is_none()) {
             // In whichever direction it is begun again.
-            let up = run.start > 1 && self.dice % 2 == 0;
+            let up = run.start > 1 && self.dice.is_multiple_of(2);
             let layers = open_all(sim, &self.names, Mode::Write)?;
             let go_on = &mut |_| ControlFlow::Continue(());
             let commit = || Ok::<_, Error>(());
@@ -564,7 +564,7 @@ fn nothing_is_lost(formats: &'static [Format], seeds: std::ops::Range<u64>) {
     let (mut seen, mut folds) = (0, [0; 2]);
     for seed in seeds {
         let (states, [down, up]) =
-            cut_everywhere(formats, Fault::None, seed, 3, 4).unwrap_or_else(|error| panic!("{error}"));
+            cut_everywhere(formats, Fault::None, seed, 5, 4).unwrap_or_else(|error| panic!("{error}"));
         seen += states;
         folds = [folds[0] + down, folds[1] + up];
     }

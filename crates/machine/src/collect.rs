@@ -181,14 +181,11 @@ impl Owner {
                 if stop.asked() || told.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             };
             let live = chain.as_deref();
-            let (stays, outcome) = match (direction, &beneath) {
-                (Direction::Up, Some(beneath)) => {
-                    (layers.last(), merge::fold_up(live, beneath, &layers, &mut progress, commit))
-                }
-                _ => {
-                    let g = uuid::Uuid::new_v4();
-                    (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
-                }
+            let (stays, outcome) = if let (Direction::Up, Some(beneath)) = (direction, &beneath) {
+                (layers.last(), merge::fold_up(live, beneath, &layers, &mut progress, commit))
+            } else {
+                let g = uuid::Uuid::new_v4();
+                (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
             };
             let outcome = outcome.map_err(|e| match e {
                 merge::FoldError::Image(e) => image_problem(&e),
