@@ -149,6 +149,8 @@ struct World {
     omits: Vec<Arc<Omits>>,
     /// The ledger: file names, base first.
     names: Vec<String>,
+    /// A file that is written when the ledger changes, for the moments before it has changed.
+    ledger: Arc<dyn Store>,
     model: Model,
     /// Sealed content by the layer's position.
     sealed: BTreeMap<usize, Vec<u32>>,
@@ -169,6 +171,7 @@ impl World {
     fn new(sim: &Sim, formats: &'static [Format], fault: Fault, seed: u64) -> Self {
         let folder = sim.root();
         let base = create(folder.create("0").unwrap(), formats[0], SIZES[0], 1 << 20, None);
+        let ledger = folder.create("ledger").unwrap();
         folder.sync().unwrap();
         let omits = Arc::<Omits>::default();
         let layer = Arc::new(Lazy { layer: base.unwrap(), omits: Arc::clone(&omits) });
@@ -179,6 +182,7 @@ impl World {
             chain: Arc::new(Chain::new(vec![layer], Access::Write).unwrap()),
             omits: vec![omits],
             names: vec!["0".into()],
+            ledger,
             model: Model { flushed: vec![0; (SIZES[0] / SECTOR) as usize], since: BTreeMap::new() },
             sealed: BTreeMap::new(),
             folding: None,
@@ -349,15 +353,22 @@ impl World {
                 guest.borrow_mut().0.flush();
             }
         };
-        let mut calls = 0;
-        let mut progress = |_| {
-            calls += 1;
-            // Between any two pieces, and between the last one and the commit.
-            if let Some(range) = during.get(calls - 1) {
-                write(*range);
-                if calls % 2 == 0 {
+        let (mut begun, mut ended) = (0, 0);
+        let mut progress = |now: Progress| {
+            // At first, and when all is copied: what is flushed then is in the parent only by the last sync.
+            let turn = if now.done < now.total { &mut begun } else { &mut ended };
+            *turn += 1;
+            match (*turn, now.done < now.total) {
+                (1..4, true) => write(during[*turn]),
+                (1, false) => write(during[0]),
+                (2, false) => {
+                    write(during[4]);
                     flush();
                 }
+                _ => {}
+            }
+            if *turn == 3 {
+                flush();
             }
             ControlFlow::Continue(())
         };
@@ -366,10 +377,16 @@ impl World {
             true => Err(Error::new(image::ErrorKind::Io, "ledger", "the power is gone")),
             false => Ok(()),
         };
+        let ledger = Arc::clone(&self.ledger);
+        let early = late.0.is_multiple_of(2);
         let commit = || {
-            write(late);
-            flush();
+            if early {
+                write(late);
+                flush();
+            }
             powered()?;
+            ledger.write_at(&[1], 0)?;
+            ledger.sync()?;
             commit_names(&mut names.borrow_mut(), &run, up);
             write(during[0]);
             flush();
