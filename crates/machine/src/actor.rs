@@ -16,7 +16,7 @@ use crate::book::Book;
 use crate::carry::Carries;
 use crate::collect::Underway;
 use crate::files::{Files, file_problem};
-use crate::job::{Jobs, Task};
+use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
 use crate::ledger::State as Rows;
 use crate::live::Live;
@@ -99,6 +99,8 @@ pub(crate) struct Owner {
     pub(crate) live: Option<Live>,
     /// A fold under way.
     pub(crate) folding: Option<Underway>,
+    /// That of a merge which was stopped for a request, for the one that begins again.
+    pub(crate) merge_pace: Arc<Pace>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
     pub(crate) resting: bool,
     /// Deletions whose clients wait for the merging, too.
@@ -141,6 +143,7 @@ impl Handle {
             keeper,
             live: None,
             folding: None,
+            merge_pace: Arc::default(),
             resting: false,
             waiting: Vec::new(),
             deleted: false,
@@ -198,6 +201,16 @@ impl Handle {
     /// Asks a job to cancel.
     pub fn cancel(&self, id: JobId) -> Result<Job, Problem> {
         self.shared.jobs.cancel(id)
+    }
+
+    /// Pauses a merge, or lets it go on.
+    pub fn pause(&self, id: JobId, paused: bool) -> Result<Job, Problem> {
+        self.shared.jobs.pause(id, paused)
+    }
+
+    /// Limits a merge to so many bytes a second; 0 lifts the limit.
+    pub fn throttle(&self, id: JobId, bytes_per_second: u64) -> Result<Job, Problem> {
+        self.shared.jobs.throttle(id, bytes_per_second)
     }
 
     /// What deleting would do.

@@ -25,7 +25,7 @@ use machine::tree::State;
 use model::{Checked, Model};
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use store::ErrorKind;
 use store::sim::{At, Crash, Sim, Times};
 use world::{Dice, World, carries, files};
@@ -134,7 +134,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
 fn collect_all(keeper: &Keeper) -> Checked {
     loop {
         keeper.remove_garbage().map_err(|e| e.to_string())?;
-        let Some(folding) = keeper.next_fold(None).map_err(|e| e.to_string())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(None, Arc::default()).map_err(|e| e.to_string())? else { return Ok(()) };
         let folded = keeper.fold(folding, &Cancel::default());
         keeper.folded(&folded, None).map_err(|e| e.to_string())?;
     }

@@ -497,7 +497,7 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Arc::default())? else { return Ok(()) };
         self.begin("fold");
         let stop = Cancel::default();
         if self.dice.one_in(6) {
