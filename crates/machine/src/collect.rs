@@ -230,9 +230,11 @@ impl Owner {
         let outcome = match outcome {
             Ok(Outcome::Folded) => self.folded_well(&run, direction, &task),
             Ok(Outcome::Cancelled) => {
-                // Its user's wish holds until the tree changes again; ours is only for a moment.
+                // Its user's wish holds until the tree changes again; ours is only for a moment, and the next one goes on as fast.
                 self.resting = task.cancelled();
-                self.merge_pace = Arc::clone(task.pace());
+                if !self.resting {
+                    self.merge_pace = Arc::clone(task.pace());
+                }
                 Err(cancelled())
             }
             Err(problem) => Err(problem),
