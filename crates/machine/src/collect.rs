@@ -139,10 +139,12 @@ impl Owner {
         self.shared.set_moment(|moment| moment.doing.retain(|what| what != "merging"));
         let outcome = self.keeper.folded(ended, self.live.as_mut().map(Live::disks));
         match &outcome {
-            // Its user's wish holds until the tree changes again; ours is only for a moment.
+            // Its user's wish holds until the tree changes again; ours is only for a moment, and the next one goes on as fast.
             Err(problem) if problem.kind == ProblemKind::Cancelled => {
                 self.resting = ended.task.cancelled();
-                self.merge_pace = Arc::clone(ended.task.pace());
+                if !self.resting {
+                    self.merge_pace = Arc::clone(ended.task.pace());
+                }
             }
             Err(problem) => self.rest(problem),
             Ok(_) => {}

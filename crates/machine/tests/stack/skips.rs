@@ -23,16 +23,17 @@ struct Site {
     missed: Vec<(u64, u64, u64)>,
 }
 
-/// The functions that asked for the sync, innermost first.
+/// The lines that asked for the sync, innermost first.
 fn site(skipped: &Skipped) -> String {
-    let frame = |line: &str| {
-        let (_, name) = line.trim_start().split_once(": ")?;
-        let name = name.split("::h").next().unwrap_or(name);
-        let ours = ["image::", "machine::", "memory::", "redb::"].iter().any(|of| name.contains(of));
-        (ours && !name.contains("{closure") && !name.contains("stack::")).then(|| name.to_owned())
+    let ours = |line: &str| {
+        let (_, place) = line.trim_start().strip_prefix("at ")?.split_once("/src/")?;
+        let file = place.rsplit_once(':').map_or(place, |(line, _)| line);
+        let foreign = line.contains("/rustc/") || line.contains("/registry/") || file.starts_with("sim");
+        (!foreign).then(|| file.to_owned())
     };
-    let frames: Vec<String> = skipped.by.lines().filter_map(frame).take(5).collect();
-    frames.join(" < ")
+    let kind = skipped.name.rsplit('.').next().unwrap_or_default();
+    let lines: Vec<String> = skipped.by.lines().filter_map(ours).take(3).collect();
+    format!("{kind}: {}", lines.join(" < "))
 }
 
 /// Leaves out the `nth` sync of this seed's life. After each thing that is done then, the power goes and takes all that was not synced.
