@@ -1,8 +1,9 @@
 //! Bad input: the right exit code, words that name what is wrong, and nothing changed.
 
-use e2e::{BASE, Lab};
+use e2e::{BASE, Lab, wait_for};
 use serde_json::Value;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -204,6 +205,71 @@ fn no_space() {
     let left: Vec<_> =
         fs::read_dir(&small.0).expect("it is mounted").filter_map(Result::ok).filter(|e| e.path().is_dir()).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// On a disk without room a snapshot is deleted all the same; its merge waits, and a guest that cannot write stands still. Both go on by
+/// themselves when there is room.
+#[test]
+fn a_full_disk_holds_work_up_and_loses_nothing() {
+    let lab = Lab::with_base();
+    let (root, aside) = (lab.root(), lab.path("aside"));
+    fs::rename(&root, &aside).expect("it is ours");
+    let _small = SmallDisk::mount(&root, "256m");
+    let copied = std::process::Command::new("cp").arg("-a").arg(aside.join(".")).arg(&root).status();
+    assert!(copied.expect("cp is there").success());
+    let written = |at: &str, seed: u8| {
+        lab.ok(&["vm", "start", BASE]);
+        let mut witness = lab.witness(BASE);
+        witness.resync();
+        witness.ask(&format!("fill-disk vda {at} 24 {seed}"));
+        lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    };
+    written("4M", 1);
+    lab.snapshot("Monday");
+    written("36M", 2);
+    lab.snapshot("Tuesday");
+
+    let ballast = root.join("ballast");
+    fill_up(&ballast);
+    lab.ok(&["snapshot", "delete", BASE, "Monday"]);
+    let waits = || {
+        let jobs = lab.json(&["job", "list", BASE]);
+        let waits = |job: &Value| job["kind"] == "merge" && job["state"] == "waiting" && job["reason"] == "space";
+        jobs["jobs"].as_array().is_some_and(|jobs| jobs.iter().any(waits)).then_some(())
+    };
+    wait_for("the merge to wait for room", waits);
+    fs::remove_file(&ballast).expect("it is ours");
+    lab.settle();
+
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    fill_up(&ballast);
+    let asked = std::thread::spawn(move || {
+        let answer = witness.ask("fill-disk vda 8M 24 3");
+        (witness, answer)
+    });
+    wait_for("the guest to stand still", || {
+        let machine = lab.json(&["vm", "show", BASE]);
+        let alert = machine["alert"].as_str().unwrap_or_default().to_owned();
+        (machine["state"] == "paused" && alert.contains("disk is full")).then_some(())
+    });
+    fs::remove_file(&ballast).expect("it is ours");
+    let (mut witness, _) = asked.join().expect("it was answered");
+    assert_eq!(lab.state(BASE), "running");
+    for (at, mib, seed) in [("8M", 24, 3), ("36M", 24, 2)] {
+        assert_eq!(witness.ask(&format!("sum-disk vda {at} {mib} {seed}"))["ok"], true);
+    }
+    witness.prove();
+    lab.assert_tidy();
+}
+
+/// Leaves no room at all.
+fn fill_up(ballast: &Path) {
+    let mut file = fs::File::create(ballast).expect("it is mounted");
+    for size in [1 << 20, 4096, 1] {
+        while file.write_all(&vec![7; size]).is_ok() {}
+    }
 }
 
 /// A file system in memory with a limit.

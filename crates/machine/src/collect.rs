@@ -23,6 +23,22 @@ use std::path::Path;
 use std::sync::Arc;
 use store::Mode;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// How a fold begins.
+#[derive(Debug)]
+pub enum Begin {
+    /// As a job of its own, at this pace.
+    At(Arc<Pace>),
+    /// As this job, which has waited.
+    Again(Task),
+}
+
+impl Default for Begin {
+    fn default() -> Self {
+        Self::At(Arc::default())
+    }
+}
 
 /// A fold that is to be done.
 #[derive(Debug)]
@@ -48,12 +64,19 @@ pub struct Folded {
     direction: Direction,
     task: Task,
     outcome: Result<Outcome, Problem>,
+    /// It failed for want of room on the disk, and can be begun again when there is some.
+    starved: bool,
 }
 
 impl Folded {
     /// Its job.
     pub fn task(&self) -> &Task {
         &self.task
+    }
+
+    /// Whether it failed for want of room on the disk.
+    pub fn starved(&self) -> bool {
+        self.starved
     }
 }
 
@@ -75,7 +98,7 @@ impl Underway {
         let Self { run, direction, task, .. } = folding.take().expect("it was there, and nobody else takes it");
         ended.unwrap_or_else(|e| {
             let outcome = Err(Problem::failed(format!("a merge broke off: {e}")));
-            Folded { run, direction, task, outcome }
+            Folded { run, direction, task, outcome, starved: false }
         })
     }
 }
@@ -83,18 +106,30 @@ impl Underway {
 impl Owner {
     /// Does what little there is to do at once, and begins a fold if one is due.
     pub(crate) fn collect(&mut self) {
-        if self.folding.is_none() && !self.resting {
+        let waits = self.starved.as_ref().is_some_and(|(_, due)| *due > Instant::now());
+        if self.folding.is_none() && !self.resting && !waits {
             let begun = self.keeper.remove_garbage().and_then(|()| self.begin_next_fold());
             if let Err(problem) = begun {
                 self.rest(&problem);
             }
         }
         self.answer_waiting();
+        self.keep_reserve();
     }
 
     fn begin_next_fold(&mut self) -> Result<(), Problem> {
-        let (disks, pace) = (self.live.as_mut().map(Live::disks), std::mem::take(&mut self.merge_pace));
-        let Some(folding) = self.keeper.next_fold(disks, pace)? else { return Ok(()) };
+        let starved = self.starved.take().map(|(task, _)| task);
+        let begin = match &starved {
+            Some(task) => Begin::Again(task.clone()),
+            None => Begin::At(std::mem::take(&mut self.merge_pace)),
+        };
+        let Some(folding) = self.keeper.next_fold(self.live.as_mut().map(Live::disks), begin)? else {
+            // What it waited for is not wanted any more.
+            if let Some(task) = starved {
+                self.finish(&task, &Ok(serde_json::Value::Null));
+            }
+            return Ok(());
+        };
         self.shared.set_moment(|moment| moment.doing = vec!["merging".to_owned()]);
         let cancel = Arc::<Cancel>::default();
         let (run, direction, task) = (folding.run.clone(), folding.direction, folding.task.clone());
@@ -118,7 +153,7 @@ impl Owner {
 
     /// Deletions that wait for merging have ended when nothing more can be done.
     fn answer_waiting(&mut self) {
-        if self.folding.is_none() {
+        if self.folding.is_none() && self.starved.is_none() {
             for (task, result) in std::mem::take(&mut self.waiting) {
                 self.finish(&task, &Ok(result));
             }
@@ -137,6 +172,9 @@ impl Owner {
     /// A fold has ended.
     pub(crate) fn folded(&mut self, ended: &Folded) {
         self.shared.set_moment(|moment| moment.doing.retain(|what| what != "merging"));
+        if ended.starved && !ended.task.cancelled() {
+            return self.wait_for_room(&ended.task);
+        }
         let outcome = self.keeper.folded(ended, self.live.as_mut().map(Live::disks));
         match &outcome {
             // Its user's wish holds until the tree changes again; ours is only for a moment, and the next one goes on as fast.
@@ -188,12 +226,12 @@ impl Keeper {
         Ok(())
     }
 
-    /// The next fold that is due, its layers open and its job begun, at this pace. `disks` are those of a guest that runs meanwhile.
-    pub fn next_fold(&self, disks: Option<&mut Disks>, pace: Arc<Pace>) -> Result<Option<Folding>, Problem> {
+    /// The next fold that is due, its layers open and its job begun. `disks` are those of a guest that runs meanwhile.
+    pub fn next_fold(&self, disks: Option<&mut Disks>, begin: Begin) -> Result<Option<Folding>, Problem> {
         let rows = self.rows();
         match garbage(&rows.machine).runs().next() {
             None => Ok(None),
-            Some(run) => self.open_fold(&rows.machine, run, disks, pace).map(Some),
+            Some(run) => self.open_fold(&rows.machine, run, disks, begin).map(Some),
         }
     }
 
@@ -202,7 +240,7 @@ impl Keeper {
         machine: &Machine,
         run: &[Fold],
         mut disks: Option<&mut Disks>,
-        pace: Arc<Pace>,
+        begin: Begin,
     ) -> Result<Folding, Problem> {
         let rows = rows_of(machine, run)?;
         let (lowest, top) = (rows[0], rows[rows.len() - 1]);
@@ -221,8 +259,13 @@ impl Keeper {
         let (stays, gone) =
             if direction == Direction::Down { (lowest, &rows[1..]) } else { (top, &rows[..rows.len() - 1]) };
         let gone: Vec<String> = gone.iter().map(|row| row.file.clone()).collect();
-        let task = self.jobs.open_at(JobId::new(), &machine.name, "merge", pace);
-        let task = task.map_err(|_| Problem::failed("a fresh job id is taken"))?;
+        let task = match begin {
+            Begin::Again(task) => task,
+            Begin::At(pace) => {
+                let task = self.jobs.open_at(JobId::new(), &machine.name, "merge", pace);
+                task.map_err(|_| Problem::failed("a fresh job id is taken"))?
+            }
+        };
         task.running();
         log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
         Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone })
@@ -236,11 +279,12 @@ impl Keeper {
 
     /// Folds, until it is done or `stop` was asked for. Blocks. To be followed by [`Keeper::folded`].
     pub fn fold(&self, folding: Folding, stop: &Cancel) -> Folded {
-        let outcome = self.carry_out_fold(&folding, stop);
-        Folded { run: folding.run, direction: folding.direction, task: folding.task, outcome }
+        let mut starved = false;
+        let outcome = self.carry_out_fold(&folding, stop, &mut starved);
+        Folded { run: folding.run, direction: folding.direction, task: folding.task, outcome, starved }
     }
 
-    fn carry_out_fold(&self, folding: &Folding, stop: &Cancel) -> Result<Outcome, Problem> {
+    fn carry_out_fold(&self, folding: &Folding, stop: &Cancel, starved: &mut bool) -> Result<Outcome, Problem> {
         let Folding { run, direction, task, chain, beneath, layers, gone } = folding;
         let commit = || {
             self.steps.at("merge:copied");
@@ -272,7 +316,10 @@ impl Keeper {
             (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
         };
         let outcome = outcome.map_err(|e| match e {
-            merge::FoldError::Image(e) => image_problem(&e),
+            merge::FoldError::Image(e) => {
+                *starved = e.kind == image::ErrorKind::NoSpace;
+                image_problem(&e)
+            }
             merge::FoldError::Commit(problem) => problem,
         })?;
         // Left clean for other tools; a live leaf is closed with its chain.
@@ -284,7 +331,7 @@ impl Keeper {
 
     /// What is left to do after a fold: the file that it emptied goes. `Cancelled` if it was stopped.
     pub fn folded(&self, ended: &Folded, mut disks: Option<&mut Disks>) -> Result<serde_json::Value, Problem> {
-        let Folded { run, direction, task, outcome } = ended;
+        let Folded { run, direction, task, outcome, .. } = ended;
         match outcome {
             Ok(Outcome::Folded) => {}
             Ok(Outcome::Cancelled) => {

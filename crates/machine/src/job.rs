@@ -307,7 +307,12 @@ impl Task {
     pub fn running(&self) {
         self.pace.wish(Wish::begin);
         let state = if self.pace.paused() { JobState::Paused } else { JobState::Running };
-        self.jobs.change(self.id, |job| job.state = state);
+        self.jobs.change(self.id, |job| (job.state, job.reason) = (state, None));
+    }
+
+    /// It waits, for this.
+    pub fn waiting(&self, reason: &str) {
+        self.jobs.change(self.id, |job| (job.state, job.reason) = (JobState::Waiting, Some(reason.to_owned())));
     }
 
     /// Waits as long as its user wants, now that so many bytes are done; no longer if it is to stop. Blocks.

@@ -4,6 +4,7 @@
 //!   tree      the rows: pure values           plan      what each request does to them: pure
 //!   admit     which request in which state    garbage   what no row names: pure
 //!   ledger    the rows on disk, by transaction                      book   the way to change them, and to read them
+//!   reserve   room for the ledger on a full disk                    room   what waits for room
 //!   keeper    files and rows in step, without QEMU                  files  the machine's folder
 //!   disks     the chains of Now, open for writing                   carry  what outlives a worker of its unflushed writes
 //!   actor     Handle, Owner: the one who does everything            job    what is under way
@@ -37,6 +38,8 @@ pub mod plan;
 pub mod ram;
 mod recover;
 pub mod request;
+pub mod reserve;
+mod room;
 pub mod root;
 pub mod steps;
 pub mod tree;

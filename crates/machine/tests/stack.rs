@@ -16,6 +16,7 @@ mod skips;
 #[path = "stack/world.rs"]
 mod world;
 
+use machine::collect::Begin;
 use machine::garbage::garbage;
 use machine::job::Cancel;
 use machine::keeper::Keeper;
@@ -25,7 +26,7 @@ use machine::tree::State;
 use model::{Checked, Model};
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use store::ErrorKind;
 use store::sim::{At, Crash, Sim, Times};
 use world::{Dice, World, carries, files};
@@ -134,7 +135,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
 fn collect_all(keeper: &Keeper) -> Checked {
     loop {
         keeper.remove_garbage().map_err(|e| e.to_string())?;
-        let Some(folding) = keeper.next_fold(None, Arc::default()).map_err(|e| e.to_string())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(None, Begin::default()).map_err(|e| e.to_string())? else { return Ok(()) };
         let folded = keeper.fold(folding, &Cancel::default());
         keeper.folded(&folded, None).map_err(|e| e.to_string())?;
     }
