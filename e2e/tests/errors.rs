@@ -207,6 +207,36 @@ fn no_space() {
     assert!(left.is_empty(), "{left:?}");
 }
 
+/// `vm check` of a machine off and running, sound and with a file missing, which stops nobody but those who need it.
+#[test]
+fn a_machines_files_are_checked() {
+    let (lab, _witness) = Lab::running();
+    lab.snapshot("Monday");
+    lab.snapshot("Tuesday");
+    assert_eq!(lab.json(&["vm", "check", BASE])["clean"], true);
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    let audit = lab.json(&["vm", "check", BASE]);
+    assert_eq!((&audit["clean"], &audit["findings"]), (&Value::Bool(true), &Value::Array(Vec::new())), "{audit}");
+    assert!(lab.ok(&["vm", "check", BASE]).contains("files are sound"));
+    lab.fails(3, "not there yet", &["vm", "check", BASE, "--deep"]);
+
+    let machine = lab.json(&["vm", "ledger", BASE])["machine"].take();
+    let mut snapshots = machine["snapshots"].as_object().expect("snapshots").values();
+    let tuesday = snapshots.find(|snapshot| snapshot["name"] == "Tuesday").expect("it is there");
+    let file = machine["layers"][tuesday["memory"].as_str().expect("a layer")]["file"].as_str().expect("a file");
+    fs::remove_file(lab.machine_folder().join(file)).expect("it is there");
+    let output = lab.tenby(&["vm", "check", BASE]);
+    output.exits(5);
+    assert!(
+        output.stdout.contains("is missing") && output.stdout.contains("Tuesday cannot be relied on"),
+        "{}",
+        output.stdout
+    );
+    lab.fails(5, "missing", &["snapshot", "apply", BASE, "Tuesday", "--discard", "--start"]);
+    lab.ok(&["snapshot", "apply", BASE, "Monday", "--discard", "--start"]);
+    assert_eq!(lab.state(BASE), "running");
+}
+
 /// On a disk without room a snapshot is deleted all the same; its merge waits, and a guest that cannot write stands still. Both go on by
 /// themselves when there is room.
 #[test]

@@ -200,13 +200,19 @@ impl Files {
 
     /// Bytes that a layer's file occupies; 0 if it cannot be opened.
     pub fn allocated(&self, row: &LayerRow) -> u64 {
-        let store = if row.in_place {
-            store::host::open_file(Path::new(&row.file), Mode::Read)
-        } else {
-            let Ok((folder, name)) = self.place(row) else { return 0 };
-            folder.open(&name, Mode::Read)
-        };
-        store.and_then(|store| store.allocated()).unwrap_or(0)
+        self.find(row).and_then(|store| store.allocated()).unwrap_or(0)
+    }
+
+    /// Whether a layer's file is not there.
+    pub fn is_missing(&self, row: &LayerRow) -> bool {
+        self.find(row).is_err_and(|error| error.kind == store::ErrorKind::NotFound)
+    }
+
+    fn find(&self, row: &LayerRow) -> store::Result<Arc<dyn Store>> {
+        match row.file.split_once('/') {
+            Some((folder, name)) if !row.in_place => self.folder.folder(folder)?.open(name, Mode::Read),
+            _ => store::host::open_file(Path::new(&row.file), Mode::Read),
+        }
     }
 
     /// Files in the layers' folders that no row names, relative to the machine's folder.

@@ -11,6 +11,7 @@
 //!   live      QEMU, and the disks served to it                      ram    memory to and from layers
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
+//!   audit     what is wrong with the files
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
 //!
@@ -19,6 +20,7 @@
 
 pub mod actor;
 pub mod admit;
+pub mod audit;
 pub mod book;
 pub mod carry;
 mod check;
