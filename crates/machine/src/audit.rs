@@ -50,14 +50,15 @@ impl Finding {
     }
 }
 
-/// Looks at all files of a machine. With a worker, files that it writes just now are not looked into.
-pub fn audit(machine: &Machine, files: &Files, worker: bool) -> Result<Audit, Problem> {
+/// Looks at all files of a machine. With a worker, files that it writes just now are not looked into. Those that are `journalled` come and go with
+/// the request that made them.
+pub fn audit(machine: &Machine, files: &Files, worker: bool, journalled: &[String]) -> Result<Audit, Problem> {
     let mut audit =
         Auditor { machine, files, written: written(machine, worker), layers: BTreeMap::new(), findings: Vec::new() };
     for row in from_the_base(machine) {
         audit.look(row);
     }
-    for file in files.unknown(machine)? {
+    for file in files.unknown(machine)?.into_iter().filter(|file| !journalled.contains(file)) {
         audit.findings.push(Finding {
             kind: "unknown",
             place: file,

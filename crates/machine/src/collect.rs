@@ -375,7 +375,10 @@ impl Keeper {
             })?;
         }
         for child in machine.layers.values().filter(|child| child.parent == Some(folded)) {
-            self.change_link(child, disks.as_deref_mut(), |link| named(link, row))?;
+            // Only a name, for other tools: a file of some branch that is in a bad way does not hold up the others.
+            if let Err(problem) = self.change_link(child, disks.as_deref_mut(), |link| named(link, row)) {
+                log::write(&self.files, None, &format!("{} does not name {} now: {problem}", child.file, row.file));
+            }
         }
         Ok(())
     }

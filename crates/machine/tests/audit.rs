@@ -44,7 +44,7 @@ impl Lab {
     }
 
     fn audit(&self) -> Audit {
-        audit(&self.machine, &self.files, false).expect("audited")
+        audit(&self.machine, &self.files, false, &[]).expect("audited")
     }
 
     /// The layers of Now, base first.

@@ -30,11 +30,11 @@ pub(crate) async fn run(session: &Session, found: &Found) -> Result<(), Problem>
 async fn settled(session: &Session, found: &Found) -> Result<Audit, Problem> {
     let files = session.root.files(found.id)?;
     for _ in 0..LOOKS {
-        let (machine, worker) = rows(session, found).await?;
-        let (work, files) = (machine.clone(), files.clone());
-        let work = move || audit(&work, &files, worker);
+        let Rows { machine, journalled, worker } = Rows::read(session, found).await?;
+        let (layers, files) = (machine.layers.clone(), files.clone());
+        let work = move || audit(&machine, &files, worker, &journalled);
         let audit = look(&session.out, format!("checking {}", found.name), work).await?;
-        if audit.findings.iter().all(Finding::is_note) || rows(session, found).await?.0.layers == machine.layers {
+        if audit.findings.iter().all(Finding::is_note) || Rows::read(session, found).await?.machine.layers == layers {
             return Ok(audit);
         }
     }
@@ -42,12 +42,24 @@ async fn settled(session: &Session, found: &Found) -> Result<Audit, Problem> {
         .hint(format!("tenby job list {}", crate::cli::quoted(&found.name))))
 }
 
-/// The rows as they are, and whether a worker is there.
-async fn rows(session: &Session, found: &Found) -> Result<(Machine, bool), Problem> {
-    let reader = session.reader(found).await?;
-    let worker = reader.view().await?.worker.is_some();
-    let machine = serde_json::from_value(reader.ledger().await?["machine"].take());
-    let machine =
-        machine.map_err(|error| Problem::failed(format!("the rows of {} make no sense: {error}", found.name)))?;
-    Ok((machine, worker))
+/// What a machine's ledger says.
+struct Rows {
+    machine: Machine,
+    /// The files of requests under way.
+    journalled: Vec<String>,
+    worker: bool,
+}
+
+impl Rows {
+    async fn read(session: &Session, found: &Found) -> Result<Self, Problem> {
+        let reader = session.reader(found).await?;
+        let worker = reader.view().await?.worker.is_some();
+        let mut rows = reader.ledger().await?;
+        let journals = rows["journal"].as_object().into_iter().flat_map(|journals| journals.values());
+        let files = journals.filter_map(|journal| journal["files"].as_array()).flatten();
+        let journalled = files.filter_map(|file| file.as_str()).map(str::to_owned).collect();
+        let machine = serde_json::from_value(rows["machine"].take())
+            .map_err(|error| Problem::failed(format!("the rows of {} make no sense: {error}", found.name)))?;
+        Ok(Self { machine, journalled, worker })
+    }
 }

@@ -135,7 +135,7 @@ pub(crate) fn audit(name: &str, audit: &Audit) -> String {
     }
     if audit.clean {
         let are = if audit.files == 1 { "is" } else { "are" };
-        let line = format!("{}: {} {are} sound", plain(name), count(audit.files, "file"));
+        let line = format!("{}: {} {are} sound\n", plain(name), count(audit.files, "file"));
         text.push_str(&line);
     }
     text
