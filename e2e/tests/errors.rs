@@ -238,7 +238,7 @@ fn a_machines_files_are_checked() {
 }
 
 /// On a disk without room a snapshot is deleted all the same; its merge waits, and a guest that cannot write stands still. Both go on by
-/// themselves when there is room.
+/// themselves when there is room, the merge when its user wants it to.
 #[test]
 fn a_full_disk_holds_work_up_and_loses_nothing() {
     let lab = Lab::with_base();
@@ -262,14 +262,23 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     let ballast = root.join("ballast");
     fill_up(&ballast);
     lab.ok(&["snapshot", "delete", BASE, "Monday"]);
-    let waits = || {
-        let jobs = lab.json(&["job", "list", BASE]);
-        let waits = |job: &Value| job["kind"] == "merge" && job["state"] == "waiting" && job["reason"] == "space";
-        jobs["jobs"].as_array().is_some_and(|jobs| jobs.iter().any(waits)).then_some(())
+    let waiting = || {
+        let mut jobs = lab.json(&["job", "list", BASE])["jobs"].take();
+        let waits = |job: &&mut Value| job["kind"] == "merge" && job["state"] == "waiting" && job["reason"] == "space";
+        jobs.as_array_mut()?.iter_mut().find(waits).map(|job| job["id"].as_str().expect("an id").to_owned())
     };
-    wait_for("the merge to wait for room", waits);
+    let merge = wait_for("the merge to wait for room", waiting);
+    // Paused, it does not go on when there is room; then it goes on as slowly as it is told.
+    lab.ok(&["job", "pause", &merge]);
     fs::remove_file(&ballast).expect("it is ours");
+    wait_for("the merge to find room", || {
+        let job = lab.json(&["job", "show", &merge]);
+        (job["state"] == "paused" && job["reason"].is_null()).then_some(())
+    });
+    lab.ok(&["job", "throttle", &merge, "16M"]);
+    lab.ok(&["job", "resume", &merge]);
     lab.settle();
+    assert_eq!(lab.json(&["job", "show", &merge])["state"], "completed");
 
     lab.ok(&["vm", "start", BASE]);
     let mut witness = lab.witness(BASE);
