@@ -3,7 +3,7 @@
 use crate::actor::Owner;
 use crate::files::Files;
 use crate::job::Task;
-use crate::live::{Live, pin, ports, qemu_problem};
+use crate::live::{Live, pin, qemu_problem};
 use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
@@ -75,10 +75,10 @@ impl Owner {
         let Some(live) = &self.live else { return Ok(()) };
         let rows = self.machine();
         let name = &rows.machine.name;
-        let published = live.qemu.publish(&ports(&rows.machine.now.config)?).await;
+        let published = live.publish(&rows.machine.now.config).await;
         live.qemu.resume().await.map_err(|e| qemu_problem(name, &e))?;
-        published.map_err(|e| {
-            Problem::failed(format!("{name} runs, but a port could not be published: {e}"))
+        published.map_err(|problem| {
+            Problem::failed(format!("{name} runs, but a port could not be published: {}", problem.message))
                 .hint(format!("tenby vm show {}", quoted(name)))
         })
     }
