@@ -75,6 +75,19 @@ fn a_published_port_leads_into_the_guest() {
     // The guest listens a moment after it is up; until then QEMU takes the connection and drops it.
     let heard = wait_for("an answer over the network", || ask_over_tcp(port));
     assert_eq!(heard["nonce"], nonce);
+
+    // It stays open over a pause, over a new worker, and over an apply to another QEMU.
+    lab.snapshot("Monday");
+    for worker_dies in [false, true] {
+        lab.ok(&["vm", "pause", BASE]);
+        if worker_dies {
+            lab.kill_worker();
+        }
+        lab.ok(&["vm", "resume", BASE]);
+        assert_eq!(wait_for("an answer after a pause", || ask_over_tcp(port))["nonce"], nonce);
+    }
+    lab.ok(&["snapshot", "apply", BASE, "Monday", "--discard"]);
+    assert_eq!(wait_for("an answer after an apply", || ask_over_tcp(port))["nonce"], nonce);
 }
 
 fn ask_over_tcp(port: u16) -> Option<Value> {

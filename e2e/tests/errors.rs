@@ -1,8 +1,9 @@
 //! Bad input: the right exit code, words that name what is wrong, and nothing changed.
 
-use e2e::{BASE, Lab};
+use e2e::{BASE, Lab, wait_for};
 use serde_json::Value;
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -204,6 +205,110 @@ fn no_space() {
     let left: Vec<_> =
         fs::read_dir(&small.0).expect("it is mounted").filter_map(Result::ok).filter(|e| e.path().is_dir()).collect();
     assert!(left.is_empty(), "{left:?}");
+}
+
+/// `vm check` of a machine off and running, sound and with a file missing, which stops nobody but those who need it.
+#[test]
+fn a_machines_files_are_checked() {
+    let (lab, _witness) = Lab::running();
+    lab.snapshot("Monday");
+    lab.snapshot("Tuesday");
+    assert_eq!(lab.json(&["vm", "check", BASE])["clean"], true);
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    let audit = lab.json(&["vm", "check", BASE]);
+    assert_eq!((&audit["clean"], &audit["findings"]), (&Value::Bool(true), &Value::Array(Vec::new())), "{audit}");
+    assert!(lab.ok(&["vm", "check", BASE]).contains("files are sound"));
+    lab.fails(3, "not there yet", &["vm", "check", BASE, "--deep"]);
+
+    let machine = lab.json(&["vm", "ledger", BASE])["machine"].take();
+    let mut snapshots = machine["snapshots"].as_object().expect("snapshots").values();
+    let tuesday = snapshots.find(|snapshot| snapshot["name"] == "Tuesday").expect("it is there");
+    let file = machine["layers"][tuesday["memory"].as_str().expect("a layer")]["file"].as_str().expect("a file");
+    fs::remove_file(lab.machine_folder().join(file)).expect("it is there");
+    let output = lab.tenby(&["vm", "check", BASE]);
+    output.exits(5);
+    assert!(
+        output.stdout.contains("is missing") && output.stdout.contains("Tuesday cannot be relied on"),
+        "{}",
+        output.stdout
+    );
+    lab.fails(5, "missing", &["snapshot", "apply", BASE, "Tuesday", "--discard", "--start"]);
+    lab.ok(&["snapshot", "apply", BASE, "Monday", "--discard", "--start"]);
+    assert_eq!(lab.state(BASE), "running");
+}
+
+/// On a disk without room a snapshot is deleted all the same; its merge waits, and a guest that cannot write stands still. Both go on by
+/// themselves when there is room, the merge when its user wants it to.
+#[test]
+fn a_full_disk_holds_work_up_and_loses_nothing() {
+    let lab = Lab::with_base();
+    let (root, aside) = (lab.root(), lab.path("aside"));
+    fs::rename(&root, &aside).expect("it is ours");
+    let _small = SmallDisk::mount(&root, "256m");
+    let copied = std::process::Command::new("cp").arg("-a").arg(aside.join(".")).arg(&root).status();
+    assert!(copied.expect("cp is there").success());
+    let written = |at: &str, seed: u8| {
+        lab.ok(&["vm", "start", BASE]);
+        let mut witness = lab.witness(BASE);
+        witness.resync();
+        witness.ask(&format!("fill-disk vda {at} 24 {seed}"));
+        lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    };
+    written("4M", 1);
+    lab.snapshot("Monday");
+    written("36M", 2);
+    lab.snapshot("Tuesday");
+
+    let ballast = root.join("ballast");
+    fill_up(&ballast);
+    lab.ok(&["snapshot", "delete", BASE, "Monday"]);
+    let waiting = || {
+        let mut jobs = lab.json(&["job", "list", BASE])["jobs"].take();
+        let waits = |job: &&mut Value| job["kind"] == "merge" && job["state"] == "waiting" && job["reason"] == "space";
+        jobs.as_array_mut()?.iter_mut().find(waits).map(|job| job["id"].as_str().expect("an id").to_owned())
+    };
+    let merge = wait_for("the merge to wait for room", waiting);
+    // Paused, it does not go on when there is room; then it goes on as slowly as it is told.
+    lab.ok(&["job", "pause", &merge]);
+    fs::remove_file(&ballast).expect("it is ours");
+    wait_for("the merge to find room", || {
+        let job = lab.json(&["job", "show", &merge]);
+        (job["state"] == "paused" && job["reason"].is_null()).then_some(())
+    });
+    lab.ok(&["job", "throttle", &merge, "16M"]);
+    lab.ok(&["job", "resume", &merge]);
+    lab.settle();
+    assert_eq!(lab.json(&["job", "show", &merge])["state"], "completed");
+
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    fill_up(&ballast);
+    let asked = std::thread::spawn(move || {
+        let answer = witness.ask("fill-disk vda 8M 24 3");
+        (witness, answer)
+    });
+    wait_for("the guest to stand still", || {
+        let machine = lab.json(&["vm", "show", BASE]);
+        let alert = machine["alert"].as_str().unwrap_or_default().to_owned();
+        (machine["state"] == "paused" && alert.contains("disk is full")).then_some(())
+    });
+    fs::remove_file(&ballast).expect("it is ours");
+    let (mut witness, _) = asked.join().expect("it was answered");
+    assert_eq!(lab.state(BASE), "running");
+    for (at, mib, seed) in [("8M", 24, 3), ("36M", 24, 2)] {
+        assert_eq!(witness.ask(&format!("sum-disk vda {at} {mib} {seed}"))["ok"], true);
+    }
+    witness.prove();
+    lab.assert_tidy();
+}
+
+/// Leaves no room at all.
+fn fill_up(ballast: &Path) {
+    let mut file = fs::File::create(ballast).expect("it is mounted");
+    for size in [1 << 20, 4096, 1] {
+        while file.write_all(&vec![7; size]).is_ok() {}
+    }
 }
 
 /// A file system in memory with a limit.

@@ -22,12 +22,20 @@ impl Scene {
         Self::of(lab, witness)
     }
 
-    fn of(lab: Lab, mut witness: Witness) -> Self {
+    fn of(lab: Lab, witness: Witness) -> Self {
+        Self::with_more(lab, witness, 0)
+    }
+
+    /// The scene where `two` holds so many MiB on the first disk that nobody writes later.
+    fn with_more(lab: Lab, mut witness: Witness, mib: u64) -> Self {
         witness.ask("fill-ram 8 3");
         witness.ask("journal pace 1");
         let mut scene = Self { lab, witness: Some(witness) };
         for day in ["one", "two"] {
             scene.mark(day);
+            if mib > 0 && day == "two" {
+                scene.witness().ask(&format!("fill-disk vda 32M {mib} 7"));
+            }
             scene.lab.snapshot(day);
         }
         scene.mark("now");
@@ -136,6 +144,20 @@ fn delete_dies(mut scene: Scene, step: &str, name: &str) {
     scene.assert_whole();
 }
 
+/// The layer of `two` and the guest's leaf, which holds 8 MiB, become one: in the file of whichever holds more that the other lacks.
+fn merge_dies_at(step: &str, mib: u64) {
+    let (lab, witness) = Lab::running_on("vhdx");
+    let mut scene = Scene::with_more(lab, witness, mib);
+    let leaf = |scene: &Scene| scene.lab.json(&["vm", "show", BASE])["disks"][0]["file"].clone();
+    let before = leaf(&scene);
+    scene.dies_at(step, &["snapshot", "delete", BASE, "two", "--wait"]);
+    scene.lab.settle();
+    assert_eq!(leaf(&scene) == before, mib < 8, "{mib} MiB against 8: {before}");
+    assert_eq!(scene.day(), "now");
+    assert_eq!(scene.witness().ask(&format!("sum-disk vda 32M {mib} 7"))["ok"], true);
+    scene.assert_whole();
+}
+
 fn save_dies_at(step: &str) {
     let mut scene = Scene::new();
     let output = scene.dies_at(step, &["vm", "save", BASE]);
@@ -184,9 +206,12 @@ steps! {
     delete_committed: delete_dies_at("delete:committed", "one");
     remove_committed: delete_dies_at("remove:committed", "two");
     merge_copying_sealed: delete_dies_at("merge:copying", "one");
-    merge_copying_live: delete_dies_at("merge:copying", "two");
-    merge_copied: delete_dies_at("merge:copied", "two");
-    merge_committed: delete_dies_at("merge:committed", "two");
+    merge_copying_up: merge_dies_at("merge:copying", 3);
+    merge_copied_up: merge_dies_at("merge:copied", 3);
+    merge_committed_up: merge_dies_at("merge:committed", 3);
+    merge_copying_down: merge_dies_at("merge:copying", 14);
+    merge_copied_down: merge_dies_at("merge:copied", 14);
+    merge_committed_down: merge_dies_at("merge:committed", 14);
     merge_committed_sealed: delete_dies_at("merge:committed", "one");
     save_paused: save_dies_at("save:paused");
     save_written: save_dies_at("save:written");

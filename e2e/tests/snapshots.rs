@@ -250,7 +250,14 @@ fn a_dry_run_changes_nothing() {
     let before = (lab.tree()["snapshots"].clone(), lab.files().len());
     let plan = lab.json(&["snapshot", "delete", BASE, "one", "--dry-run"]);
     assert_eq!(plan["snapshots"].as_array().expect("a list").len(), 1);
-    assert!(plan["files"].as_array().expect("a list").iter().any(|file| file["kind"] == "merge"), "{plan}");
+    let merges: Vec<&Value> =
+        plan["files"].as_array().expect("a list").iter().filter(|file| file["kind"] == "merge").collect();
+    // Of both disks and of memory what was written after the snapshot moves, not what the files occupy.
+    let moved = |file: &&Value| file["bytes"].as_u64().expect("bytes");
+    let of_disks = merges.iter().filter(|file| file["file"].as_str().is_some_and(|file| file.starts_with("disks/")));
+    assert!(merges.len() == 3 && of_disks.map(moved).all(|bytes| 0 < bytes && bytes < 1 << 20), "{plan}");
+    assert_eq!(merges.iter().map(moved).sum::<u64>(), plan["bytes_moved"].as_u64().expect("bytes"), "{plan}");
+    assert!(plan["bytes_moved"].as_u64() < plan["bytes_freed"].as_u64(), "{plan}");
     assert_eq!((lab.tree()["snapshots"].clone(), lab.files().len()), before);
 }
 
@@ -332,4 +339,36 @@ fn a_run_of_files_is_merged_as_one() {
     let mut witness = lab.witness(BASE);
     witness.resync();
     assert_eq!(witness.ask("read vda 4M")["text"], "now");
+}
+
+/// A layer that holds little goes into the one above that holds much, which the guest is writing to: its file stays where it is.
+#[test]
+fn what_is_little_moves_up_into_what_is_much() {
+    let (lab, mut witness) = Lab::running();
+    mark(&mut witness, "one");
+    lab.snapshot("one");
+    mark(&mut witness, "two");
+    witness.ask("fill-disk vda 60M 1 3");
+    lab.snapshot("two");
+    mark(&mut witness, "now");
+    witness.ask("fill-disk vda 16M 24 5");
+    let leaf = || lab.json(&["vm", "show", BASE])["disks"][0]["file"].clone();
+    let before = leaf();
+    lab.ok(&["snapshot", "delete", BASE, "two", "--wait"]);
+    assert_eq!(leaf(), before);
+    assert_day(&mut witness, "now");
+    for sum in ["sum-disk vda 60M 1 3", "sum-disk vda 16M 24 5"] {
+        assert_eq!(witness.ask(sum)["ok"], true, "{sum}");
+    }
+    lab.settle();
+    lab.assert_tidy();
+    // Its files say so too, to whoever opens them without the ledger.
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    let copy = lab.path("copy.raw").to_string_lossy().into_owned();
+    lab.ok(&["disk", "convert", before.as_str().expect("a path"), &copy]);
+    assert!(std::fs::read(&copy).expect("a copy")[4 << 20..].starts_with(b"now\0"));
+    lab.ok(&["snapshot", "apply", BASE, "one", "--discard", "--start"]);
+    assert_day(&mut witness, "one");
+    lab.settle();
+    lab.assert_tidy();
 }

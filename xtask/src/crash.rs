@@ -7,11 +7,15 @@ use crate::{call, cargo, step};
 /// Distinct states that are looked at if nobody says.
 const STATES: u64 = 100_000;
 
-/// `cargo xtask crash [--states N] [--seed S]`
+/// `cargo xtask crash [--states N] [--seed S]`, or `--syncs`: whether the test notices each sync that is left out.
 pub(crate) fn run(words: &[String]) -> Result<()> {
-    let (mut states, mut seed) = (STATES, 1);
+    let (mut states, mut seed, mut syncs) = (STATES, 1, false);
     let mut words = words.iter();
     while let Some(word) = words.next() {
+        if word == "--syncs" {
+            syncs = true;
+            continue;
+        }
         let value = words.next().with_context(|| format!("{word} wants a number"))?;
         let number: u64 = value.parse().with_context(|| format!("{word} wants a number, not {value:?}"))?;
         match word.as_str() {
@@ -20,11 +24,16 @@ pub(crate) fn run(words: &[String]) -> Result<()> {
             other => bail!("there is no {other}"),
         }
     }
-    step(&format!("{states} distinct crash states, from seed {seed} on"));
+    let test =
+        if syncs { "skips::a_sync_that_is_left_out_is_noticed" } else { "nothing_is_lost_wherever_the_power_goes" };
+    step(&match syncs {
+        true => format!("a life of seed {seed}, without each of its syncs"),
+        false => format!("{states} distinct crash states, from seed {seed} on"),
+    });
     call(
         cargo()
             .args(["test", "--profile", "fuzz", "--package", "machine", "--test", "stack", "--"])
-            .args(["--nocapture", "--exact", "nothing_is_lost_wherever_the_power_goes"])
+            .args(["--nocapture", "--include-ignored", "--exact", test])
             .env("TENBY_CRASH_STATES", states.to_string())
             .env("TENBY_CRASH_SEED", seed.to_string()),
     )

@@ -34,7 +34,7 @@ usage: cargo xtask <command>
   test     format, lints, direction, unit tests and the whole system
   check    only the direction of dependencies between the crates
   bench    measure the numbers that SPECIFICATION.md promises
-  crash    cut the power of the whole stack: [--states N] [--seed S]
+  crash    cut the power of the whole stack: [--states N] [--seed S] [--syncs]
   fuzz     fuzz the parsers: [TARGET...] [--seconds N] [--seed S]
   coverage what of the parsers the fuzzer's tests reach: [--missing]
 ";

@@ -103,6 +103,22 @@ impl Client {
         decode(&self.send(Method::POST, &format!("/v1/jobs/{id}/cancel"), None::<&()>, PATIENCE).await?)
     }
 
+    /// Pauses a job.
+    pub async fn pause(&self, id: JobId) -> Result<Job, Error> {
+        decode(&self.send(Method::POST, &format!("/v1/jobs/{id}/pause"), None::<&()>, PATIENCE).await?)
+    }
+
+    /// Lets a paused job go on.
+    pub async fn resume(&self, id: JobId) -> Result<Job, Error> {
+        decode(&self.send(Method::POST, &format!("/v1/jobs/{id}/resume"), None::<&()>, PATIENCE).await?)
+    }
+
+    /// Limits a job to so many bytes a second; 0 lifts the limit.
+    pub async fn throttle(&self, id: JobId, bytes_per_second: u64) -> Result<Job, Error> {
+        let path = format!("/v1/jobs/{id}/throttle?bytes_per_second={bytes_per_second}");
+        decode(&self.send(Method::POST, &path, None::<&()>, PATIENCE).await?)
+    }
+
     /// What deleting `snapshot` would do.
     pub async fn plan_delete(&self, vm: MachineId, snapshot: &str, subtree: bool) -> Result<DeletePlan, Error> {
         self.get(&format!("/v1/vms/{vm}/delete-plan?snapshot={}&subtree={subtree}", escape(snapshot))).await

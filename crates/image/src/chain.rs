@@ -16,9 +16,10 @@
 //! | lock | held | by |
 //! | --- | --- | --- |
 //! | `folding` | for a whole fold | one fold at a time |
+//! | `ending` | from a fold's last look at the layers to its end | a push waits for that |
 //! | `flushing` | for a whole flush | a second flush finds either nothing unsynced or the first one finished |
 //! | `stack` | shared for a whole request | a change of the layers (push, splice) takes it alone, so it happens *between* requests |
-//! | a stripe's `gate` | shared by reads and writes of whole sectors | alone by what gives space back or reads to write: zeroes, unaligned edges |
+//! | a stripe's `gate` | shared by reads and writes of whole sectors | alone by what gives space back or reads to write (zeroes, unaligned edges), and by what must come in one order to two places (a log, a mirror) |
 //! | a stripe's `shard` | for a look-up | |
 //!
 //! A reader holds its gate from look-up to the end of its `pread`, so the place it reads from is not given away meanwhile: only a
@@ -30,9 +31,9 @@
 mod ambiguous;
 mod index;
 mod locate;
+mod mirror;
 mod resolve;
 mod slot;
-mod touched;
 
 pub use ambiguous::Ambiguous;
 pub use locate::{Held, Located};
@@ -41,8 +42,10 @@ use crate::merge::{self, FoldError};
 use crate::{Error, ErrorKind, Layer, Result};
 use ambiguous::Log;
 use index::{BLOCK, MAX_LAYERS, Runs, Shard};
+pub(crate) use mirror::Mirror;
 pub(crate) use resolve::{Found, Place, resolve};
 pub(crate) use slot::Slot;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::SystemTime;
 
@@ -113,6 +116,8 @@ pub(crate) struct Stack {
     log: Option<Arc<Log>>,
     /// Set until what was logged has gone where it belongs.
     unsettled: bool,
+    /// Set while a fold copies the leaf into the layer below.
+    mirror: Option<Mirror>,
     closed: bool,
 }
 
@@ -145,6 +150,24 @@ impl Stack {
         &self.slots[position]
     }
 
+    /// Where writes to the leaf go as well. Gone when another leaf is pushed.
+    pub(crate) fn mirror(&self) -> Option<&Mirror> {
+        self.mirror.as_ref()
+    }
+
+    pub(crate) fn set_mirror(&mut self, mirror: Option<Mirror>) {
+        self.mirror = mirror;
+    }
+
+    pub(crate) fn mirror_mut(&mut self) -> Option<&mut Mirror> {
+        self.mirror.as_mut()
+    }
+
+    /// Whether every write must come to two places in one order.
+    fn is_ordered(&self) -> bool {
+        self.log.is_some() || self.mirror.is_some()
+    }
+
     /// Whether writes go to the layer at `position`.
     pub(crate) fn is_leaf(&self, position: usize) -> bool {
         position + 1 == self.slots.len()
@@ -162,7 +185,10 @@ pub struct Chain {
     stack: RwLock<Stack>,
     stripes: Vec<Stripe>,
     flushing: Mutex<()>,
+    ending: Mutex<()>,
     folding: Mutex<()>,
+    /// Requests so far.
+    requests: AtomicU64,
     access: Access,
     sector: u64,
     survives: bool,
@@ -185,10 +211,12 @@ impl Chain {
         let stripe =
             || Stripe { gate: RwLock::default(), shard: Mutex::new(Shard::new(sector, bytes / STRIPES as usize)) };
         Ok(Self {
-            stack: RwLock::new(Stack { slots, log: None, unsettled: false, closed: false }),
+            stack: RwLock::new(Stack { slots, log: None, unsettled: false, mirror: None, closed: false }),
             stripes: (0..STRIPES).map(|_| stripe()).collect(),
             flushing: Mutex::default(),
+            ending: Mutex::default(),
             folding: Mutex::default(),
+            requests: AtomicU64::new(0),
             access,
             sector,
             survives: false,
@@ -243,14 +271,13 @@ impl Chain {
     /// [`Chain::write`] of a request that came in at `received`.
     pub fn write_received(&self, data: &[u8], offset: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, data.len() as u64)?;
-        let before = stack.leaf().exposures();
         let mut rest = data;
         for (offset, len) in blocks(offset, data.len() as u64) {
             let (piece, after) = rest.split_at(len as usize);
             self.write_piece(&stack, piece, offset, received)?;
             rest = after;
         }
-        self.settle(stack, before)
+        self.settle(stack)
     }
 
     /// Makes a range read as zeros, whatever a parent holds (bytes, any alignment).
@@ -261,7 +288,6 @@ impl Chain {
     /// [`Chain::zero`] of a request that came in at `received`.
     pub fn zero_received(&self, offset: u64, len: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, len)?;
-        let before = stack.leaf().exposures();
         let end = offset + len;
         let first = offset.next_multiple_of(self.sector).min(end);
         let last = (end - end % self.sector).max(first);
@@ -271,7 +297,7 @@ impl Chain {
             }
         }
         self.zero_sectors(&stack, first, last, received)?;
-        self.settle(stack, before)
+        self.settle(stack)
     }
 
     /// The guest does not need this range any more: its whole sectors read as zeros afterwards (bytes, any alignment).
@@ -282,21 +308,20 @@ impl Chain {
     /// [`Chain::discard`] of a request that came in at `received`.
     pub fn discard_received(&self, offset: u64, len: u64, received: Received) -> Result<()> {
         let stack = self.open_to_write(offset, len)?;
-        let before = stack.leaf().exposures();
         let end = offset + len;
         let last = end - end % self.sector;
         self.zero_sectors(&stack, offset.next_multiple_of(self.sector), last, received)?;
-        self.settle(stack, before)
+        self.settle(stack)
     }
 
-    /// A change is done and may be acknowledged; see [`Chain::surviving`]. (That others have exposed something meanwhile costs a
-    /// flush too many, nothing else.)
-    fn settle(&self, stack: RwLockReadGuard<'_, Stack>, exposures_before: u64) -> Result<()> {
-        let leaf = stack.leaf();
-        let exposed = self.survives && leaf.exposures() != exposures_before && !leaf.layer().survives();
+    /// A change is done and may be acknowledged; see [`Chain::surviving`]. It need not have exposed anything itself: what it has written in
+    /// place is lost with what somebody else, a fold too, has exposed there.
+    fn settle(&self, stack: RwLockReadGuard<'_, Stack>) -> Result<()> {
+        let below = stack.mirror().and_then(Mirror::counts);
+        let mortal = self.survives && (stack.leaf().is_mortal() || below.is_some_and(Slot::is_mortal));
         // A flush takes the stack itself, and a push may be waiting for us in between.
         drop(stack);
-        if exposed { self.flush() } else { Ok(()) }
+        if mortal { self.flush() } else { Ok(()) }
     }
 
     /// Makes durable what was acknowledged before this was called, in every layer that holds any of it, lowest first
@@ -341,9 +366,9 @@ impl Chain {
         Ok(Ambiguous::new(Arc::clone(self), old, log))
     }
 
-    /// Takes the leaf away again: what it holds is folded into the layer below while the guest goes on, both are synced, then
-    /// `commit` runs (the ledger: the layer below is Now's leaf) while no request does, then the leaf is gone from the chain and
-    /// handed back. If anything fails the chain reads and writes as before. `commit` must not use the chain.
+    /// Takes the leaf away again: what it holds is folded into the layer below while the guest goes on, then `commit` runs (the ledger:
+    /// the layer below is Now's leaf), then the leaf is gone from the chain and handed back. If anything fails the chain reads and writes
+    /// as before. `commit` must not change the chain's layers.
     pub fn pop_leaf<E>(&self, commit: impl FnOnce() -> Result<(), E>) -> Result<Arc<dyn Layer>, FoldError<E>> {
         merge::fold_back(self, commit)
     }
@@ -370,6 +395,9 @@ impl Chain {
     pub fn resize(&self, size: u64) -> Result<()> {
         let leaf = {
             let stack = self.open_to_write(0, 0)?;
+            if stack.mirror.is_some() {
+                return Err(invalid("the leaf is being folded, and cannot be resized at the same time"));
+            }
             Arc::clone(stack.leaf())
         };
         self.resize_slot(&leaf, size)
@@ -426,7 +454,7 @@ impl Chain {
     fn write_piece(&self, stack: &Stack, data: &[u8], offset: u64, received: Received) -> Result<()> {
         let end = offset + data.len() as u64;
         let aligned = offset.is_multiple_of(self.sector) && end.is_multiple_of(self.sector);
-        if aligned && stack.log.is_none() {
+        if aligned && !stack.is_ordered() {
             let _gate = self.gate(offset / BLOCK);
             return self.write_sectors(stack, data, offset);
         }
@@ -451,13 +479,21 @@ impl Chain {
     }
 
     fn write_sectors(&self, stack: &Stack, data: &[u8], offset: u64) -> Result<()> {
+        let result = self.write_to_leaf(stack, data, offset);
+        match stack.mirror() {
+            Some(mirror) => mirror.write(result, data, offset),
+            None => result,
+        }
+    }
+
+    fn write_to_leaf(&self, stack: &Stack, data: &[u8], offset: u64) -> Result<()> {
         let (leaf, top) = (stack.leaf(), stack.slots.len() - 1);
         if let Some(places) = self.all_in_leaf(stack, offset, offset + data.len() as u64)? {
             let mut rest = data;
-            return places.into_iter().try_for_each(|(offset, at, len)| {
+            return places.into_iter().try_for_each(|(at, len)| {
                 let (piece, after) = rest.split_at(len as usize);
                 rest = after;
-                leaf.rewrite(piece, offset, at)
+                leaf.rewrite(piece, at)
             });
         }
         let extents = leaf.write(data, offset);
@@ -471,14 +507,14 @@ impl Chain {
         }
     }
 
-    /// The places of whole sectors (offset, offset in the file, length) if the leaf holds them all.
-    fn all_in_leaf(&self, stack: &Stack, from: u64, to: u64) -> Result<Option<Vec<(u64, u64, u64)>>> {
+    /// The places of whole sectors (offset in the file, length) if the leaf holds them all.
+    fn all_in_leaf(&self, stack: &Stack, from: u64, to: u64) -> Result<Option<Vec<(u64, u64)>>> {
         let mut places = Vec::new();
         let mut at = from;
         while at < to {
             let run = self.look_up(stack, at, to)?;
             match run.place {
-                Place::Data { layer, at: file } if stack.is_leaf(layer) => places.push((at, file, run.len)),
+                Place::Data { layer, at: file } if stack.is_leaf(layer) => places.push((file, run.len)),
                 _ => return Ok(None),
             }
             at += run.len;
@@ -504,15 +540,15 @@ impl Chain {
     }
 
     fn zero_piece(&self, stack: &Stack, offset: u64, len: u64, received: Received) -> Result<()> {
-        let (first, last) = (offset / BLOCK, (offset + len - 1) / BLOCK);
-        let mut stripes: Vec<_> = (first..=last).take(STRIPES as usize).map(|block| block % STRIPES).collect();
-        stripes.sort_unstable();
-        let _alone: Vec<_> = stripes.into_iter().map(|stripe| self.gate_alone(stripe)).collect();
+        let _alone = self.gates_alone(offset, len);
         let result = stack.leaf().zero(offset, len);
-        for block in first..=last {
+        for block in offset / BLOCK..=(offset + len - 1) / BLOCK {
             locked(&self.stripe(block).shard).forget(block);
         }
-        result?;
+        match stack.mirror() {
+            Some(mirror) => mirror.zero(result, offset, len)?,
+            None => result?,
+        }
         if let Some(log) = &stack.log {
             log.zero(offset, len, received);
         }
@@ -593,6 +629,8 @@ impl Chain {
         // The new leaf names the old one by its id, which therefore stays, whatever is still written to it.
         let below = Arc::clone(self.shared().leaf());
         below.layer().settle()?;
+        // What goes to the old leaf from here on a fold of it must not miss.
+        let _ending = locked(&self.ending);
         let mut stack = self.alone();
         self.check_writable(&stack)?;
         check_depth(stack.slots.len() + 1)?;
@@ -604,6 +642,7 @@ impl Chain {
             self.forget_all();
         }
         stack.slots.push(Arc::new(slot));
+        stack.mirror = None;
         stack.unsettled = log.is_some();
         stack.log = log;
         Ok(old)
@@ -626,6 +665,7 @@ impl Chain {
     }
 
     fn open(&self, offset: u64, len: u64) -> Result<RwLockReadGuard<'_, Stack>> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
         let stack = self.shared();
         if stack.closed {
             return Err(invalid("the chain is closed"));
@@ -663,13 +703,37 @@ impl Chain {
         locked(&self.folding)
     }
 
-    pub(crate) fn flushing(&self) -> MutexGuard<'_, ()> {
-        locked(&self.flushing)
+    pub(crate) fn ending(&self) -> MutexGuard<'_, ()> {
+        locked(&self.ending)
     }
 
-    /// Takes a layer out whose content now lies in the one below.
-    pub(crate) fn splice(&self, stack: &mut Stack, position: usize) {
-        stack.slots.remove(position);
+    /// Requests so far.
+    pub(crate) fn requests(&self) -> u64 {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// Does `work` while no request changes what a layer holds of a range. `None`, and nothing is done, while it is open what belongs into
+    /// the layer.
+    pub(crate) fn still<T, E: From<Error>>(
+        &self,
+        slot: &Slot,
+        (offset, len): (u64, u64),
+        work: impl FnOnce(&Stack) -> Result<T, E>,
+    ) -> Result<Option<T>, E> {
+        let stack = self.shared();
+        let position = stack.position(slot.layer()).ok_or_else(|| invalid("the layer left the chain"))?;
+        if stack.is_ambiguous(position) {
+            return Ok(None);
+        }
+        let _alone = stack.is_leaf(position).then(|| self.gates_alone(offset, len));
+        work(&stack).map(Some)
+    }
+
+    /// Takes layers out whose content now lies in another one. One fold at a time takes layers away, so they are there.
+    pub(crate) fn splice(&self, gone: &[Arc<Slot>]) {
+        let mut stack = self.alone();
+        stack.slots.retain(|slot| !gone.iter().any(|gone| Arc::ptr_eq(slot, gone)));
+        stack.mirror = None;
         self.forget_all();
     }
 
@@ -685,6 +749,14 @@ impl Chain {
 
     fn gate(&self, block: u64) -> RwLockReadGuard<'_, ()> {
         self.stripe(block).gate.read().expect("a request panicked")
+    }
+
+    /// The gates of all blocks of a range.
+    fn gates_alone(&self, offset: u64, len: u64) -> Vec<RwLockWriteGuard<'_, ()>> {
+        let blocks = offset / BLOCK..=(offset + len - 1) / BLOCK;
+        let mut stripes: Vec<_> = blocks.take(STRIPES as usize).map(|block| block % STRIPES).collect();
+        stripes.sort_unstable();
+        stripes.into_iter().map(|stripe| self.gate_alone(stripe)).collect()
     }
 
     fn gate_alone(&self, block: u64) -> RwLockWriteGuard<'_, ()> {
@@ -717,7 +789,7 @@ fn check_sector(slot: &Slot, sector: u64) -> Result<()> {
 }
 
 /// Cuts a range at multiples of `unit`: (offset, length).
-fn pieces(offset: u64, len: u64, unit: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(crate) fn pieces(offset: u64, len: u64, unit: u64) -> impl Iterator<Item = (u64, u64)> {
     let end = offset + len;
     std::iter::successors(Some(offset), move |at| Some((at / unit + 1) * unit))
         .take_while(move |&at| at < end)

@@ -2,8 +2,8 @@
 
 use crate::layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Run, Source, Ticket};
 use crate::{Error, ErrorKind, Result};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use store::{Lock, Mode, Store};
 use uuid::Uuid;
 
@@ -21,6 +21,8 @@ pub struct RawLayer {
     size: AtomicU64,
     wrote: AtomicBool,
     poisoned: AtomicBool,
+    /// Held while it is being synced: who finds nothing to do must know that it is done.
+    flushing: Mutex<()>,
 }
 
 /// Opens a file as a raw disk. For [`Mode::Write`] its length is made a multiple of the sector size.
@@ -42,6 +44,7 @@ pub fn open(store: Arc<dyn Store>, mode: Mode) -> Result<Arc<RawLayer>> {
         size: AtomicU64::new(size),
         wrote: AtomicBool::new(false),
         poisoned: AtomicBool::new(false),
+        flushing: Mutex::default(),
     }))
 }
 
@@ -139,14 +142,16 @@ impl RawLayer {
         Err(Error::new(ErrorKind::Invalid, self.store.name(), message))
     }
 
-    fn check_writable(&self) -> Result<()> {
+    fn check_trusted(&self) -> Result<()> {
         if self.poisoned.load(Ordering::Acquire) {
-            return Err(Error::new(
-                ErrorKind::Poisoned,
-                self.store.name(),
-                "an earlier sync of this image failed; open it again",
-            ));
+            let message = "an earlier sync of this image failed; open it again";
+            return Err(Error::new(ErrorKind::Poisoned, self.store.name(), message));
         }
+        Ok(())
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        self.check_trusted()?;
         if !self.writable {
             return Err(Error::new(ErrorKind::Invalid, self.store.name(), "the image is open for reading only"));
         }
@@ -201,6 +206,8 @@ impl Layer for RawLayer {
     }
 
     fn flush(&self) -> Result<()> {
+        let _one = self.flushing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_trusted()?;
         if self.wrote.swap(false, Ordering::AcqRel) {
             self.check_writable()?;
             self.store.sync().inspect_err(|_| self.poisoned.store(true, Ordering::Release))?;

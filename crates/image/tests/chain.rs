@@ -2,9 +2,9 @@
 
 mod mem;
 
-use image::merge::{Outcome, fold_down, fold_run, plan};
+use image::merge::{Direction, Outcome, Plan, Progress, fold_down, fold_run, fold_up, plan};
 use image::vhdx::{self, Options, Parent};
-use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, RunKind};
+use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, ParentLink, RunKind, gate};
 use mem::MemLayer;
 use proptest::prelude::*;
 use std::convert::Infallible;
@@ -25,6 +25,14 @@ fn base(size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
     MemLayer::new(size, sector, block, Kind::Dynamic)
 }
 
+/// A leaf that names the layer on which it is to stand.
+fn over(below: &Arc<dyn Layer>, size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
+    let leaf = leaf(size, sector, block);
+    let link = ParentLink { linkage: below.info().data_id, ..leaf.info().parent.unwrap() };
+    leaf.relink(None, Some(link)).unwrap();
+    leaf
+}
+
 /// Where the layers of a chain are made.
 #[derive(Debug, Clone)]
 enum Place {
@@ -42,7 +50,7 @@ impl Place {
     /// The first layer, or one over `below`; VHDX files take the block size as a hint.
     fn layer(&self, below: Option<&Arc<dyn Layer>>, size: u64, sector: u32, block: u32) -> Arc<dyn Layer> {
         let Self::Files(folder) = self else {
-            return if below.is_some() { leaf(size, sector, block) } else { base(size, sector, block) };
+            return below.map_or_else(|| base(size, sector, block), |below| over(below, size, sector, block));
         };
         let name = folder.list().unwrap().len().to_string();
         let parent = below.map(|below| Parent::of(&**below, Some(&file(below))).unwrap());
@@ -77,7 +85,7 @@ fn content(chain: &Chain) -> Vec<u8> {
     bytes
 }
 
-fn go_on(_: image::merge::Progress) -> ControlFlow<()> {
+fn go_on(_: Progress) -> ControlFlow<()> {
     ControlFlow::Continue(())
 }
 
@@ -91,6 +99,20 @@ fn fold_some(chain: &Chain, run: Range<usize>) -> Outcome {
     fold_run(Some(chain), &layers[run], parent, Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap()
 }
 
+/// Folds a run upwards, which keeps its top.
+fn lift(chain: &Chain, run: Range<usize>) -> Outcome {
+    let layers = chain.layers();
+    let beneath = &layers[run.start - 1];
+    fold_up(Some(chain), beneath, &layers[run], &mut go_on, || Ok::<_, Infallible>(())).unwrap()
+}
+
+/// Each layer accepts the one below.
+fn check_links(chain: &Chain) {
+    for pair in chain.layers().windows(2) {
+        gate::check_link(&*pair[1], &*pair[0]).unwrap();
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Op {
     Write { at: u64, len: u64, aligned: bool },
@@ -100,6 +122,7 @@ enum Op {
     Push { size: u64, block: u32 },
     Pop,
     Fold { which: usize, most: usize },
+    Lift { which: usize, most: usize },
     Reopen { index: usize },
 }
 
@@ -118,6 +141,7 @@ fn op() -> impl Strategy<Value = Op> {
         3 => (size(), block()).prop_map(|(size, block)| Op::Push { size, block }),
         1 => Just(Op::Pop),
         2 => (any::<usize>(), 1..6usize).prop_map(|(which, most)| Op::Fold { which, most }),
+        2 => (any::<usize>(), 2..6usize).prop_map(|(which, most)| Op::Lift { which, most }),
         1 => prop_oneof![Just(0), Just(100 << 10), Just(64 << 20)].prop_map(|index| Op::Reopen { index }),
     ]
 }
@@ -198,7 +222,8 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
             }
             Op::Flush => chain.flush().unwrap(),
             Op::Push { size, block } => {
-                chain.push(leaf(size, sector, block)).unwrap();
+                let below = Arc::clone(chain.layers().last().unwrap());
+                chain.push(over(&below, size, sector, block)).unwrap();
                 model.resize(size as usize, 0);
             }
             Op::Pop => match chain.pop_leaf(|| Ok::<_, Infallible>(())) {
@@ -221,6 +246,28 @@ fn run_ops(sector: u32, ops: Vec<Op>) {
                 assert_eq!(fold_some(&chain, run), Outcome::Folded);
                 assert_eq!(chain.layers().len(), depth - gone);
                 assert_eq!((parent.info().data_id, parent.info().size), (id, size));
+            }
+            Op::Lift { which, most } => {
+                let layers = chain.layers();
+                if layers.len() < 3 {
+                    continue;
+                }
+                let position = 1 + which % (layers.len() - 2);
+                let run = position..layers.len().min(position + most);
+                let top = &layers[run.end - 1];
+                let (id, size, gone) = (top.info().data_id, top.info().size, run.len() - 1);
+                let plan = plan(Some(&*layers[position - 1]), &layers[run.clone()]).unwrap();
+                let mut moved = 0;
+                let progress = &mut |now: Progress| {
+                    moved = now.done;
+                    ControlFlow::Continue(())
+                };
+                let commit = || Ok::<_, Infallible>(());
+                let folded = fold_up(Some(&chain), &layers[position - 1], &layers[run], progress, commit);
+                assert_eq!((folded.unwrap(), moved), (Outcome::Folded, plan.moves(Direction::Up).iter().sum()));
+                assert_eq!((top.info().data_id, top.info().size), (id, size));
+                assert_eq!(chain.layers().len(), layers.len() - gone);
+                check_links(&chain);
             }
             Op::Reopen { index } => {
                 chain = Chain::with_index(chain.layers(), Access::Write, index).unwrap();
@@ -246,7 +293,7 @@ fn of_what_a_run_wrote_often_only_the_newest_copy_moves() {
     }
     let (before, layers) = (content(&chain), chain.layers());
     let mut moved = 0;
-    let mut progress = |now: image::merge::Progress| {
+    let mut progress = |now: Progress| {
         moved = now.done;
         assert!(now.done <= now.total);
         ControlFlow::Continue(())
@@ -380,11 +427,135 @@ fn a_fold_moves_only_what_the_child_holds() {
     let chain = Chain::new(layers.to_vec(), Access::Write).unwrap();
     chain.write(&[1; 512], 5 * MIB).unwrap();
     chain.write(&[2; 4096], 9 * MIB + 512).unwrap();
-    assert_eq!(plan(&layers[1], &layers[0]).unwrap(), 512 + 4096);
+    assert_eq!(plan(None, &layers).unwrap(), Plan { down: Some(vec![512 + 4096]), up: None });
     assert_eq!(fold(&chain, 1), Outcome::Folded);
     let data = chain.runs(0, 64 * MIB, 100).unwrap();
     let data: u64 = data.iter().filter(|run| run.kind == RunKind::Data).map(|run| run.len).sum();
     assert_eq!(data, 512 + 4096);
+}
+
+/// Base ← little ← much: what is little moves, whichever side it is on, and nothing else.
+#[test]
+fn the_smaller_side_moves() {
+    for (below, above) in [(3u64, 40u64), (40, 3), (5, 5)] {
+        let place = Place::vhdx();
+        let chain = Chain::new(vec![place.layer(None, 64 * MIB, 512, 1 << 20)], Access::Write).unwrap();
+        chain.write(&pattern(1, 50 * MIB as usize), 0).unwrap();
+        chain.push(place.layer(chain.layers().last(), 64 * MIB, 512, 1 << 20)).unwrap();
+        chain.write(&pattern(2, below as usize * 4096), MIB).unwrap();
+        chain.push(place.layer(chain.layers().last(), 64 * MIB, 512, 1 << 20)).unwrap();
+        // One of the sectors is written again above.
+        chain.write(&pattern(3, above as usize * 4096), MIB + (below - 1) * 4096).unwrap();
+        let (before, layers) = (content(&chain), chain.layers());
+        let plan = plan(Some(&*layers[0]), &layers[1..]).unwrap();
+        assert_eq!(plan, Plan { down: Some(vec![above * 4096]), up: Some(vec![(below - 1) * 4096]) });
+        let (mut moved, commit) = (0, || Ok::<_, Infallible>(()));
+        let progress = &mut |now: Progress| {
+            moved = now.done;
+            ControlFlow::Continue(())
+        };
+        let g = Uuid::new_v4();
+        let folded = match plan.direction() {
+            Direction::Down => fold_run(Some(&chain), &layers[2..], &layers[1], g, progress, commit),
+            Direction::Up => fold_up(Some(&chain), &layers[0], &layers[1..], progress, commit),
+        };
+        assert_eq!((folded.unwrap(), moved), (Outcome::Folded, plan.bytes()));
+        assert_eq!(moved, (below - 1).min(above) * 4096);
+        let kept = if plan.direction() == Direction::Down { &layers[1] } else { &layers[2] };
+        assert!(chain.layers().len() == 2 && Arc::ptr_eq(&chain.layers()[1], kept));
+        assert!(content(&chain) == before);
+        check_links(&chain);
+    }
+}
+
+#[test]
+fn of_equal_costs_a_fold_goes_down_and_a_closed_way_is_not_taken() {
+    let plan = |down: Option<u64>, up: Option<u64>| Plan { down: down.map(|n| vec![n, 1]), up: up.map(|n| vec![1, n]) };
+    assert_eq!(plan(Some(7), Some(7)).direction(), Direction::Down);
+    assert_eq!(plan(Some(7), None).direction(), Direction::Down);
+    assert_eq!(plan(None, Some(9)).direction(), Direction::Up);
+    assert_eq!((plan(Some(7), Some(6)).direction(), plan(Some(7), Some(6)).bytes()), (Direction::Up, 7));
+    // A base that stands on nothing stays what it is.
+    let layers = [base(MIB, 512, 4096), leaf(MIB, 512, 4096)];
+    let chain = Chain::new(layers.to_vec(), Access::Write).unwrap();
+    let folded = fold_up(Some(&chain), &layers[0], &layers[1..], &mut go_on, || Ok::<_, Infallible>(()));
+    assert!(folded.is_err());
+}
+
+/// Whatever a cancelled fold left, the next one, in either direction, begins from there.
+#[test]
+fn a_fold_goes_on_in_the_other_direction() {
+    for ups in [[true, false], [false, true], [true, true], [false, false]] {
+        let place = Place::vhdx();
+        let chain = Chain::new(vec![place.layer(None, 16 * MIB, 512, 1 << 20)], Access::Write).unwrap();
+        for n in 0..4 {
+            chain.write(&pattern(n, 7 * MIB as usize), n * 3 * MIB).unwrap();
+            chain.zero(n * 4 * MIB, MIB + 512).unwrap();
+            chain.push(place.layer(chain.layers().last(), 16 * MIB, 512, 1 << 20)).unwrap();
+        }
+        chain.write(&pattern(9, 3 * MIB as usize), 5 * MIB).unwrap();
+        let (mut model, layers) = (content(&chain), chain.layers());
+        for (turn, up) in ups.into_iter().enumerate() {
+            let (mut calls, g) = (0, Uuid::new_v4());
+            let chain = &chain;
+            let model = &mut model;
+            let progress = &mut |_| {
+                calls += 1;
+                let data = pattern(calls, 3000);
+                let at = calls * 700_001 % (15 * MIB);
+                chain.write(&data, at).unwrap();
+                model[at as usize..at as usize + 3000].copy_from_slice(&data);
+                if turn == 0 && calls == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            };
+            let commit = || Ok::<_, Infallible>(());
+            let folded = if up {
+                fold_up(Some(chain), &layers[0], &layers[1..], progress, commit)
+            } else {
+                fold_run(Some(chain), &layers[2..], &layers[1], g, progress, commit)
+            };
+            assert_eq!(folded.unwrap(), if turn == 0 { Outcome::Cancelled } else { Outcome::Folded });
+            assert!(content(chain) == *model, "{ups:?}");
+            check_links(chain);
+        }
+        assert_eq!(chain.layers().len(), 2);
+    }
+}
+
+/// Requests go on while the commit runs, and are there after it, as is what was flushed meanwhile.
+#[test]
+fn a_guest_goes_on_during_the_commit() {
+    for up in [false, true] {
+        let lower = MemLayer::new(8 * MIB, 512, 4096, Kind::Dynamic);
+        let mut layers: Vec<Arc<dyn Layer>> = vec![lower];
+        for _ in 0..2 {
+            layers.push(over(layers.last().unwrap(), 8 * MIB, 512, 64 << 10));
+        }
+        let chain = Chain::new(layers.clone(), Access::Write).unwrap();
+        chain.write(&pattern(1, 3 * MIB as usize), MIB).unwrap();
+        let mut model = content(&chain);
+        let commit = || {
+            let data = pattern(2, 4096);
+            chain.write(&data, 6 * MIB).unwrap();
+            chain.write(&data, MIB + 100).unwrap();
+            chain.zero(2 * MIB, 5000).unwrap();
+            chain.flush().unwrap();
+            let mut bytes = vec![0; 4096];
+            chain.read(&mut bytes, MIB + 100).unwrap();
+            assert!(bytes == data);
+            Ok::<_, Infallible>(())
+        };
+        let folded = if up {
+            fold_up(Some(&chain), &layers[0], &layers[1..], &mut go_on, commit)
+        } else {
+            fold_down(Some(&chain), &layers[2], &layers[1], Uuid::new_v4(), &mut go_on, commit)
+        };
+        assert_eq!((folded.unwrap(), chain.layers().len()), (Outcome::Folded, 2));
+        let data = pattern(2, 4096);
+        model[6 * MIB as usize..][..4096].copy_from_slice(&data);
+        model[MIB as usize + 100..][..4096].copy_from_slice(&data);
+        model[2 * MIB as usize..][..5000].fill(0);
+        assert!(content(&chain) == model, "up: {up}");
+    }
 }
 
 #[test]
@@ -556,6 +727,10 @@ fn many_threads(place: &Place) {
                     }
                     2 if depth > 1 => assert_eq!(fold(&chain, depth - 1), Outcome::Folded),
                     3 if depth > 2 => assert_eq!(fold(&chain, 1 + turn % (depth - 1)), Outcome::Folded),
+                    6 if depth > 2 => {
+                        let run = 1 + turn % (depth - 2)..depth;
+                        assert_eq!(lift(&chain, run), Outcome::Folded);
+                    }
                     5 if depth > 1 => drop(chain.pop_leaf(|| Ok::<_, Infallible>(())).unwrap()),
                     _ => std::thread::yield_now(),
                 }

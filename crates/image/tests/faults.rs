@@ -1,6 +1,6 @@
 //! Files that fail: what is refused afterwards, and what goes on.
 
-use image::merge::{FoldError, Outcome, fold_down};
+use image::merge::{FoldError, Outcome, fold_down, fold_up};
 use image::{Access, Chain, ErrorKind, Format, Layer, vhd, vhdx};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -128,6 +128,113 @@ fn failed_fold(format: Format) {
     assert_eq!(folded, Outcome::Folded);
     let bytes = content(&chain);
     assert!(bytes[..512] == [3; 512] && bytes[512..] == expected[512..]);
+}
+
+/// The n-th operation of the fold fails, for many n, while a guest writes: what was acknowledged is there.
+#[test]
+fn a_fold_fails_at_every_operation_and_nothing_acknowledged_is_lost() {
+    for (format, up) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        let mut folds = 0;
+        for nth in (0..).step_by(3) {
+            let sim = Sim::new();
+            let bottom = base(&sim, format);
+            let middle = child(&sim, format, "middle", &bottom);
+            let chain = Chain::new(vec![Arc::clone(&bottom), Arc::clone(&middle)], Access::Write).unwrap();
+            chain.write(&vec![1; 3 * MIB as usize], 0).unwrap();
+            let top = child(&sim, format, "top", &middle);
+            chain.push(Arc::clone(&top)).unwrap();
+            chain.write(&vec![2; 2 * MIB as usize], 2 * MIB).unwrap();
+            chain.flush().unwrap();
+            let model = std::cell::RefCell::new(content(&chain));
+            let mut calls = 0u8;
+            let refused = std::cell::RefCell::new(Vec::new());
+            let write = |byte: u8, at: u64| match chain.write(&[byte; 1024], at) {
+                Ok(()) => model.borrow_mut()[at as usize..at as usize + 1024].fill(byte),
+                Err(_) => refused.borrow_mut().push((byte, at as usize..at as usize + 1024)),
+            };
+            let first = sim.counts().operations;
+            sim.fail(At::Operation(first + nth), store::ErrorKind::Io, Times::Once);
+            let mut progress = |_| {
+                calls += 1;
+                if calls <= 8 {
+                    write(calls + 10, u64::from(calls) * 500_224);
+                }
+                ControlFlow::Continue(())
+            };
+            let commit = || {
+                write(99, 4 * MIB);
+                Ok::<_, Infallible>(())
+            };
+            let folded = if up {
+                fold_up(Some(&chain), &bottom, &[middle, top], &mut progress, commit)
+            } else {
+                fold_down(Some(&chain), &top, &middle, Uuid::new_v4(), &mut progress, commit)
+            };
+            let reached = sim.counts().operations > first + nth;
+            assert_eq!(chain.layers().len(), if folded.is_ok() { 2 } else { 3 });
+            // What was refused is there, or is not, or in part.
+            let mut now = content(&chain);
+            for (byte, range) in refused.take() {
+                for at in range.filter(|at| now[*at] == byte).collect::<Vec<_>>() {
+                    now[at] = model.borrow()[at];
+                }
+            }
+            assert!(now == *model.borrow(), "{format:?}, up: {up}, operation {nth}: {folded:?}");
+            folds += u32::from(folded.is_err());
+            if !reached {
+                assert!(folded.is_ok());
+                break;
+            }
+        }
+        assert!(folds > 3, "{folds} folds failed");
+    }
+}
+
+/// What a fold has just copied into the leaf is known to this process alone; a guest that writes over it, in place, must find that in the
+/// file when the process dies then.
+#[test]
+fn a_write_over_what_a_fold_has_copied_outlives_the_process() {
+    for (format, up) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        let sim = Sim::new();
+        let bottom = base(&sim, format);
+        let middle = child(&sim, format, "middle", &bottom);
+        let chain = Chain::new(vec![Arc::clone(&bottom), Arc::clone(&middle)], Access::Write).unwrap();
+        chain.write(&vec![1; 3 * MIB as usize], 0).unwrap();
+        let top = child(&sim, format, "top", &middle);
+        chain.push(Arc::clone(&top)).unwrap();
+        chain.flush().unwrap();
+        let chain = Chain::new(chain.layers(), Access::Write).unwrap().surviving();
+        // Reads what the files say.
+        let survivor = |names: &[&str]| {
+            let open = |name: &&str| {
+                let file = sim.root().open(name, Mode::Read).unwrap();
+                image::open::open_unlocked(file, None, Mode::Read).unwrap()
+            };
+            let chain = Chain::new(names.iter().map(open).collect(), Access::Read).unwrap();
+            let mut bytes = [0; 512];
+            chain.read(&mut bytes, MIB + 512).unwrap();
+            bytes
+        };
+        let mut byte = 10;
+        let mut progress = |_| {
+            byte += 1;
+            chain.write(&[byte; 512], MIB + 512).unwrap();
+            assert_eq!(survivor(&["base", "middle", "top"]), [byte; 512], "{format:?}, up: {up}");
+            ControlFlow::Continue(())
+        };
+        let written = || {
+            chain.write(&[99; 512], MIB + 512).unwrap();
+            let after = if up { ["base", "top"] } else { ["base", "middle"] };
+            assert_eq!(survivor(&after), [99; 512], "{format:?}, up: {up}");
+            Ok::<_, Infallible>(())
+        };
+        let folded = if up {
+            fold_up(Some(&chain), &bottom, &[middle, top], &mut progress, written)
+        } else {
+            fold_down(Some(&chain), &top, &middle, Uuid::new_v4(), &mut progress, written)
+        };
+        assert_eq!(folded.unwrap(), Outcome::Folded);
+    }
 }
 
 /// Somebody cuts or lengthens a file while it is being read: what is missing is an error and never zeros; what is new is not looked at.

@@ -1,6 +1,6 @@
 //! Merging offline, comparing and reconnecting: images in a folder, without anybody who knows them.
 
-use image::merge::{FoldError, Outcome, fold_down, move_down};
+use image::merge::{FoldError, Outcome, fold_down, fold_up, move_down};
 use image::reconnect::{examine, reconnect};
 use image::siblings::Siblings;
 use image::vhdx::{self, Options};
@@ -104,6 +104,81 @@ fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
                 let now = content(&after.root(), "base").unwrap_or_else(|error| panic!("{error} ({what})"));
                 assert!(now == before, "merged again, {what}");
             }
+        }
+    }
+}
+
+/// Bottom, base and child of these sizes, each with data, zeros and nothing.
+fn three(sim: &Sim, formats: [Format; 3], sizes: [u64; 3]) -> Vec<u8> {
+    let folder = sim.root();
+    drop(create_as(formats[0], &folder, "bottom", None, sizes[0]));
+    fill(&folder, "bottom", &[(0, sizes[0], 1)]);
+    drop(create_as(formats[1], &folder, "base", Some("bottom"), sizes[1]));
+    fill(&folder, "base", &[(SECTOR, SECTOR, 4), (MIB, MIB + SECTOR, 5), (MIB / 2, 9 * SECTOR, 0), (0, SECTOR, 0)]);
+    drop(create_as(formats[2], &folder, "child", Some("base"), sizes[2]));
+    fill(&folder, "child", &[(0, 2 * SECTOR, 2), (MIB + MIB / 2, MIB, 3), (2 * MIB + MIB / 2, 7 * SECTOR, 0)]);
+    content(&folder, "child").unwrap()
+}
+
+/// Folds the base of [`three`] up into the child, and makes it stand on the bottom.
+fn lift(sim: &Sim) -> Result<(), Error> {
+    let folder = sim.root();
+    let mut layers = gate::Gate::default().open_to_merge(&folder, "child", None)?;
+    let child = layers.pop().expect("a child");
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let run = [Arc::clone(&layers[1]), Arc::clone(&child)];
+    // A ledger commits here; without one the names in the files count.
+    let outcome = fold_up(None, &layers[0], &run, go_on, || Ok::<_, Error>(()));
+    let outcome = outcome.map_err(|error| match error {
+        FoldError::Image(error) | FoldError::Commit(error) => error,
+    })?;
+    assert_eq!(outcome, Outcome::Folded);
+    child.close()
+}
+
+/// An upward fold changes nothing but the child, and that reads the same at every moment; cut off, it goes on in either direction.
+#[test]
+fn wherever_an_upward_fold_is_cut_off_the_chain_reads_the_same_and_it_goes_on() {
+    use Format::{Vhd, Vhdx};
+    let sizes = [[4 * MIB; 3], [4 * MIB, 2 * MIB + SECTOR, 3 * MIB], [3 * MIB - SECTOR, 4 * MIB, 5 * MIB + SECTOR]];
+    let formats = [[Vhdx; 3], [Vhd; 3], [Vhd, Vhdx, Vhdx], [Vhdx, Vhd, Vhdx], [Vhdx, Vhdx, Vhd]];
+    for (formats, sizes) in formats.into_iter().flat_map(|formats| sizes.map(|sizes| (formats, sizes))) {
+        let (first, last) = {
+            let sim = Sim::new();
+            let before = three(&sim, formats, sizes);
+            let (first, base) = (sim.counts().operations, content(&sim.root(), "base").unwrap());
+            lift(&sim).unwrap();
+            assert!(content(&sim.root(), "child").unwrap() == before);
+            assert!(content(&sim.root(), "base").unwrap() == base, "the base is not changed");
+            let child = image::open(sim.root().open("child", Mode::Read).unwrap(), None, Mode::Read).unwrap();
+            let link = child.info().parent.unwrap();
+            assert_eq!((gate::parent_name(&link).as_deref(), link.linkage2), (Ok("bottom"), None));
+            (first, sim.counts().operations)
+        };
+        for cut in (first..last).step_by(2) {
+            let sim = Sim::new();
+            let before = three(&sim, formats, sizes);
+            sim.cut(At::Operation(cut));
+            let whole = lift(&sim).is_ok();
+            for crash in Crash::several(cut, 3) {
+                let after = sim.after_crash(crash);
+                let what = format!("{formats:?}, {sizes:?}, cut at {cut} of {last}, {crash:?}");
+                let now = content(&after.root(), "child").unwrap_or_else(|error| panic!("{error} ({what})"));
+                assert!(now == before, "{what}");
+                let named = {
+                    let child = image::open(after.root().open("child", Mode::Read).unwrap(), None, Mode::Read).unwrap();
+                    gate::parent_name(&child.info().parent.unwrap()).unwrap()
+                };
+                let again = match named.as_str() {
+                    "bottom" => Ok("child"),
+                    _ if cut % 4 < 2 => lift(&after).map(|()| "child"),
+                    _ => merge(&after).map(|()| "base"),
+                };
+                let again = again.unwrap_or_else(|error| panic!("{error} ({what})"));
+                assert!(content(&after.root(), again).unwrap() == before, "folded again into {again}, {what}");
+            }
+            // All but the last step, which the chain does not need, was done.
+            assert!(!whole || cut + 20 > last, "{cut} of {last}");
         }
     }
 }

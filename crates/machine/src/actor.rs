@@ -16,7 +16,7 @@ use crate::book::Book;
 use crate::carry::Carries;
 use crate::collect::Underway;
 use crate::files::{Files, file_problem};
-use crate::job::{Jobs, Task};
+use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
 use crate::ledger::State as Rows;
 use crate::live::Live;
@@ -99,6 +99,12 @@ pub(crate) struct Owner {
     pub(crate) live: Option<Live>,
     /// A fold under way.
     pub(crate) folding: Option<Underway>,
+    /// That of a merge which was stopped for a request, for the one that begins again.
+    pub(crate) merge_pace: Arc<Pace>,
+    /// A merge that waits for room on the disk, and when it is to look again.
+    pub(crate) starved: Option<(Task, tokio::time::Instant)>,
+    /// The guest stands still because the disk is full; when to look whether it can go on.
+    pub(crate) out_of_room: Option<tokio::time::Instant>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
     pub(crate) resting: bool,
     /// Deletions whose clients wait for the merging, too.
@@ -141,6 +147,9 @@ impl Handle {
             keeper,
             live: None,
             folding: None,
+            merge_pace: Arc::default(),
+            starved: None,
+            out_of_room: None,
             resting: false,
             waiting: Vec::new(),
             deleted: false,
@@ -198,6 +207,16 @@ impl Handle {
     /// Asks a job to cancel.
     pub fn cancel(&self, id: JobId) -> Result<Job, Problem> {
         self.shared.jobs.cancel(id)
+    }
+
+    /// Pauses a merge, or lets it go on.
+    pub fn pause(&self, id: JobId, paused: bool) -> Result<Job, Problem> {
+        self.shared.jobs.pause(id, paused)
+    }
+
+    /// Limits a merge to so many bytes a second; 0 lifts the limit.
+    pub fn throttle(&self, id: JobId, bytes_per_second: u64) -> Result<Job, Problem> {
+        self.shared.jobs.throttle(id, bytes_per_second)
     }
 
     /// What deleting would do.
@@ -260,12 +279,13 @@ impl Owner {
     async fn work(mut self, mut queue: mpsc::UnboundedReceiver<Ask>) {
         while !self.deleted {
             self.collect();
-            let quiet = self.live.is_none() && self.folding.is_none();
+            let (quiet, due) = (self.live.is_none() && self.folding.is_none() && self.starved.is_none(), self.due());
             let ask = tokio::select! {
                 biased;
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
                 folded = Underway::next(&mut self.folding) => { self.folded(&folded); continue }
                 event = Live::next(&mut self.live) => { self.react(event).await; continue }
+                () = until(due) => { self.look_for_room().await; continue }
                 () = tokio::time::sleep(LINGER), if quiet => {
                     self.shared.life.send_replace(Life::Idle);
                     queue.recv().await.unwrap_or(Ask::Close)
@@ -293,6 +313,9 @@ impl Owner {
         let rows = self.shared.rows();
         let machine = &rows.machine;
         task.running();
+        if request.says_whether_it_runs() {
+            self.out_of_room = None;
+        }
         let outcome = match task.check().and_then(|()| admit(&request, machine.now.state, &machine.name)) {
             Ok(Admission::Already(words)) => Ok(serde_json::json!({ "said": words })),
             Ok(Admission::Go) => {
@@ -367,5 +390,12 @@ impl Owner {
     /// The machine's rows.
     pub(crate) fn machine(&self) -> Arc<Rows> {
         self.shared.rows()
+    }
+}
+
+async fn until(due: Option<tokio::time::Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
     }
 }

@@ -98,6 +98,27 @@ impl Settings {
 }
 
 impl Request {
+    /// Whether its user has said by it whether the guest is to run.
+    pub(crate) fn says_whether_it_runs(&self) -> bool {
+        match self {
+            Self::Start { .. }
+            | Self::Stop { .. }
+            | Self::Save
+            | Self::Pause
+            | Self::Resume
+            | Self::Restart
+            | Self::Apply { .. }
+            | Self::Revert { .. }
+            | Self::DeleteMachine { .. } => true,
+            Self::Snapshot { .. }
+            | Self::Delete { .. }
+            | Self::RenameSnapshot { .. }
+            | Self::NoteSnapshot { .. }
+            | Self::Rename { .. }
+            | Self::Set(_) => false,
+        }
+    }
+
     /// The kind of its job.
     pub fn kind(&self) -> &'static str {
         match self {

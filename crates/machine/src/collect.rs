@@ -7,33 +7,52 @@ use crate::actor::{Owner, Shared};
 use crate::disks::Disks;
 use crate::files::{Files, image_problem, name_beside};
 use crate::garbage::{Fold, folded, garbage};
-use crate::job::{Cancel, Task};
+use crate::job::{Cancel, Pace, Task};
 use crate::keeper::Keeper;
 use crate::ledger::Journal;
 use crate::live::Live;
 use crate::log;
 use crate::mark;
 use crate::request::{DeletePlan, Pending, Problem, ProblemKind};
-use crate::tree::{JobId, LayerId, Machine, SnapshotId};
+use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId};
 use crate::views;
-use image::merge::{self, Outcome};
+use image::merge::{self, Direction, Outcome, Plan};
 use image::{Chain, Layer, ParentLink};
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use store::Mode;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+/// How a fold begins.
+#[derive(Debug)]
+pub enum Begin {
+    /// As a job of its own, at this pace.
+    At(Arc<Pace>),
+    /// As this job, which has waited.
+    Again(Task),
+}
+
+impl Default for Begin {
+    fn default() -> Self {
+        Self::At(Arc::default())
+    }
+}
 
 /// A fold that is to be done.
 #[derive(Debug)]
 pub struct Folding {
     /// From the base upwards; the last one's child is what stays.
     run: Vec<Fold>,
+    direction: Direction,
     task: Task,
     /// Where a guest goes on meanwhile.
     chain: Option<Arc<Chain>>,
+    /// What the run stands on.
+    beneath: Option<Arc<dyn Layer>>,
+    /// The run, lowest first.
     layers: Vec<Arc<dyn Layer>>,
-    into: Arc<dyn Layer>,
     /// The files that are of no use afterwards.
     gone: Vec<String>,
 }
@@ -42,8 +61,11 @@ pub struct Folding {
 #[derive(Debug)]
 pub struct Folded {
     run: Vec<Fold>,
+    direction: Direction,
     task: Task,
     outcome: Result<Outcome, Problem>,
+    /// It failed for want of room on the disk, and can be begun again when there is some.
+    starved: bool,
 }
 
 impl Folded {
@@ -51,12 +73,18 @@ impl Folded {
     pub fn task(&self) -> &Task {
         &self.task
     }
+
+    /// Whether it failed for want of room on the disk.
+    pub fn starved(&self) -> bool {
+        self.starved
+    }
 }
 
 /// A fold under way, on a thread of its own.
 #[derive(Debug)]
 pub(crate) struct Underway {
     run: Vec<Fold>,
+    direction: Direction,
     task: Task,
     cancel: Arc<Cancel>,
     thread: JoinHandle<Folded>,
@@ -67,10 +95,10 @@ impl Underway {
     pub(crate) async fn next(folding: &mut Option<Self>) -> Folded {
         let Some(running) = folding else { return std::future::pending().await };
         let ended = (&mut running.thread).await;
-        let Self { run, task, .. } = folding.take().expect("it was there, and nobody else takes it");
+        let Self { run, direction, task, .. } = folding.take().expect("it was there, and nobody else takes it");
         ended.unwrap_or_else(|e| {
             let outcome = Err(Problem::failed(format!("a merge broke off: {e}")));
-            Folded { run, task, outcome }
+            Folded { run, direction, task, outcome, starved: false }
         })
     }
 }
@@ -78,23 +106,36 @@ impl Underway {
 impl Owner {
     /// Does what little there is to do at once, and begins a fold if one is due.
     pub(crate) fn collect(&mut self) {
-        if self.folding.is_none() && !self.resting {
+        let waits = self.starved.as_ref().is_some_and(|(_, due)| *due > Instant::now());
+        if self.folding.is_none() && !self.resting && !waits {
             let begun = self.keeper.remove_garbage().and_then(|()| self.begin_next_fold());
             if let Err(problem) = begun {
                 self.rest(&problem);
             }
         }
         self.answer_waiting();
+        self.keep_reserve();
     }
 
     fn begin_next_fold(&mut self) -> Result<(), Problem> {
-        let Some(folding) = self.keeper.next_fold(self.live.as_mut().map(Live::disks))? else { return Ok(()) };
+        let starved = self.starved.take().map(|(task, _)| task);
+        let begin = match &starved {
+            Some(task) => Begin::Again(task.clone()),
+            None => Begin::At(std::mem::take(&mut self.merge_pace)),
+        };
+        let Some(folding) = self.keeper.next_fold(self.live.as_mut().map(Live::disks), begin)? else {
+            // What it waited for is not wanted any more.
+            if let Some(task) = starved {
+                self.finish(&task, &Ok(serde_json::Value::Null));
+            }
+            return Ok(());
+        };
         self.shared.set_moment(|moment| moment.doing = vec!["merging".to_owned()]);
         let cancel = Arc::<Cancel>::default();
-        let (run, task) = (folding.run.clone(), folding.task.clone());
+        let (run, direction, task) = (folding.run.clone(), folding.direction, folding.task.clone());
         let (keeper, stop) = (self.keeper.clone(), Arc::clone(&cancel));
         let thread = tokio::task::spawn_blocking(move || keeper.fold(folding, &stop));
-        self.folding = Some(Underway { run, task, cancel, thread });
+        self.folding = Some(Underway { run, direction, task, cancel, thread });
         Ok(())
     }
 
@@ -112,7 +153,7 @@ impl Owner {
 
     /// Deletions that wait for merging have ended when nothing more can be done.
     fn answer_waiting(&mut self) {
-        if self.folding.is_none() {
+        if self.folding.is_none() && self.starved.is_none() {
             for (task, result) in std::mem::take(&mut self.waiting) {
                 self.finish(&task, &Ok(result));
             }
@@ -131,10 +172,18 @@ impl Owner {
     /// A fold has ended.
     pub(crate) fn folded(&mut self, ended: &Folded) {
         self.shared.set_moment(|moment| moment.doing.retain(|what| what != "merging"));
+        if ended.starved && !ended.task.cancelled() {
+            return self.wait_for_room(&ended.task);
+        }
         let outcome = self.keeper.folded(ended, self.live.as_mut().map(Live::disks));
         match &outcome {
-            // Its user's wish holds until the tree changes again; ours is only for a moment.
-            Err(problem) if problem.kind == ProblemKind::Cancelled => self.resting = ended.task.cancelled(),
+            // Its user's wish holds until the tree changes again; ours is only for a moment, and the next one goes on as fast.
+            Err(problem) if problem.kind == ProblemKind::Cancelled => {
+                self.resting = ended.task.cancelled();
+                if !self.resting {
+                    self.merge_pace = Arc::clone(ended.task.pace());
+                }
+            }
             Err(problem) => self.rest(problem),
             Ok(_) => {}
         }
@@ -178,53 +227,70 @@ impl Keeper {
     }
 
     /// The next fold that is due, its layers open and its job begun. `disks` are those of a guest that runs meanwhile.
-    pub fn next_fold(&self, disks: Option<&mut Disks>) -> Result<Option<Folding>, Problem> {
+    pub fn next_fold(&self, disks: Option<&mut Disks>, begin: Begin) -> Result<Option<Folding>, Problem> {
         let rows = self.rows();
-        match garbage(&rows.machine).run() {
-            [] => Ok(None),
-            run => self.open_fold(&rows.machine, run.to_vec(), disks).map(Some),
+        match garbage(&rows.machine).runs().next() {
+            None => Ok(None),
+            Some(run) => self.open_fold(&rows.machine, run, disks, begin).map(Some),
         }
     }
 
-    fn open_fold(&self, machine: &Machine, run: Vec<Fold>, mut disks: Option<&mut Disks>) -> Result<Folding, Problem> {
-        let row = |id: LayerId| {
-            machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))
-        };
-        let into = row(run[0].into)?;
-        let children = run.iter().map(|fold| row(fold.child)).collect::<Result<Vec<_>, _>>()?;
-        let top = children[children.len() - 1];
-        // While a guest runs on this chain, the fold goes through it; the handles of what changes are made writable.
+    fn open_fold(
+        &self,
+        machine: &Machine,
+        run: &[Fold],
+        mut disks: Option<&mut Disks>,
+        begin: Begin,
+    ) -> Result<Folding, Problem> {
+        let rows = rows_of(machine, run)?;
+        let (lowest, top) = (rows[0], rows[rows.len() - 1]);
+        // While a guest runs on this chain, the fold goes through it.
         let chain = disks.as_ref().and_then(|disks| disks.chain_of(machine, top.id));
-        let mut open = |row, mode| match &mut disks {
-            Some(disks) if chain.is_some() && mode == Mode::Write => disks.writable(row),
-            Some(disks) if chain.is_some() => disks.layer(row),
-            _ => self.files.open_layer(row, mode),
+        let beneath = lowest.parent.map(|id| row(machine, id)).transpose()?;
+        let mut open = |row, mode| self.handle(row, mode, disks.as_deref_mut());
+        let beneath = beneath.map(|row| open(row, Mode::Read)).transpose()?;
+        let mut layers = rows.iter().map(|row| open(row, Mode::Read)).collect::<Result<Vec<_>, _>>()?;
+        let direction = way(lowest, &plan(beneath.as_ref(), &layers)?);
+        // The handles of what changes are made writable: down the parent and its child's link, up the top.
+        let written = if direction == Direction::Down { 0..2 } else { rows.len() - 1..rows.len() };
+        for number in written {
+            layers[number] = open(rows[number], Mode::Write)?;
+        }
+        let (stays, gone) =
+            if direction == Direction::Down { (lowest, &rows[1..]) } else { (top, &rows[..rows.len() - 1]) };
+        let gone: Vec<String> = gone.iter().map(|row| row.file.clone()).collect();
+        let task = match begin {
+            Begin::Again(task) => task,
+            Begin::At(pace) => {
+                let task = self.jobs.open_at(JobId::new(), &machine.name, "merge", pace);
+                task.map_err(|_| Problem::failed("a fresh job id is taken"))?
+            }
         };
-        let into_layer = open(into, Mode::Write)?;
-        let mode = |number| if number == 0 { Mode::Write } else { Mode::Read };
-        let layers = children.iter().enumerate().map(|(number, row)| open(row, mode(number)));
-        let layers = layers.collect::<Result<_, _>>()?;
-        let task = self.jobs.open(JobId::new(), &machine.name, "merge");
-        let task = task.map_err(|_| Problem::failed("a fresh job id is taken"))?;
         task.running();
-        let gone: Vec<String> = children.iter().map(|row| row.file.clone()).collect();
-        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), into.file));
-        Ok(Folding { run, task, chain, layers, into: into_layer, gone })
+        log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
+        Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone })
+    }
+
+    /// A layer's handle: the one of the chain that is served, or one of its own.
+    fn handle(&self, row: &LayerRow, mode: Mode, disks: Option<&mut Disks>) -> Result<Arc<dyn Layer>, Problem> {
+        let served = disks.and_then(|disks| disks.handle(row, mode));
+        served.unwrap_or_else(|| self.files.open_layer(row, mode))
     }
 
     /// Folds, until it is done or `stop` was asked for. Blocks. To be followed by [`Keeper::folded`].
     pub fn fold(&self, folding: Folding, stop: &Cancel) -> Folded {
-        let outcome = self.carry_out_fold(&folding, stop);
-        Folded { run: folding.run, task: folding.task, outcome }
+        let mut starved = false;
+        let outcome = self.carry_out_fold(&folding, stop, &mut starved);
+        Folded { run: folding.run, direction: folding.direction, task: folding.task, outcome, starved }
     }
 
-    fn carry_out_fold(&self, folding: &Folding, stop: &Cancel) -> Result<Outcome, Problem> {
-        let Folding { run, task, chain, layers, into, gone } = folding;
+    fn carry_out_fold(&self, folding: &Folding, stop: &Cancel, starved: &mut bool) -> Result<Outcome, Problem> {
+        let Folding { run, direction, task, chain, beneath, layers, gone } = folding;
         let commit = || {
             self.steps.at("merge:copied");
             self.book.commit(|rows| {
                 for fold in run {
-                    folded(&mut rows.machine, fold.into, fold.child);
+                    folded(&mut rows.machine, *fold, *direction);
                 }
                 rows.insert_journal(Journal {
                     job: task.id(),
@@ -239,24 +305,33 @@ impl Keeper {
         let mut progress = |progress: merge::Progress| {
             task.progress(progress.done, progress.total);
             self.steps.at("merge:copying");
+            task.keep_pace(progress.done, || stop.asked());
             if stop.asked() || task.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
-        let g = uuid::Uuid::new_v4();
-        let outcome = merge::fold_run(chain.as_deref(), layers, into, g, &mut progress, commit);
+        let live = chain.as_deref();
+        let (stays, outcome) = if let (Direction::Up, Some(beneath)) = (direction, beneath) {
+            (layers.last(), merge::fold_up(live, beneath, layers, &mut progress, commit))
+        } else {
+            let g = uuid::Uuid::new_v4();
+            (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
+        };
         let outcome = outcome.map_err(|e| match e {
-            merge::FoldError::Image(e) => image_problem(&e),
+            merge::FoldError::Image(e) => {
+                *starved = e.kind == image::ErrorKind::NoSpace;
+                image_problem(&e)
+            }
             merge::FoldError::Commit(problem) => problem,
         })?;
         // Left clean for other tools; a live leaf is closed with its chain.
-        if chain.is_none() {
-            into.close().map_err(|e| image_problem(&e))?;
+        if live.is_none() {
+            stays.map_or(Ok(()), |stays| stays.close()).map_err(|e| image_problem(&e))?;
         }
         Ok(outcome)
     }
 
     /// What is left to do after a fold: the file that it emptied goes. `Cancelled` if it was stopped.
     pub fn folded(&self, ended: &Folded, mut disks: Option<&mut Disks>) -> Result<serde_json::Value, Problem> {
-        let Folded { run, task, outcome } = ended;
+        let Folded { run, direction, task, outcome, .. } = ended;
         match outcome {
             Ok(Outcome::Folded) => {}
             Ok(Outcome::Cancelled) => {
@@ -266,13 +341,13 @@ impl Keeper {
         }
         if let Some(disks) = disks.as_deref_mut() {
             for fold in run {
-                disks.folded(fold.into, fold.child);
+                disks.folded(*fold, *direction);
             }
         }
         let rows = self.rows();
         let top = top_of(run);
         let file = rows.machine.layers.get(&top).map(|row| row.file.clone()).unwrap_or_default();
-        self.rename_parents(top, disks.as_deref_mut())?;
+        self.name_neighbours(top, disks.as_deref_mut())?;
         if let Some(disks) = disks {
             disks.seal(&rows.machine)?;
         }
@@ -283,22 +358,49 @@ impl Keeper {
         Ok(serde_json::json!({ "file": file }))
     }
 
-    /// What stands on a layer that has moved names the file that it lives in now. For other tools: we go by the ledger.
-    pub(crate) fn rename_parents(&self, moved: LayerId, mut disks: Option<&mut Disks>) -> Result<(), Problem> {
+    /// After a fold: what stands on the layer names the file that it lives in now, and it names what it stands on itself, and nothing
+    /// else. The names are for other tools, we go by the ledger; but a second id that was left would be taken for a fold under way.
+    pub(crate) fn name_neighbours(&self, folded: LayerId, mut disks: Option<&mut Disks>) -> Result<(), Problem> {
         let rows = self.rows();
         let machine = &rows.machine;
-        let Some(parent) = machine.layers.get(&moved) else { return Ok(()) };
-        for row in machine.layers.values().filter(|row| row.parent == Some(moved)) {
-            let (layer, served) = match &mut disks {
-                Some(disks) if disks.chain_of(machine, row.id).is_some() => (disks.writable(row)?, true),
-                _ => (self.files.open_layer(row, Mode::Write)?, false),
-            };
-            rename_parent(&*layer, name_beside(parent)).map_err(|e| image_problem(&e))?;
-            if !served {
-                layer.close().map_err(|e| image_problem(&e))?;
+        let Some(row) = machine.layers.get(&folded) else { return Ok(()) };
+        if let Some(parent) = row.parent.and_then(|id| machine.layers.get(&id)) {
+            let id = self.handle(parent, Mode::Read, disks.as_deref_mut())?.info().data_id;
+            // A raw file has none.
+            let linkage = |link: &ParentLink| if id.is_nil() { link.linkage } else { id };
+            self.change_link(row, disks.as_deref_mut(), |link| ParentLink {
+                linkage: linkage(&link),
+                linkage2: None,
+                ..named(link, parent)
+            })?;
+        }
+        for child in machine.layers.values().filter(|child| child.parent == Some(folded)) {
+            // Only a name, for other tools: a file of some branch that is in a bad way does not hold up the others.
+            if let Err(problem) = self.change_link(child, disks.as_deref_mut(), |link| named(link, row)) {
+                log::write(&self.files, None, &format!("{} does not name {} now: {problem}", child.file, row.file));
             }
         }
         Ok(())
+    }
+
+    /// Changes what a layer says of its parent, if there is anything to change.
+    fn change_link(
+        &self,
+        row: &LayerRow,
+        mut disks: Option<&mut Disks>,
+        change: impl FnOnce(ParentLink) -> ParentLink,
+    ) -> Result<(), Problem> {
+        let link = self.handle(row, Mode::Read, disks.as_deref_mut())?.info().parent;
+        let Some(changed) = link.clone().map(change).filter(|changed| Some(changed) != link.as_ref()) else {
+            return Ok(());
+        };
+        let served = disks.and_then(|disks| disks.handle(row, Mode::Write)).transpose()?;
+        let (layer, served) = match served {
+            Some(layer) => (layer, true),
+            None => (self.files.open_layer(row, Mode::Write)?, false),
+        };
+        layer.relink(None, Some(changed)).map_err(|e| image_problem(&e))?;
+        if served { Ok(()) } else { layer.close().map_err(|e| image_problem(&e)) }
     }
 }
 
@@ -307,13 +409,56 @@ fn top_of(run: &[Fold]) -> LayerId {
     run[run.len() - 1].child
 }
 
-fn rename_parent(child: &dyn Layer, name: Option<&str>) -> image::Result<()> {
-    let Some(link) = child.info().parent else { return Ok(()) };
-    let relative_path = name.map(|name| format!(r".\{name}"));
+/// The same link, to a parent that lies in the file of this row.
+fn named(link: ParentLink, parent: &LayerRow) -> ParentLink {
+    let relative_path = name_beside(parent).map(|name| format!(r".\{name}"));
     if link.relative_path == relative_path {
-        return Ok(());
+        return link;
     }
-    child.relink(None, Some(ParentLink { relative_path, absolute_path: None, ..link }))
+    ParentLink { relative_path, absolute_path: None, ..link }
+}
+
+fn row(machine: &Machine, id: LayerId) -> Result<&LayerRow, Problem> {
+    machine.layers.get(&id).ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))
+}
+
+/// The rows of all layers that are folded into one, lowest first.
+fn rows_of<'a>(machine: &'a Machine, run: &[Fold]) -> Result<Vec<&'a LayerRow>, Problem> {
+    let ids = run.first().map(|fold| fold.into).into_iter().chain(run.iter().map(|fold| fold.child));
+    ids.map(|id| row(machine, id)).collect()
+}
+
+fn plan(beneath: Option<&Arc<dyn Layer>>, layers: &[Arc<dyn Layer>]) -> Result<Plan, Problem> {
+    merge::plan(beneath.map(|beneath| &**beneath), layers).map_err(|e| image_problem(&e))
+}
+
+/// The way on which fewer bytes move. A file that was taken in place stays, and takes what stands on it.
+fn way(lowest: &LayerRow, plan: &Plan) -> Direction {
+    if lowest.in_place { Direction::Down } else { plan.direction() }
+}
+
+/// What a merge will do to the files of a run, as far as they say so now.
+#[derive(Debug)]
+pub(crate) struct Merge<'a> {
+    /// The layer whose file stays.
+    pub(crate) stays: &'a LayerRow,
+    /// Those whose files go, and how many bytes move out of each.
+    pub(crate) gone: Vec<(&'a LayerRow, u64)>,
+}
+
+/// Looks at the files of a run. A leaf that is being written says what it held at its last flush.
+pub(crate) fn foresee<'a>(machine: &'a Machine, files: &Files, run: &[Fold]) -> Result<Merge<'a>, Problem> {
+    let rows = rows_of(machine, run)?;
+    let open = |row: &LayerRow| files.open_layer(row, Mode::Read);
+    let layers = rows.iter().map(|row| open(row)).collect::<Result<Vec<_>, _>>()?;
+    let beneath = rows[0].parent.map(|id| row(machine, id).and_then(open)).transpose()?;
+    let plan = plan(beneath.as_ref(), &layers)?;
+    let direction = way(rows[0], &plan);
+    let (stays, gone) = match direction {
+        Direction::Down => (rows[0], &rows[1..]),
+        Direction::Up => (rows[rows.len() - 1], &rows[..rows.len() - 1]),
+    };
+    Ok(Merge { stays, gone: gone.iter().copied().zip(plan.moves(direction).iter().copied()).collect() })
 }
 
 /// What deleting a snapshot (with everything below it) would do to the files.
@@ -325,12 +470,12 @@ pub(crate) fn plan_delete(machine: &Machine, files: &Files, id: SnapshotId, subt
         .into_iter()
         .filter(|p| !before.contains(&(p.kind.clone(), p.file.clone())))
         .collect();
-    let of = |kind: &str| pending.iter().filter(|p| p.kind == kind).map(|p| p.bytes).sum::<u64>();
-    let (moved, removed) = (of("merge"), of("remove"));
+    let moved = pending.iter().filter(|p| p.kind == "merge").map(|p| p.bytes).sum();
+    let gone = |row: &&LayerRow| pending.iter().any(|p| p.kind != "wait" && p.file == row.file);
     DeletePlan {
         snapshots,
         bytes_moved: moved,
-        bytes_freed: moved + removed,
+        bytes_freed: machine.layers.values().filter(gone).map(|row| files.allocated(row)).sum(),
         estimated_ms: views::merge_ms(moved),
         files: pending,
     }

@@ -2,8 +2,10 @@
 
 use crate::carry::{Carries, Kept};
 use crate::files::{Files, image_problem};
+use crate::garbage::Fold;
 use crate::request::Problem;
 use crate::tree::{DiskId, LayerId, LayerRow, Machine};
+use image::merge::Direction;
 use image::{Access, Chain, Layer};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -140,7 +142,7 @@ impl Disks {
     }
 
     /// A layer of an open chain, open for writing: reopened and put in its place if it is not.
-    pub(crate) fn writable(&mut self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+    fn writable(&mut self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
         let find = |open: &mut Open| open.handles.iter().position(|handle| handle.id == row.id);
         let open = self.open.values_mut().find_map(|open| find(open).map(|at| (open, at)));
         let Some((open, at)) = open else {
@@ -155,22 +157,27 @@ impl Disks {
     }
 
     /// A layer as it is open.
-    pub(crate) fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+    fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
         let mut handles = self.open.values().flat_map(|open| &open.handles);
         let handle = handles.find(|handle| handle.id == row.id);
         let handle = handle.ok_or_else(|| Problem::failed(format!("{} is not being served", row.file)))?;
         Ok(Arc::clone(&handle.layer))
     }
 
-    /// A layer's content lies in `into`'s file now, which has taken its id.
-    pub(crate) fn folded(&mut self, into: LayerId, child: LayerId) {
-        for open in self.open.values_mut() {
-            if let Some(at) = open.handles.iter().position(|handle| handle.id == into) {
-                // The child's file goes, with what was kept of it.
-                let gone = open.handles.extract_if(.., |handle| handle.id == child);
-                gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
-                open.handles[at].id = child;
-            }
+    /// A layer's handle: as it is open here, reopened for writing if need be; `None` if no chain has it.
+    pub(crate) fn handle(&mut self, row: &LayerRow, mode: Mode) -> Option<Result<Arc<dyn Layer>, Problem>> {
+        let has = |open: &Open| open.handles.iter().any(|handle| handle.id == row.id);
+        self.open.values().any(has).then(|| if mode == Mode::Write { self.writable(row) } else { self.layer(row) })
+    }
+
+    /// Two layers are one now: down, in `into`'s file, which has taken the child's id; up, in the child's.
+    pub(crate) fn folded(&mut self, Fold { into, child }: Fold, direction: Direction) {
+        let (stays, goes) = if direction == Direction::Down { (into, child) } else { (child, into) };
+        for handles in self.open.values_mut().map(|open| &mut open.handles) {
+            // A file that goes takes with it what was kept of it.
+            let gone = handles.extract_if(.., |handle| handle.id == goes);
+            gone.filter_map(|handle| handle.kept).for_each(Kept::forget);
+            handles.iter_mut().filter(|handle| handle.id == stays).for_each(|handle| handle.id = child);
         }
     }
 }

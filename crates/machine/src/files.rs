@@ -200,13 +200,19 @@ impl Files {
 
     /// Bytes that a layer's file occupies; 0 if it cannot be opened.
     pub fn allocated(&self, row: &LayerRow) -> u64 {
-        let store = if row.in_place {
-            store::host::open_file(Path::new(&row.file), Mode::Read)
-        } else {
-            let Ok((folder, name)) = self.place(row) else { return 0 };
-            folder.open(&name, Mode::Read)
-        };
-        store.and_then(|store| store.allocated()).unwrap_or(0)
+        self.find(row).and_then(|store| store.allocated()).unwrap_or(0)
+    }
+
+    /// Whether a layer's file is not there.
+    pub fn is_missing(&self, row: &LayerRow) -> bool {
+        self.find(row).is_err_and(|error| error.kind == store::ErrorKind::NotFound)
+    }
+
+    fn find(&self, row: &LayerRow) -> store::Result<Arc<dyn Store>> {
+        match row.file.split_once('/') {
+            Some((folder, name)) if !row.in_place => self.folder.folder(folder)?.open(name, Mode::Read),
+            _ => store::host::open_file(Path::new(&row.file), Mode::Read),
+        }
     }
 
     /// Files in the layers' folders that no row names, relative to the machine's folder.
@@ -306,6 +312,9 @@ fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
 /// A qcow2 that was not copied, as a problem.
 pub fn qcow2_problem(error: &qcow2::Error) -> Problem {
     match error {
+        qcow2::Error::Damaged { file, what } if what.contains("another") => Problem::damaged(error.to_string()).hint(
+            format!("qemu-img convert -O qcow2 {} whole.qcow2      (if you trust it: one file of all)", file.display()),
+        ),
         qcow2::Error::Damaged { .. } => Problem::damaged(error.to_string()),
         qcow2::Error::NotInstalled => Problem::failed(error.to_string()).hint("sudo apt install qemu-utils"),
         qcow2::Error::Image(error) => image_problem(error),

@@ -4,17 +4,19 @@
 //!
 //! ```text
 //!   nothing            its file is removed
-//!   one child          the child is folded down into it: the child's blocks go into its file, and the child lives there
+//!   one child          the two are folded into one: down, the child's blocks go into its file, and the child lives there; or up,
+//!                      what the child lacks goes into the child's file. Which of the two moves fewer bytes only the files can say
 //!   several children   it waits, for each child reads a part of it
 //! ```
 //!
-//! What stands on each other and is to be folded is folded at once ([`Garbage::run`]): a block that was rewritten a thousand times moves
+//! What stands on each other and is to be folded is folded at once ([`Garbage::runs`]): a block that was rewritten a thousand times moves
 //! once.
 //!
 //! This is the seed's "works out when it can merge and/or delete AVHD files". Nothing is remembered: after a crash the same rows
 //! give the same answer.
 
 use crate::tree::{LayerId, Machine, Now, Snapshot};
+use image::merge::Direction;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Not more layers are folded as one: they are all open meanwhile.
@@ -31,20 +33,19 @@ pub struct Garbage {
     pub wait: Vec<LayerId>,
 }
 
-/// A fold downwards: `child`'s blocks go into the file of `into`, which is `child`'s file from then on. See [`folded`].
+/// Two layers that can be one. See [`folded`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Fold {
-    /// The layer that nothing names: its row goes, its file stays.
+    /// The layer that nothing names: its row goes.
     pub into: LayerId,
-    /// The one layer that stands on it: its row stays, its file goes.
+    /// The one layer that stands on it: its row stays.
     pub child: LayerId,
 }
 
 impl Garbage {
-    /// The first folds that can be done as one: a run of layers that stand on each other. Of each block only the topmost copy moves then.
-    pub fn run(&self) -> &[Fold] {
-        let together = self.fold.windows(2).take_while(|pair| pair[0].child == pair[1].into).count() + 1;
-        &self.fold[..together.min(self.fold.len()).min(RUN)]
+    /// The folds that can be done as one: runs of layers that stand on each other. Of each block only the topmost copy moves then.
+    pub fn runs(&self) -> impl Iterator<Item = &[Fold]> {
+        self.fold.chunk_by(|below, above| below.child == above.into).flat_map(|run| run.chunks(RUN))
     }
 }
 
@@ -67,17 +68,19 @@ pub fn garbage(machine: &Machine) -> Garbage {
     found
 }
 
-/// The rows after a fold: `child` lives in the file of `into`, and stands on what that stood on.
-pub fn folded(machine: &mut Machine, into: LayerId, child: LayerId) {
+/// The rows after a fold: `child` stands on what `into` stood on. Down it lives in the file of `into`, up in its own.
+pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Direction) {
     if !machine.layers.contains_key(&child) {
         return;
     }
     let Some(gone) = machine.layers.remove(&into) else { return };
     if let Some(row) = machine.layers.get_mut(&child) {
-        row.file = gone.file;
-        row.in_place = gone.in_place;
-        row.format = gone.format;
         row.parent = gone.parent;
+        if direction == Direction::Down {
+            row.file = gone.file;
+            row.in_place = gone.in_place;
+            row.format = gone.format;
+        }
     }
     machine.now.memory_base = machine.now.memory_base.filter(|base| *base != into);
 }
@@ -114,7 +117,7 @@ fn removable(
 }
 
 /// All layers, each after the one that it stands on, and right after it where that is possible: the folds of a run are neighbours
-/// (see [`Garbage::run`]), and go from its base upwards.
+/// (see [`Garbage::runs`]), and go from its base upwards.
 fn from_the_base(machine: &Machine) -> Vec<LayerId> {
     let children = machine.children();
     let mut order = Vec::new();

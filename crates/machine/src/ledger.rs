@@ -11,12 +11,17 @@
 //!
 //! # When a commit fails
 //!
-//! Then nothing has changed in memory, and the file is written anew from memory at once, beside the old one and renamed over it:
+//! For want of room: the reserve is given up ([`crate::reserve`]), and the file is written anew with the change in it. Otherwise, and if there
+//! is no reserve:
+//!
+//! For want of room: the reserve is given up ([`crate::reserve`]), and the file is written anew with the change in it. Otherwise, or if there
+//! is no reserve, nothing has changed in memory, and the file is written anew from memory at once, beside the old one and renamed over it:
 //! a file with a failed write or sync is never trusted again. If that fails as well, the error is of kind
 //! [`ErrorKind::Unsure`]: the file holds the state before *or after* the change, and nothing that depends on which may be
 //! acknowledged to anybody. The next commit begins with writing the file anew.
 
 use crate::request::{Job, Problem};
+use crate::reserve;
 use crate::tree::{JobId, LayerRow, Machine, MachineId, Now, Policy, Snapshot};
 use jiff::Timestamp;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
@@ -198,18 +203,33 @@ impl Ledger {
                 Ok(()) => self.file = Some(file),
                 Err(error) => {
                     file.close();
-                    return Err(self.start_over(error));
+                    if !self.makes_room(&error) {
+                        return Err(self.start_over(error));
+                    }
+                    self.file = Some(File::create(&self.folder, &next).map_err(Error::unsure)?);
                 }
             },
-            None => self.file = Some(File::create(&self.folder, &next).map_err(Error::unsure)?),
+            None => self.file = Some(self.write_anew(&next).map_err(Error::unsure)?),
         }
         self.state = Arc::new(next);
         Ok(())
     }
 
+    /// Whether it was for want of room, and there is some now: the reserve's.
+    fn makes_room(&self, error: &Error) -> bool {
+        error.kind == ErrorKind::Store(store::ErrorKind::NoSpace) && reserve::give_up(&*self.folder)
+    }
+
+    fn write_anew(&self, state: &State) -> Result<File> {
+        match File::create(&self.folder, state) {
+            Err(error) if self.makes_room(&error) => File::create(&self.folder, state),
+            made => made,
+        }
+    }
+
     /// Writes the file anew with the rows in memory, after a commit that failed with `error`.
     fn start_over(&mut self, error: Error) -> Error {
-        match File::create(&self.folder, &self.state) {
+        match self.write_anew(&self.state) {
             Ok(file) => {
                 self.file = Some(file);
                 error

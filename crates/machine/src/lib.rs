@@ -4,12 +4,14 @@
 //!   tree      the rows: pure values           plan      what each request does to them: pure
 //!   admit     which request in which state    garbage   what no row names: pure
 //!   ledger    the rows on disk, by transaction                      book   the way to change them, and to read them
+//!   reserve   room for the ledger on a full disk                    room   what waits for room
 //!   keeper    files and rows in step, without QEMU                  files  the machine's folder
 //!   disks     the chains of Now, open for writing                   carry  what outlives a worker of its unflushed writes
 //!   actor     Handle, Owner: the one who does everything            job    what is under way
 //!   live      QEMU, and the disks served to it                      ram    memory to and from layers
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
+//!   audit     what is wrong with the files
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
 //!
@@ -18,6 +20,7 @@
 
 pub mod actor;
 pub mod admit;
+pub mod audit;
 pub mod book;
 pub mod carry;
 mod check;
@@ -37,6 +40,8 @@ pub mod plan;
 pub mod ram;
 mod recover;
 pub mod request;
+pub mod reserve;
+mod room;
 pub mod root;
 pub mod steps;
 pub mod tree;

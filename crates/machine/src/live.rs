@@ -20,6 +20,7 @@ use image::Layer;
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
 
@@ -31,6 +32,8 @@ const GRACE: Duration = Duration::from_secs(10);
 pub(crate) struct Live {
     pub(crate) qemu: Qemu,
     served: Served,
+    /// Its ports are open.
+    published: AtomicBool,
     run_dir: PathBuf,
     state: watch::Receiver<RunState>,
 }
@@ -91,7 +94,7 @@ impl Live {
                 return Err(problem);
             }
         };
-        let live = Self { state: qemu.watch(), qemu, served, run_dir };
+        let live = Self { state: qemu.watch(), qemu, served, published: AtomicBool::new(false), run_dir };
         let Some(layers) = memory else { return Ok(live) };
         match restore(&live.qemu, layers, &machine.name).await {
             Ok(()) => Ok(live),
@@ -112,13 +115,28 @@ impl Live {
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
         let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
         match Qemu::adopt(identity, &run_dir, &qemu_log(&keeper.files)).await {
-            Ok(qemu) => Ok(Some(Self { state: qemu.watch(), qemu, served, run_dir })),
+            Ok(qemu) => {
+                Ok(Some(Self { state: qemu.watch(), qemu, served, published: AtomicBool::new(false), run_dir }))
+            }
             Err(qemu::Error::Gone { .. }) => {
                 blocking(move || served.end()).await?;
                 Ok(None)
             }
             Err(e) => Err(qemu_problem(&machine.name, &e)),
         }
+    }
+
+    /// Opens the ports of the host that lead into the guest, if that was not done. An earlier worker may have.
+    pub(crate) async fn publish(&self, config: &Config) -> Result<(), Problem> {
+        if self.published.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let ports = ports(config)?;
+        let failed = |e: &qemu::Error| Problem::failed(e.to_string());
+        self.qemu.unpublish(&ports).await.map_err(|e| failed(&e))?;
+        self.qemu.publish(&ports).await.map_err(|e| failed(&e))?;
+        self.published.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// How the next worker finds it.
@@ -278,7 +296,7 @@ fn disk(disk: &crate::tree::Disk) -> qemu::Disk {
 }
 
 /// Ports of the host that lead into the guest, as QEMU takes them.
-pub(crate) fn ports(config: &Config) -> Result<Vec<qemu::Publish>, Problem> {
+fn ports(config: &Config) -> Result<Vec<qemu::Publish>, Problem> {
     let port = |publish: &crate::tree::Publish| {
         let address = publish.address.parse();
         let address = address.map_err(|_| Problem::usage(format!("{} is no IPv4 address", publish.address)))?;

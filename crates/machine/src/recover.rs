@@ -37,8 +37,8 @@ impl Keeper {
             self.book.commit(|rows| half.iter().for_each(|id| rows.machine.abandon(*id)))?;
         }
         for journal in rows.journals() {
-            if let Ok(moved) = journal.note.parse() {
-                self.rename_parents(LayerId(moved), disks.as_deref_mut())?;
+            if let Ok(folded) = journal.note.parse() {
+                self.name_neighbours(LayerId(folded), disks.as_deref_mut())?;
             }
             log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
             self.forget(journal)?;

@@ -551,7 +551,7 @@ pub struct Pending {
     /// Into which file (merge).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub into: Option<String>,
-    /// Bytes that the file occupies.
+    /// Bytes that the file occupies; of a merge, those that move out of it.
     pub bytes: u64,
     /// How long it takes, in milliseconds, roughly (merge).
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -570,7 +570,7 @@ pub struct DeletePlan {
     pub files: Vec<Pending>,
     /// Bytes that a merge moves.
     pub bytes_moved: u64,
-    /// Bytes that become free.
+    /// Bytes that the files that go occupy.
     pub bytes_freed: u64,
     /// How long it takes, milliseconds, by this host's measured or assumed speed.
     pub estimated_ms: u64,

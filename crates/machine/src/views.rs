@@ -1,10 +1,11 @@
 //! The rows as their users see them: with the sizes of files, the depth of chains, and what is pending.
 
+use crate::collect::{Merge, foresee};
 use crate::files::Files;
 use crate::garbage::garbage;
 use crate::request::f64_ms::Millis;
 use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, View};
-use crate::tree::{Config, DiskId, LayerId, Machine, Snapshot, State};
+use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Snapshot, State};
 use image::Source;
 use std::collections::BTreeMap;
 use store::Mode;
@@ -149,9 +150,16 @@ pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
     let found = garbage(machine);
     let children = machine.children();
     let remove = found.remove.iter().map(|id| entry("remove", id));
-    let fold = found.fold.iter().map(|fold| {
-        let merge = entry("merge", &fold.child);
-        Pending { into: Some(name(&fold.into)), estimated_ms: Some(merge_ms(merge.bytes)), ..merge }
+    let merge = |stays: &LayerRow, (row, bytes): (&LayerRow, u64)| Pending {
+        into: Some(stays.file.clone()),
+        estimated_ms: Some(merge_ms(bytes)),
+        bytes,
+        ..entry("merge", &row.id)
+    };
+    let fold = found.runs().flat_map(|run| match foresee(machine, files, run) {
+        Ok(Merge { stays, gone }) => gone.into_iter().map(|gone| merge(stays, gone)).collect::<Vec<_>>(),
+        // What is in the way the merge will say itself.
+        Err(_) => run.iter().map(|fold| entry("merge", &fold.into)).collect(),
     });
     let wait = found.wait.iter().map(|id| {
         let n = children.get(id).map_or(0, Vec::len);

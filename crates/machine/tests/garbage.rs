@@ -3,6 +3,7 @@
 #[expect(dead_code, reason = "each test uses a part of the samples")]
 mod sample;
 
+use image::merge::Direction;
 use machine::garbage::{Fold, Garbage, folded, garbage};
 use machine::plan::Written;
 use machine::tree::{DiskId, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats};
@@ -150,12 +151,16 @@ impl World {
         true
     }
 
-    fn fold(&mut self, Fold { into, child }: Fold) {
+    fn fold(&mut self, fold: Fold) {
+        let Fold { into, child } = fold;
         let mut file = self.blocks.remove(&into).unwrap_or_default();
         file.extend(self.blocks.remove(&child).unwrap_or_default());
         self.blocks.insert(child, file);
-        let (kept, parent) = (self.machine.layers[&into].file.clone(), self.machine.layers[&into].parent);
-        folded(&mut self.machine, into, child);
+        // Some this way, some that way.
+        let direction = if self.machine.layers.len().is_multiple_of(2) { Direction::Up } else { Direction::Down };
+        let stays = if direction == Direction::Up { child } else { into };
+        let (kept, parent) = (self.machine.layers[&stays].file.clone(), self.machine.layers[&into].parent);
+        folded(&mut self.machine, fold, direction);
         assert_eq!((&self.machine.layers[&child].file, self.machine.layers[&child].parent), (&kept, parent));
     }
 
@@ -246,7 +251,7 @@ fn a_run_is_folded_from_its_base() {
     let expected: Vec<Fold> = ids.windows(2).map(|pair| Fold { into: pair[0], child: pair[1] }).collect();
     assert_eq!(folds, expected);
     for fold in folds {
-        folded(&mut machine, fold.into, fold.child);
+        folded(&mut machine, fold, Direction::Down);
         machine.check().expect("sound");
     }
     let leaf = &machine.layers[&ids[3]];
@@ -263,9 +268,9 @@ fn a_base_taken_in_place_keeps_its_file() {
     let id = take.id;
     machine.take(take, leaves(&machine.now.disks.clone()));
     machine.delete(id, false);
-    let Fold { into, child } = garbage(&machine).fold[0];
-    folded(&mut machine, into, child);
-    let leaf = &machine.layers[&child];
+    let fold = garbage(&machine).fold[0];
+    folded(&mut machine, fold, Direction::Down);
+    let leaf = &machine.layers[&fold.child];
     assert_eq!((leaf.file.as_str(), leaf.in_place), ("/srv/win.vhdx", true));
 }
 
@@ -280,7 +285,7 @@ fn a_hint_names_nothing() {
     machine.layers.insert(child.id, child.clone());
     machine.now.memory = Some(child.id);
     assert_eq!(garbage(&machine).fold, [Fold { into: memory.id, child: child.id }]);
-    folded(&mut machine, memory.id, child.id);
+    folded(&mut machine, Fold { into: memory.id, child: child.id }, Direction::Up);
     assert_eq!(machine.now.memory_base, None, "the layer is gone, and the hint with it");
 }
 

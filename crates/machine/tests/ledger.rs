@@ -408,3 +408,57 @@ fn ended_jobs_are_forgotten_oldest_first() {
     let id = ledger.state().jobs()[0].id;
     assert!(ledger.state().job(id).is_some());
 }
+
+/// On a full disk the reserve is given up for a commit; without one the commit fails, and nothing has changed.
+#[test]
+fn the_reserve_makes_room_for_a_commit() {
+    for kept in [true, false] {
+        let sim = Sim::new();
+        let folder = sim.root();
+        let mut ledger = Ledger::create(&folder, &sample::machine(1)).expect("created");
+        if kept {
+            machine::reserve::keep(&*folder).expect("there is room");
+            machine::reserve::keep(&*folder).expect("it is there");
+        }
+        let used: u64 = folder.list().expect("a list").iter().map(|name| allocated(&*folder, name)).sum();
+        sim.set_capacity(Some(used));
+        let note = "x".repeat(2 << 20);
+        let committed = ledger.commit(|state| state.machine.note.clone_from(&note));
+        assert_eq!(committed.is_ok(), kept, "{committed:?}");
+        assert_eq!(ledger.state().machine.note == note, kept);
+        assert_eq!(folder.list().expect("a list"), ["ledger"]);
+        sim.set_capacity(None);
+        ledger.commit(|state| state.machine.name = "other".to_owned()).expect("there is room");
+        ledger.close();
+        let read = Ledger::read(&sim.after_crash(Crash::Nothing).root()).expect("reads");
+        assert_eq!((read.machine.note == note, read.machine.name.as_str()), (kept, "other"));
+    }
+}
+
+#[test]
+fn a_reserve_is_there_as_a_whole_or_not_at_all() {
+    let whole = Sim::new();
+    machine::reserve::keep(&*whole.root()).expect("there is room");
+    for operation in 0..whole.counts().operations {
+        let sim = Sim::new();
+        sim.cut(At::Operation(operation));
+        assert!(machine::reserve::keep(&*sim.root()).is_err());
+        for crash in Crash::several(operation, 2) {
+            let folder = sim.after_crash(crash).root();
+            let there = folder.list().expect("a list").iter().any(|name| name == "reserve");
+            assert!(
+                !there || allocated(&*folder, "reserve") == machine::reserve::SIZE,
+                "cut at {operation}, {crash:?}"
+            );
+            machine::reserve::keep(&*folder).expect("there is room");
+            assert_eq!(
+                (folder.list().expect("a list"), machine::reserve::give_up(&*folder)),
+                (vec!["reserve".to_owned()], true)
+            );
+        }
+    }
+}
+
+fn allocated(folder: &dyn Folder, name: &str) -> u64 {
+    folder.open(name, Mode::Read).and_then(|file| file.allocated()).expect("a file")
+}

@@ -11,9 +11,12 @@
 mod model;
 #[expect(dead_code, reason = "each test uses a part of the samples")]
 mod sample;
+#[path = "stack/skips.rs"]
+mod skips;
 #[path = "stack/world.rs"]
 mod world;
 
+use machine::collect::Begin;
 use machine::garbage::garbage;
 use machine::job::Cancel;
 use machine::keeper::Keeper;
@@ -132,7 +135,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
 fn collect_all(keeper: &Keeper) -> Checked {
     loop {
         keeper.remove_garbage().map_err(|e| e.to_string())?;
-        let Some(folding) = keeper.next_fold(None).map_err(|e| e.to_string())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(None, Begin::default()).map_err(|e| e.to_string())? else { return Ok(()) };
         let folded = keeper.fold(folding, &Cancel::default());
         keeper.folded(&folded, None).map_err(|e| e.to_string())?;
     }
@@ -164,9 +167,9 @@ fn die_everywhere(seed: u64) -> std::result::Result<u64, String> {
 
 #[test]
 fn a_worker_that_dies_takes_nothing_with_it() {
-    let deaths: u64 = (100..102).map(|seed| die_everywhere(seed).unwrap_or_else(|error| panic!("{error}"))).sum();
+    let deaths: u64 = (100..104).map(|seed| die_everywhere(seed).unwrap_or_else(|error| panic!("{error}"))).sum();
     println!("{deaths:>8} deaths, and nothing that was acknowledged is missing");
-    assert!(deaths > 100, "{deaths}");
+    assert!(deaths > 80, "{deaths}");
 }
 
 /// An operation of the disk fails in the middle of the life of this seed, once or from then on. What fails is undone; then the power goes,

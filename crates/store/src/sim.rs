@@ -66,6 +66,17 @@ pub enum Times {
     Forever,
 }
 
+/// A sync that was skipped.
+#[derive(Debug, Clone)]
+pub struct Skipped {
+    /// The file or folder.
+    pub name: String,
+    /// The number of the operation.
+    pub operation: u64,
+    /// Who asked for it: a backtrace.
+    pub by: String,
+}
+
 /// A simulated disk. A clone is the same disk.
 #[derive(Clone)]
 pub struct Sim {
@@ -99,6 +110,8 @@ impl Sim {
             powered: true,
             cut: None,
             faults: Vec::new(),
+            skip: None,
+            skipped: None,
             capacity: None,
         };
         Self { disk: Arc::new(Mutex::new(disk)) }
@@ -139,6 +152,16 @@ impl Sim {
     /// Makes an operation fail with an error of `kind`.
     pub fn fail(&self, at: At, kind: ErrorKind, times: Times) {
         lock(&self.disk).faults.push(Fault { at, kind, times });
+    }
+
+    /// Makes the n-th sync do nothing and say that it did: a mistake, to see whether a test notices it.
+    pub fn skip_sync(&self, nth: u64) {
+        lock(&self.disk).skip = Some(nth);
+    }
+
+    /// The sync that was skipped, if that left anything undone.
+    pub fn skipped(&self) -> Option<Skipped> {
+        lock(&self.disk).skipped.clone()
     }
 
     /// Lets all operations succeed again.
@@ -185,6 +208,8 @@ struct Disk {
     powered: bool,
     cut: Option<At>,
     faults: Vec<Fault>,
+    skip: Option<u64>,
+    skipped: Option<Skipped>,
     capacity: Option<u64>,
 }
 
@@ -291,6 +316,16 @@ impl Disk {
             Fate::Cut(number) => Ok((number, outcome(Err(ErrorKind::PowerLost)))),
             Fate::Failed(_, kind) => Err(Error::new(kind, operation, name, "a simulated fault")),
         }
+    }
+
+    /// Whether the sync that has just been counted is to be skipped.
+    fn skips(&mut self, undone: bool, name: &str, operation: u64) -> bool {
+        let skips = self.skip.is_some_and(|nth| nth + 1 == self.counts.syncs);
+        if skips && undone {
+            let by = std::backtrace::Backtrace::force_capture().to_string();
+            self.skipped = Some(Skipped { name: name.to_owned(), operation, by });
+        }
+        skips
     }
 
     fn new_id(&mut self) -> u64 {
@@ -681,9 +716,12 @@ impl Folder for SimFolder {
     fn sync(&self) -> Result<()> {
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
-            Fate::Done(_) => {
-                disk.folder(self.inode).settle(Crash::Everything);
-                disk.forget_unreachable();
+            Fate::Done(number) => {
+                let undone = !disk.folder(self.inode).pending.is_empty();
+                if !disk.skips(undone, &self.name, number) {
+                    disk.folder(self.inode).settle(Crash::Everything);
+                    disk.forget_unreachable();
+                }
                 Ok(())
             }
             Fate::Cut(_) => Err(power_lost("sync", &self.name)),
@@ -829,8 +867,11 @@ impl Store for SimFile {
         }
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
-            Fate::Done(_) => {
-                disk.file(self.inode).settle(Crash::Everything);
+            Fate::Done(number) => {
+                let undone = !disk.file(self.inode).pending.is_empty();
+                if !disk.skips(undone, &self.name, number) {
+                    disk.file(self.inode).settle(Crash::Everything);
+                }
                 Ok(())
             }
             Fate::Cut(_) => Err(power_lost("sync", &self.name)),

@@ -1,5 +1,6 @@
 //! The command line, and the worker process of a machine. Start reading at [`cli`].
 
+mod audit;
 mod cli;
 mod connect;
 mod console;

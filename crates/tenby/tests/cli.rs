@@ -60,9 +60,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
         &["vm", "import", "folder"],
         &["vm", "export", "web", "Monday", "--to", "folder"],
         &["snapshot", "apply", "web", "other@Monday", "--discard"],
-        &["job", "pause", "x"],
-        &["job", "resume", "x"],
-        &["job", "throttle", "x", "1M"],
         &["disk", "create", "a.qcow2", "--size", "1M"],
         &["serve"],
         &["token", "list"],
@@ -91,6 +88,9 @@ fn what_does_not_exist_ends_with_4() {
         &["snapshot", "delete", "web", "nix", "--dry-run"],
         &["job", "show", "nix"],
         &["job", "cancel", "ffff"],
+        &["job", "pause", "ffff"],
+        &["job", "resume", "ffff"],
+        &["job", "throttle", "ffff", "1M"],
         &["job", "list", "nix"],
         &["vm", "create", "new", "--disk", "nix.vhdx"],
         &["vm", "create", "new", "--cdrom", "nix.iso"],
@@ -190,6 +190,9 @@ fn the_life_of_a_machine_that_is_off() {
     let jobs = place.tenby(&["job", "list", "--json"]).well().json();
     let job = jobs["jobs"][0]["id"].as_str().unwrap();
     assert_eq!(place.tenby(&["job", "watch", &job[..8], "--json"]).well().json()["id"], job);
+    for words in [&["job", "pause", job][..], &["job", "resume", job], &["job", "throttle", job, "50M"]] {
+        assert!(place.tenby(words).with(3).err.contains("completed"), "{words:?}: a job that has ended has no pace");
+    }
     place.tenby(&["vm", "delete", "Dale", "--dry-run"]).well();
     place.tenby(&["vm", "delete", "Dale"]).well();
     assert_eq!(place.tenby(&["vm", "list", "--json"]).well().json()["vms"].as_array().unwrap().len(), 0);

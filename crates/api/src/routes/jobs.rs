@@ -50,6 +50,33 @@ pub(super) async fn cancel(State(service): State<Service>, Path(id): Path<String
     Ok(Json(service.handle.cancel(parse(&id)?)?))
 }
 
+/// `POST /v1/jobs/{id}/pause`
+pub(super) async fn pause(State(service): State<Service>, Path(id): Path<String>) -> Answer<Job> {
+    Ok(Json(service.handle.pause(parse(&id)?, true)?))
+}
+
+/// `POST /v1/jobs/{id}/resume`
+pub(super) async fn resume(State(service): State<Service>, Path(id): Path<String>) -> Answer<Job> {
+    Ok(Json(service.handle.pause(parse(&id)?, false)?))
+}
+
+/// How fast a job may go.
+#[derive(Debug, Deserialize)]
+pub(super) struct Speed {
+    /// 0 for as fast as it can.
+    bytes_per_second: u64,
+}
+
+/// `POST /v1/jobs/{id}/throttle?bytes_per_second=N`
+pub(super) async fn throttle(
+    State(service): State<Service>,
+    Path(id): Path<String>,
+    speed: Result<Query<Speed>, QueryRejection>,
+) -> Answer<Job> {
+    let Speed { bytes_per_second } = query(speed)?;
+    Ok(Json(service.handle.throttle(parse(&id)?, bytes_per_second)?))
+}
+
 fn parse(id: &str) -> Result<JobId, Failure> {
     uuid::Uuid::parse_str(id).map(JobId).map_err(|_| unknown(id))
 }

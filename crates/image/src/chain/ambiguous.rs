@@ -42,21 +42,11 @@ impl Request {
             }
     }
 
-    fn len(&self) -> u64 {
-        match &self.change {
-            Logged::Data(data) => data.len() as u64,
-            Logged::Zero(len) => *len,
-        }
-    }
-
     fn apply(&self, slot: &Slot) -> Result<()> {
         match &self.change {
             Logged::Data(data) => slot.copy_in(data, self.offset).map(|_| ()),
             Logged::Zero(len) => slot.copy_zeros(self.offset, *len),
-        }?;
-        // A fold of the old leaf may be under way.
-        slot.touched().mark(self.offset, self.len());
-        Ok(())
+        }
     }
 }
 

@@ -15,6 +15,16 @@ pub(crate) enum Place {
     Hole,
 }
 
+impl Place {
+    /// The place of what lies so many bytes behind.
+    pub(crate) fn skip(self, bytes: u64) -> Self {
+        match self {
+            Self::Data { layer, at } => Self::Data { layer, at: at + bytes },
+            other => other,
+        }
+    }
+}
+
 /// A run of virtual bytes and its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Found {

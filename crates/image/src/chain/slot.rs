@@ -1,6 +1,5 @@
-//! One layer in its place in a chain: tickets taken and kept, what is unsynced, what failed, what a fold must copy again.
+//! One layer in its place in a chain: tickets taken and kept, what is unsynced, what failed.
 
-use super::touched::Touched;
 use crate::{Change, Error, ErrorKind, Extent, Kind, Layer, LayerInfo, Result, Run, Source};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -24,10 +23,10 @@ pub(crate) struct Slot {
     unsynced: AtomicBool,
     /// A write or sync failed (invariant 10).
     poisoned: AtomicBool,
-    /// How often the layer came to hold something new, which only its handle in this process knows until the next flush.
+    /// How often the layer came to hold something new, which only its handle in this process knows until the next sync.
     exposures: AtomicU64,
-    /// Ranges written while a fold copies this layer.
-    touched: Touched,
+    /// How many of those are durable.
+    durable: AtomicU64,
 }
 
 impl Slot {
@@ -44,7 +43,7 @@ impl Slot {
             unsynced: AtomicBool::new(true),
             poisoned: AtomicBool::new(false),
             exposures: AtomicU64::new(0),
-            touched: Touched::new(size),
+            durable: AtomicU64::new(0),
         }
     }
 
@@ -74,10 +73,6 @@ impl Slot {
 
     pub(crate) fn sector(&self) -> u32 {
         self.sector
-    }
-
-    pub(crate) fn touched(&self) -> &Touched {
-        &self.touched
     }
 
     /// Whether what this layer does not hold is asked of a parent.
@@ -120,25 +115,23 @@ impl Slot {
     /// Writes sectors of the guest, wherever the layer wants them; they are read back once this returns. Says where they went.
     pub(crate) fn write(&self, data: &[u8], offset: u64) -> Result<Vec<Extent>> {
         let result = self.copy_in(data, offset);
-        self.exposures.fetch_add(1, Ordering::SeqCst);
-        self.wrote(offset, data.len() as u64);
+        self.wrote();
         result
     }
 
     /// Writes sectors that this layer exposes already, in place.
-    pub(crate) fn rewrite(&self, data: &[u8], offset: u64, at: u64) -> Result<()> {
+    pub(crate) fn rewrite(&self, data: &[u8], at: u64) -> Result<()> {
         self.trusted()?;
         let result = self.put(data, at);
         self.layer.wrote();
-        self.wrote(offset, data.len() as u64);
+        self.wrote();
         result
     }
 
     /// Makes sectors read as zeros, whatever a parent holds (invariant 11).
     pub(crate) fn zero(&self, offset: u64, len: u64) -> Result<()> {
         let result = self.copy_zeros(offset, len);
-        self.exposures.fetch_add(1, Ordering::SeqCst);
-        self.wrote(offset, len);
+        self.wrote();
         result
     }
 
@@ -151,8 +144,9 @@ impl Slot {
             let from = (extent.offset - offset) as usize;
             self.put(&data[from..from + extent.len as usize], extent.at)?;
         }
-        self.layer.commit(ticket)?;
-        Ok(extents)
+        let committed = self.layer.commit(ticket);
+        self.exposures.fetch_add(1, Ordering::SeqCst);
+        committed.map(|()| extents)
     }
 
     /// Zeroes sectors that another layer of the chain says are zeros.
@@ -162,12 +156,15 @@ impl Slot {
         for extent in &ticket.extents {
             self.put_zeros(extent.at, extent.len)?;
         }
-        self.layer.commit(ticket)
+        let committed = self.layer.commit(ticket);
+        self.exposures.fetch_add(1, Ordering::SeqCst);
+        committed
     }
 
-    /// Counts what a process that dies now would take with it, since the last flush; never goes back.
-    pub(crate) fn exposures(&self) -> u64 {
-        self.exposures.load(Ordering::SeqCst)
+    /// Whether a process that dies now would take something with it: what the layer came to hold since its last sync, unless that is
+    /// written down elsewhere ([`Layer::survives`]).
+    pub(crate) fn is_mortal(&self) -> bool {
+        self.exposures.load(Ordering::SeqCst) != self.durable.load(Ordering::SeqCst) && !self.layer.survives()
     }
 
     /// Whether acknowledged data of the guest may not be durable yet.
@@ -185,17 +182,20 @@ impl Slot {
         self.sync().inspect_err(|_| self.unsynced.store(true, Ordering::SeqCst))
     }
 
-    /// Makes everything durable, copies included.
+    /// Makes everything durable, copies included. Others may flush at the same time: a layer's flush returns when all that was committed
+    /// before is durable, whoever makes it so.
     pub(crate) fn sync(&self) -> Result<()> {
         self.trusted()?;
-        self.layer.flush().inspect_err(|_| self.poison())
+        let exposures = self.exposures.load(Ordering::SeqCst);
+        self.layer.flush().inspect_err(|_| self.poison())?;
+        self.durable.fetch_max(exposures, Ordering::SeqCst);
+        Ok(())
     }
 
-    /// After the data and before the request is acknowledged: a flush, or a fold's next pass, that begins later sees it. A write
-    /// that failed counts: it may have changed something.
-    fn wrote(&self, offset: u64, len: u64) {
+    /// The guest counts on what is here from now on: a flush that begins later covers it. After the data and before the request is
+    /// acknowledged. A write that failed counts: it may have changed something.
+    pub(crate) fn wrote(&self) {
         self.unsynced.store(true, Ordering::SeqCst);
-        self.touched.mark(offset, len);
     }
 
     fn put(&self, data: &[u8], at: u64) -> Result<()> {

@@ -4,7 +4,7 @@ use crate::bytes::{Bytes, Windows};
 use crate::dice::Dice;
 use crate::forge::{self, Forged, Order};
 use crate::{others, peers};
-use image::merge::{FoldError, Outcome, fold_down, move_down};
+use image::merge::{FoldError, Outcome, fold_down, fold_up, move_down};
 use image::{Access, Chain, ErrorKind, Format, Kind, Layer, ParentLink, check, compact, convert, gate, raw, vhd, vhdx};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
@@ -406,7 +406,11 @@ impl World {
             16 => self.pop(),
             17 | 18 => {
                 let positions = self.plates.len() as u64;
-                if positions > 1 {
+                if positions > 2 && self.dice.one_in(2) {
+                    let lowest = self.dice.within(1..positions - 1) as usize;
+                    let top = self.dice.within(lowest as u64 + 1..positions) as usize;
+                    self.lift(lowest, top);
+                } else if positions > 1 {
                     let position = self.dice.within(1..positions) as usize;
                     self.fold(position);
                 }
@@ -544,6 +548,34 @@ impl World {
             self.rename_parent(position);
         }
         !refused
+    }
+
+    /// Folds the layers from `lowest` on up into the one at `top`, live or offline.
+    fn lift(&mut self, lowest: usize, top: usize) {
+        let layers = self.chain().layers();
+        println!("lift {} into {}", layers[lowest].store().name(), layers[top].store().name());
+        let (go_on, commit) = (&mut |_| ControlFlow::Continue(()), || Ok::<_, Infallible>(()));
+        let (beneath, run) = (&layers[lowest - 1], &layers[lowest..=top]);
+        let id = layers[top].info().data_id;
+        let folded = if self.dice.one_in(2) {
+            fold_up(Some(self.chain()), beneath, run, go_on, commit)
+        } else {
+            self.chain.take().expect("open").flush().expect("flush");
+            fold_up(None, beneath, run, go_on, commit)
+        };
+        assert_eq!(folded.expect("folded"), Outcome::Folded);
+        assert_eq!(layers[top].info().data_id, id, "what stands on the top accepts it");
+        if self.chain.is_none() {
+            layers[top].close().expect("close");
+        }
+        drop(layers);
+        for plate in self.plates.drain(lowest..top) {
+            self.sim.root().unlink(&plate.name).expect("unlinked");
+        }
+        self.folder().sync().expect("sync");
+        if self.chain.is_none() {
+            self.open();
+        }
     }
 
     /// What stood on a layer that was folded learns its parent's new name.

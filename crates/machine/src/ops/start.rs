@@ -3,7 +3,7 @@
 use crate::actor::Owner;
 use crate::files::Files;
 use crate::job::Task;
-use crate::live::{Live, pin, ports, qemu_problem};
+use crate::live::{Live, pin, qemu_problem};
 use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
@@ -75,10 +75,10 @@ impl Owner {
         let Some(live) = &self.live else { return Ok(()) };
         let rows = self.machine();
         let name = &rows.machine.name;
-        let published = live.qemu.publish(&ports(&rows.machine.now.config)?).await;
+        let published = live.publish(&rows.machine.now.config).await;
         live.qemu.resume().await.map_err(|e| qemu_problem(name, &e))?;
-        published.map_err(|e| {
-            Problem::failed(format!("{name} runs, but a port could not be published: {e}"))
+        published.map_err(|problem| {
+            Problem::failed(format!("{name} runs, but a port could not be published: {}", problem.message))
                 .hint(format!("tenby vm show {}", quoted(name)))
         })
     }
@@ -156,7 +156,11 @@ impl Owner {
                 self.off(&alert, Some(alert.clone())).await;
             }
             RunState::IoError => {
-                self.halted("a disk could not be read or written; the guest stands still until it is resumed");
+                let why = match self.note_full_disk() {
+                    true => "the host's disk is full; the guest stands still until there is room",
+                    false => "a disk could not be read or written; the guest stands still until it is resumed",
+                };
+                self.halted(why);
             }
             RunState::Panicked => self.halted("the guest reported its own death and stands still"),
             RunState::Broken => self.halted("QEMU cannot let the guest run any further"),

@@ -3,7 +3,7 @@
 use crate::model::{Checked, Content, Live, Model, SECTOR, Written};
 use image::Received;
 use machine::carry::Carries;
-use machine::collect::Folded;
+use machine::collect::{Begin, Folded};
 use machine::disks::Disks;
 use machine::files::Files;
 use machine::job::{Cancel, Task};
@@ -497,7 +497,7 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else { return Ok(()) };
         self.begin("fold");
         let stop = Cancel::default();
         if self.dice.one_in(6) {

@@ -1,11 +1,13 @@
 //! `tenby job`
 
-use super::{later, words};
+use super::words;
 use crate::session::{Reader, Session, problem};
 use crate::{draw, follow, json};
+use api::Client;
 use clap::Subcommand;
 use machine::request::{Job, Problem, ProblemKind};
 use machine::root::Found;
+use machine::tree::JobId;
 
 /// What can be done with jobs.
 #[derive(Debug, Subcommand)]
@@ -38,24 +40,27 @@ pub(crate) enum Verb {
         #[arg(value_parser = words::name)]
         id: String,
     },
-    /// Pause a job (not there yet)
+    /// Pause a merge
     #[command(after_help = "Example:\n  tenby job pause 3f9c")]
     Pause {
         /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
         id: String,
     },
-    /// Let a paused job go on (not there yet)
+    /// Let a paused merge go on
     #[command(after_help = "Example:\n  tenby job resume 3f9c")]
     Resume {
         /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
         id: String,
     },
-    /// Limit a job's speed (not there yet)
-    #[command(after_help = "Example:\n  tenby job throttle 3f9c 50M")]
+    /// Limit the speed of a merge
+    #[command(after_help = "Examples:\n  tenby job throttle 3f9c 50M\n  tenby job throttle 3f9c 0")]
     Throttle {
         /// The job's id, or how it begins
+        #[arg(value_parser = words::name)]
         id: String,
-        /// Bytes a second
+        /// Bytes a second; 0 for as fast as it can
         #[arg(value_parser = words::size, value_name = "BYTES/S")]
         speed: u64,
     },
@@ -77,22 +82,48 @@ impl Verb {
                 told(session, &job)
             }
             Self::Cancel { id } => {
-                let (found, job) = find(session, &id).await?;
-                if job.state.ended() {
-                    return Err(Problem::refused(draw::job_line(&job, jiff::Timestamp::now())));
-                }
-                let job = session.worker(&found).await?.cancel(job.id).await.map_err(problem)?;
-                if session.out.json() {
-                    session.out.document(&job);
-                }
-                session.out.done(&format!("asked to cancel: {}", draw::job_line(&job, jiff::Timestamp::now())));
+                let (client, job) = under_way(session, &id).await?;
+                asked(session, "asked to cancel", &client.cancel(job).await.map_err(problem)?);
                 Ok(())
             }
-            Self::Pause { .. } => Err(later("`tenby job pause`")),
-            Self::Resume { .. } => Err(later("`tenby job resume`")),
-            Self::Throttle { .. } => Err(later("`tenby job throttle`")),
+            Self::Pause { id } => {
+                let (client, job) = under_way(session, &id).await?;
+                asked(session, "paused", &client.pause(job).await.map_err(problem)?);
+                Ok(())
+            }
+            Self::Resume { id } => {
+                let (client, job) = under_way(session, &id).await?;
+                asked(session, "goes on", &client.resume(job).await.map_err(problem)?);
+                Ok(())
+            }
+            Self::Throttle { id, speed } => {
+                let (client, job) = under_way(session, &id).await?;
+                let words = match speed {
+                    0 => "not limited any more".to_owned(),
+                    speed => format!("limited to {}/s", draw::size(speed)),
+                };
+                asked(session, &words, &client.throttle(job, speed).await.map_err(problem)?);
+                Ok(())
+            }
         }
     }
+}
+
+/// The job whose id begins like this and the worker that does it; a refusal if it has ended.
+async fn under_way(session: &Session, id: &str) -> Result<(Client, JobId), Problem> {
+    let (found, job) = find(session, id).await?;
+    if job.state.ended() {
+        return Err(Problem::refused(draw::job_line(&job, jiff::Timestamp::now())));
+    }
+    Ok((session.worker(&found).await?, job.id))
+}
+
+/// Tells what a job was asked.
+fn asked(session: &Session, what: &str, job: &Job) {
+    if session.out.json() {
+        session.out.document(job);
+    }
+    session.out.done(&format!("{what}: {}", draw::job_line(job, jiff::Timestamp::now())));
 }
 
 /// Tells how a job that ended well ended.

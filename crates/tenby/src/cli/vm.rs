@@ -101,12 +101,12 @@ pub(crate) enum Verb {
     /// The rows of a machine's ledger, as JSON
     #[command(after_help = "Example:\n  tenby vm ledger web")]
     Ledger(Name),
-    /// Check a machine's files (not there yet)
-    #[command(after_help = "Example:\n  tenby vm check web --deep")]
+    /// Check a machine's files: that all are there, open, stand on each other and are sound
+    #[command(after_help = "Example:\n  tenby vm check web")]
     Check {
         #[command(flatten)]
         vm: Name,
-        /// Read everything
+        /// Read everything, and compare it with what was recorded (not there yet)
         #[arg(long)]
         deep: bool,
     },
@@ -398,7 +398,8 @@ impl Verb {
                 session.out.document(&ledger);
                 Ok(())
             }
-            Self::Check { .. } => Err(later("`tenby vm check`")),
+            Self::Check { deep: true, .. } => Err(later("`tenby vm check --deep`")),
+            Self::Check { vm, .. } => crate::audit::run(session, &session.find(&vm.name)?).await,
             Self::Undo { .. } => Err(later("`tenby vm undo`")),
             Self::Detach(_) => Err(later("`tenby vm detach`")),
             Self::Rescue { .. } => Err(later("`tenby vm rescue`")),

@@ -107,7 +107,8 @@ async fn open(place: &Place, neighbours: &Neighbours, out: &Out) -> Result<Pair,
 
 /// Says how much there is to do before anything is done.
 fn estimate(pair: &Pair, parent: &Path, child: &Path, out: &Out) -> Result<u64, Problem> {
-    let bytes = merge::plan(pair.child(), pair.parent()).map_err(|error| problem(&error))?;
+    let layers = [Arc::clone(pair.parent()), Arc::clone(pair.child())];
+    let bytes = merge::plan(None, &layers).map_err(|error| problem(&error))?.bytes();
     let free = parent.parent().and_then(free_space);
     let free = free.map(|free| format!(" ({} is free)", draw::size(free))).unwrap_or_default();
     out.note(&format!(

@@ -1,6 +1,7 @@
 //! Machines: the list, one of them, and what a deletion would do.
 
 use super::{Align, Look, Table, count, duration, pending, plain, size, with_doing};
+use machine::audit::{Audit, Finding};
 use machine::request::{DeletePlan, TreeView, View};
 use std::fmt::Write;
 
@@ -120,4 +121,22 @@ pub(crate) fn plan(plan: &DeletePlan, tree: &TreeView, look: &Look) -> String {
     let time = if plan.bytes_moved > 0 { format!(", about {}", duration(plan.estimated_ms)) } else { String::new() };
     say(format!("{} to move, {} become free{time}", size(plan.bytes_moved), size(plan.bytes_freed)));
     out
+}
+
+/// What is wrong with a machine's files.
+pub(crate) fn audit(name: &str, audit: &Audit) -> String {
+    let mut text = String::new();
+    for finding in &audit.findings {
+        let title = if finding.is_note() { "note" } else { "damage" };
+        let Finding { kind, place, what, effect, repair } = finding;
+        let [what, place, effect, repair] = [what, place, effect, repair].map(|text| plain(text));
+        let lines = format!("{title}: {what} ({kind})\n  where   {place}\n  effect  {effect}\n  repair  {repair}\n");
+        text.push_str(&lines);
+    }
+    if audit.clean {
+        let are = if audit.files == 1 { "is" } else { "are" };
+        let line = format!("{}: {} {are} sound\n", plain(name), count(audit.files, "file"));
+        text.push_str(&line);
+    }
+    text
 }

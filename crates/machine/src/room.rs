@@ -1,0 +1,76 @@
+//! A disk without room: merges wait for some, and a guest that had to stand still goes on when there is some.
+
+use crate::actor::Owner;
+use crate::job::Task;
+use crate::log;
+use crate::reserve;
+use crate::tree::State;
+use tokio::time::{Duration, Instant};
+
+/// How often it is looked whether there is room.
+const LOOK: Duration = Duration::from_secs(2);
+/// With less than this the disk is full, bytes: a block of an image and what goes with it.
+const SCARCE: u64 = 8 << 20;
+/// With this a guest goes on, bytes.
+const ENOUGH: u64 = 16 << 20;
+/// With this there is room for a reserve.
+const PLENTY: u64 = 4 * reserve::SIZE;
+
+impl Owner {
+    /// When it is to be looked for room again, if anything waits for some.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        let starved = self.starved.as_ref().filter(|_| self.folding.is_none() && !self.resting).map(|(_, due)| *due);
+        starved.into_iter().chain(self.out_of_room).min()
+    }
+
+    /// A merge found no room. It begins again at once in what the reserve leaves, or later.
+    pub(crate) fn wait_for_room(&mut self, task: &Task) {
+        let now = Instant::now();
+        let due = if reserve::give_up(&**self.keeper.files.folder()) { now } else { now + LOOK };
+        if task.job().is_none_or(|job| job.reason.is_none()) {
+            log::write(&self.keeper.files, Some(task.id()), "the disk is full: the merge waits for room");
+        }
+        task.waiting("space");
+        self.starved = Some((task.clone(), due));
+    }
+
+    /// Makes the reserve, if there is plenty of room.
+    pub(crate) fn keep_reserve(&self) {
+        if self.folding.is_none() && self.starved.is_none() && self.room() >= PLENTY {
+            // Another time, then.
+            let _ = reserve::keep(&**self.keeper.files.folder());
+        }
+    }
+
+    /// The guest stands still because a disk could not be written: for want of room?
+    pub(crate) fn note_full_disk(&mut self) -> bool {
+        let full = self.room() < SCARCE;
+        self.out_of_room = full.then(|| Instant::now() + LOOK);
+        full
+    }
+
+    /// Lets a guest go on that stands still for want of room, if there is some.
+    pub(crate) async fn look_for_room(&mut self) {
+        let now = Instant::now();
+        if self.out_of_room.is_none_or(|due| due > now) {
+            return;
+        }
+        if self.room() < ENOUGH {
+            self.out_of_room = Some(now + LOOK);
+            return;
+        }
+        self.out_of_room = None;
+        log::write(&self.keeper.files, None, "there is room again: the guest goes on");
+        let committed = self.keeper.book.commit(|rows| rows.machine.now.state = State::Running);
+        let gone_on = match committed {
+            Ok(()) => self.let_run().await,
+            failed => failed,
+        };
+        self.shared.set_moment(|moment| moment.alert = gone_on.err().map(|problem| problem.message));
+    }
+
+    /// Bytes that are free where the machine's files lie.
+    fn room(&self) -> u64 {
+        rustix::fs::statvfs(self.keeper.files.path()).map_or(0, |stat| stat.f_bavail * stat.f_frsize)
+    }
+}

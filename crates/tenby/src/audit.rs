@@ -1,0 +1,65 @@
+//! `tenby vm check`: what is wrong with a machine's files.
+
+use crate::draw;
+use crate::session::Session;
+use crate::work::look;
+use machine::audit::{Audit, Finding, audit};
+use machine::request::Problem;
+use machine::root::Found;
+use machine::tree::Machine;
+
+/// How often it is looked again because files came and went meanwhile.
+const LOOKS: usize = 5;
+
+/// Looks at all files of a machine; nothing is written.
+pub(crate) async fn run(session: &Session, found: &Found) -> Result<(), Problem> {
+    let audit = settled(session, found).await?;
+    session.out.show(&audit, |_| draw::audit(&found.name, &audit));
+    if !audit.clean {
+        // The document is the report, also with `--json`; what is left is a line for people, and the code.
+        let damage = audit.findings.iter().filter(|finding| !finding.is_note()).count();
+        let findings = if damage == 1 { "1 finding".to_owned() } else { format!("{damage} findings") };
+        let problem = Problem::damaged(format!("{}: its files are damaged: {findings}", found.name));
+        session.out.failure(&problem);
+        std::process::exit(problem.kind.code().into());
+    }
+    Ok(())
+}
+
+/// An audit during which the tree did not change.
+async fn settled(session: &Session, found: &Found) -> Result<Audit, Problem> {
+    let files = session.root.files(found.id)?;
+    for _ in 0..LOOKS {
+        let Rows { machine, journalled, worker } = Rows::read(session, found).await?;
+        let (layers, files) = (machine.layers.clone(), files.clone());
+        let work = move || audit(&machine, &files, worker, &journalled);
+        let audit = look(&session.out, format!("checking {}", found.name), work).await?;
+        if audit.findings.iter().all(Finding::is_note) || Rows::read(session, found).await?.machine.layers == layers {
+            return Ok(audit);
+        }
+    }
+    Err(Problem::refused(format!("the files of {} change too often just now to be checked", found.name))
+        .hint(format!("tenby job list {}", crate::cli::quoted(&found.name))))
+}
+
+/// What a machine's ledger says.
+struct Rows {
+    machine: Machine,
+    /// The files of requests under way.
+    journalled: Vec<String>,
+    worker: bool,
+}
+
+impl Rows {
+    async fn read(session: &Session, found: &Found) -> Result<Self, Problem> {
+        let reader = session.reader(found).await?;
+        let worker = reader.view().await?.worker.is_some();
+        let mut rows = reader.ledger().await?;
+        let journals = rows["journal"].as_object().into_iter().flat_map(|journals| journals.values());
+        let files = journals.filter_map(|journal| journal["files"].as_array()).flatten();
+        let journalled = files.filter_map(|file| file.as_str()).map(str::to_owned).collect();
+        let machine = serde_json::from_value(rows["machine"].take())
+            .map_err(|error| Problem::failed(format!("the rows of {} make no sense: {error}", found.name)))?;
+        Ok(Self { machine, journalled, worker })
+    }
+}
