@@ -32,13 +32,21 @@ const MAX_SIZE: u64 = 64 << 40;
 /// Why a qcow2 was not copied.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file is damaged, or names other files.
+    /// The file is damaged.
     #[error("{}: {what}", file.display())]
     Damaged {
         /// The file.
         file: PathBuf,
         /// What is wrong with it.
         what: String,
+    },
+    /// The file does not stand alone: it names others, which are not opened.
+    #[error("{}: {what}, whose name in it is not followed", file.display())]
+    NamesOthers {
+        /// The file.
+        file: PathBuf,
+        /// What it names.
+        what: &'static str,
     },
     /// There is no `qemu-img` here.
     #[error("qcow2 is read and written with qemu-img, which is not installed")]
@@ -148,11 +156,12 @@ fn size(path: &Path) -> Result<u64> {
     }
     let number = |at: usize| u64::from_be_bytes(head[at..at + 8].try_into().expect("eight bytes"));
     let version = u32::from_be_bytes(head[4..8].try_into().expect("four bytes"));
+    let names_others = |what| Err(Error::NamesOthers { file: path.to_owned(), what });
     if number(8) != 0 {
-        return damaged("it stands on another image, whose name in it is not followed");
+        return names_others("it stands on another image");
     }
     if version >= 3 && number(72) & EXTERNAL_DATA != 0 {
-        return damaged("its data lie in another file, whose name in it is not followed");
+        return names_others("its data lie in another file");
     }
     match number(24) {
         0 => damaged("a disk of no bytes"),

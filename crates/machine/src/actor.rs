@@ -105,6 +105,8 @@ pub(crate) struct Owner {
     pub(crate) starved: Option<(Task, tokio::time::Instant)>,
     /// The guest stands still because the disk is full; when to look whether it can go on.
     pub(crate) out_of_room: Option<tokio::time::Instant>,
+    /// The reserve is being made.
+    pub(crate) reserving: Option<tokio::task::JoinHandle<()>>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
     pub(crate) resting: bool,
     /// Deletions whose clients wait for the merging, too.
@@ -150,6 +152,7 @@ impl Handle {
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
+            reserving: None,
             resting: false,
             waiting: Vec::new(),
             deleted: false,
@@ -277,6 +280,7 @@ async fn take_lock(files: &Files) -> Result<Arc<dyn Store>, Problem> {
 
 impl Owner {
     async fn work(mut self, mut queue: mpsc::UnboundedReceiver<Ask>) {
+        self.keep_reserve();
         while !self.deleted {
             self.collect();
             let (quiet, due) = (self.live.is_none() && self.folding.is_none() && self.starved.is_none(), self.due());

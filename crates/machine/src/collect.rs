@@ -73,11 +73,6 @@ impl Folded {
     pub fn task(&self) -> &Task {
         &self.task
     }
-
-    /// Whether it failed for want of room on the disk.
-    pub fn starved(&self) -> bool {
-        self.starved
-    }
 }
 
 /// A fold under way, on a thread of its own.
@@ -114,7 +109,6 @@ impl Owner {
             }
         }
         self.answer_waiting();
-        self.keep_reserve();
     }
 
     fn begin_next_fold(&mut self) -> Result<(), Problem> {
@@ -123,12 +117,16 @@ impl Owner {
             Some(task) => Begin::Again(task.clone()),
             None => Begin::At(std::mem::take(&mut self.merge_pace)),
         };
-        let Some(folding) = self.keeper.next_fold(self.live.as_mut().map(Live::disks), begin)? else {
-            // What it waited for is not wanted any more.
-            if let Some(task) = starved {
-                self.finish(&task, &Ok(serde_json::Value::Null));
+        let folding = match self.keeper.next_fold(self.live.as_mut().map(Live::disks), begin) {
+            Ok(Some(folding)) => folding,
+            // What it waited for is not wanted any more, or something else is in the way now.
+            other => {
+                let outcome = other.map(|_| serde_json::Value::Null);
+                if let Some(task) = starved {
+                    self.finish(&task, &outcome);
+                }
+                return outcome.map(drop);
             }
-            return Ok(());
         };
         self.shared.set_moment(|moment| moment.doing = vec!["merging".to_owned()]);
         let cancel = Arc::<Cancel>::default();
@@ -142,6 +140,9 @@ impl Owner {
     /// Something is in the way: left for the next request that changes the tree, or the next worker.
     fn rest(&mut self, problem: &Problem) {
         self.resting = true;
+        if let Some((task, _)) = self.starved.take() {
+            self.finish(&task, &Err(problem.clone()));
+        }
         log::write(&self.keeper.files, None, &format!("cleaning up rests: {problem}"));
         let words = problem.message.clone();
         self.shared.set_moment(|moment| moment.alert = Some(format!("cleaning up rests: {words}")));
@@ -185,7 +186,7 @@ impl Owner {
                 }
             }
             Err(problem) => self.rest(problem),
-            Ok(_) => {}
+            Ok(_) => self.keep_reserve(),
         }
         self.finish(&ended.task, &outcome);
     }

@@ -312,9 +312,10 @@ fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {
 /// A qcow2 that was not copied, as a problem.
 pub fn qcow2_problem(error: &qcow2::Error) -> Problem {
     match error {
-        qcow2::Error::Damaged { file, what } if what.contains("another") => Problem::damaged(error.to_string()).hint(
-            format!("qemu-img convert -O qcow2 {} whole.qcow2      (if you trust it: one file of all)", file.display()),
-        ),
+        qcow2::Error::NamesOthers { file, .. } => Problem::damaged(error.to_string()).hint(format!(
+            "qemu-img convert -O qcow2 {} whole.qcow2      (if you trust it: one file of all)",
+            file.display()
+        )),
         qcow2::Error::Damaged { .. } => Problem::damaged(error.to_string()),
         qcow2::Error::NotInstalled => Problem::failed(error.to_string()).hint("sudo apt install qemu-utils"),
         qcow2::Error::Image(error) => image_problem(error),

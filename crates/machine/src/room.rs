@@ -34,11 +34,13 @@ impl Owner {
         self.starved = Some((task.clone(), due));
     }
 
-    /// Makes the reserve, if there is plenty of room.
-    pub(crate) fn keep_reserve(&self) {
-        if self.folding.is_none() && self.starved.is_none() && self.room() >= PLENTY {
-            // Another time, then.
-            let _ = reserve::keep(&**self.keeper.files.folder());
+    /// Makes the reserve if there is plenty of room, while other things go on.
+    pub(crate) fn keep_reserve(&mut self) {
+        let under_way = self.reserving.as_ref().is_some_and(|making| !making.is_finished());
+        if !under_way && self.room() >= PLENTY {
+            let folder = std::sync::Arc::clone(self.keeper.files.folder());
+            // If it fails: another time, then.
+            self.reserving = Some(tokio::task::spawn_blocking(move || drop(reserve::keep(&*folder))));
         }
     }
 

@@ -18,7 +18,7 @@ pub(crate) async fn run(session: &Session, found: &Found) -> Result<(), Problem>
     if !audit.clean {
         // The document is the report, also with `--json`; what is left is a line for people, and the code.
         let damage = audit.findings.iter().filter(|finding| !finding.is_note()).count();
-        let findings = if damage == 1 { "1 finding".to_owned() } else { format!("{damage} findings") };
+        let findings = draw::count(damage, "finding");
         let problem = Problem::damaged(format!("{}: its files are damaged: {findings}", found.name));
         session.out.failure(&problem);
         std::process::exit(problem.kind.code().into());

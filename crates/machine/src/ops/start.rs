@@ -189,6 +189,8 @@ impl Owner {
     /// The machine is off: QEMU goes, if it is still there.
     pub(crate) async fn off(&mut self, why: &str, alert: Option<String>) {
         self.stop_folding().await;
+        // Nobody stands still for want of room any more.
+        self.out_of_room = None;
         self.shared.set_moment(|moment| {
             moment.sockets = None;
             moment.qemu = None;
