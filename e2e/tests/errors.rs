@@ -301,6 +301,22 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     }
     witness.prove();
     lab.assert_tidy();
+
+    // One that is gone does not go on.
+    lab.snapshot("Wednesday");
+    fill_up(&ballast);
+    let asked = std::thread::spawn(move || {
+        witness.try_ask("fill-disk vda 8M 24 4", std::time::Duration::from_secs(60)).is_err()
+    });
+    wait_for("the guest to stand still", || (lab.state(BASE) == "paused").then_some(()));
+    lab.kill_qemu();
+    wait_for("the machine to be off", || (lab.state(BASE) == "off").then_some(()));
+    fs::remove_file(&ballast).expect("it is ours");
+    for _ in 0..30 {
+        assert_eq!(lab.state(BASE), "off");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
+    assert!(asked.join().expect("it ended"), "nobody was there to answer");
 }
 
 /// Leaves no room at all.
