@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{DEADLINE, Witness, guest, place, wait_for};
+use crate::{DEADLINE, SmallDisk, Witness, guest, place, wait_for};
 
 /// The name of the machine that [`Lab::with_base`] begins with.
 pub const BASE: &str = "Tenby";
@@ -221,6 +221,19 @@ impl Lab {
     #[track_caller]
     pub fn tree(&self) -> Value {
         self.json(&["snapshot", "list", BASE])
+    }
+
+    /// Moves the root to a disk of this size (`256m`).
+    ///
+    /// # Panics
+    /// If that cannot be done.
+    pub fn on_a_small_disk(&self, size: &str) -> SmallDisk {
+        let (root, aside) = (self.root(), self.path("aside"));
+        std::fs::rename(&root, &aside).expect("it is ours");
+        let small = SmallDisk::mount(&root, size);
+        let copied = Command::new("cp").arg("-a").arg(aside.join(".")).arg(&root).status();
+        assert!(copied.expect("cp is there").success());
+        small
     }
 
     /// Waits until nothing is under way or pending, but for files that other files stand on.

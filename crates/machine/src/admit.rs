@@ -9,7 +9,8 @@
 //! | pause | refused: start | halted | *already* | refused: start |
 //! | resume | refused: start | *already* | goes on | refused: start |
 //! | restart | refused: start | reset | refused: resume | refused: start |
-//! | snapshot, apply, revert, delete, rename, note | yes | yes | yes | yes |
+//! | snapshot, apply, revert, delete, undo, rename, note | yes | yes | yes | yes |
+//! | undo of a removed disk | yes | refused: stop | refused: turn off | refused: turn off |
 //! | set of hardware | yes | refused: stop | refused: turn off | refused: turn off |
 //! | delete the machine | yes | refused: turn off | refused: turn off | yes |
 //!
@@ -112,6 +113,7 @@ impl Request {
             | Self::DeleteMachine { .. } => true,
             Self::Snapshot { .. }
             | Self::Delete { .. }
+            | Self::Undo { .. }
             | Self::RenameSnapshot { .. }
             | Self::NoteSnapshot { .. }
             | Self::Rename { .. }
@@ -131,6 +133,7 @@ impl Request {
             Self::Snapshot { .. } => "snapshot",
             Self::Apply { .. } | Self::Revert { .. } => "apply",
             Self::Delete { .. } => "delete",
+            Self::Undo { .. } => "undo",
             Self::RenameSnapshot { .. } | Self::Rename { .. } => "rename",
             Self::NoteSnapshot { .. } => "note",
             Self::Set(_) => "set",
@@ -159,6 +162,7 @@ mod tests {
             (Request::Restart, "rgrr"),
             (Request::Snapshot { name: None, note: String::new() }, "gggg"),
             (Request::Delete { snapshot: "x".into(), subtree: false, wait: false }, "gggg"),
+            (Request::Undo { id: None }, "gggg"),
             (hardware(), "grrr"),
             (Request::Set(Box::default()), "gggg"),
             (Request::DeleteMachine { discard: false }, "grrg"),

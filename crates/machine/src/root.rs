@@ -473,6 +473,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
         next_disk: 0,
         now: Now {
             parent: None,
+            under: None,
             state: State::Off,
             config,
             disks: BTreeMap::new(),
@@ -483,6 +484,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
             run: None,
         },
         snapshots: BTreeMap::new(),
+        trash: BTreeMap::new(),
         layers: BTreeMap::<LayerId, LayerRow>::new(),
     }
 }
