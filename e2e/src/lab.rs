@@ -197,7 +197,8 @@ impl Lab {
     /// If it cannot be opened.
     pub fn witness(&self, name: &str) -> Witness {
         let mut command = self.command(&["vm", "console", name]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let said = File::options().create(true).append(true).open(self.path("console.log")).expect("a file of ours");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(said);
         let mut console = command.spawn().expect("the program can be started");
         let (from, to): (ChildStdout, ChildStdin) =
             (console.stdout.take().expect("it is a pipe"), console.stdin.take().expect("it is a pipe"));
@@ -349,8 +350,28 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// What the machines and the consoles noted, for the report of a test that failed.
+    fn tell(&self) {
+        let machines = std::fs::read_dir(self.root()).into_iter().flatten().filter_map(Result::ok);
+        let logs = machines.flat_map(|machine| {
+            ["machine.log", "worker.log", "qemu.log"].map(|log| machine.path().join("log").join(log))
+        });
+        for log in logs.chain([self.path("console.log")]) {
+            let text = std::fs::read(&log).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!("{}", log.display());
+            lines[lines.len().saturating_sub(30)..].iter().for_each(|line| eprintln!("  {line}"));
+        }
+    }
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
         // A worker may be starting a QEMU just now, so this is repeated until nothing is left.
         for _ in 0..100 {
             let left = self.processes();

@@ -14,8 +14,21 @@
 //! | set of hardware | yes | refused: stop | refused: turn off | refused: turn off |
 //! | delete the machine | yes | refused: turn off | refused: turn off | yes |
 //!
-//! `starting`, `saving` and `stopping` are states of a request that is under way; requests are carried out one after the
-//! other, so none is admitted in them.
+//! # While another one is under way
+//!
+//! Requests are carried out one after the other, whoever asks; nobody ever has to unlock anything. What a second one gets is the answer of the
+//! table above in the state that the first one leads to. (`starting`, `saving` and `stopping` are states of a request that is under way, so
+//! none is admitted in them.)
+//!
+//! | under way | every request of the table | stop --turn-off | look, screenshot, console, cancel |
+//! | --- | --- | --- | --- |
+//! | any of the table | queued | queued | at once |
+//! | stop, waiting for the guest | queued | cuts it short: what waits is cancelled, the guest turned off | at once |
+//! | snapshot, save, apply: memory is written | queued; a snapshot that is not `ready` is neither applied nor deleted | queued | at once; cancelled, nothing has changed |
+//! | merge | stops it; it begins again afterwards, at its pace | the same | at once; cancelled, it rests until the tree changes |
+//! | merge that waits for room, or is paused | carried out at once | the same | at once |
+//!
+//! Two clients that delete the same snapshot: the second is told that there is none of that name. Every pair is tried in `e2e/tests/pairs.rs`.
 
 use crate::plan::quoted;
 use crate::request::{Problem, Request, Settings};
