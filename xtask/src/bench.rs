@@ -5,6 +5,7 @@
 
 mod contest;
 mod disk;
+mod merge;
 mod nbd;
 mod snapshots;
 
@@ -31,6 +32,8 @@ const BENCHES: &[Bench] = &[
     Bench { name: "disk-convert", what: "copies between raw and VHDX beside cp and qemu-img", run: disk::convert },
     Bench { name: "disk-merge", what: "a leaf of scattered writes merged into its parent", run: disk::merge },
     Bench { name: "disk-deep", what: "a chain of 1,000 layers opened", run: disk::deep },
+    Bench { name: "merge-live", what: "a merge while somebody writes, and what they see of it", run: merge::live },
+    Bench { name: "merge-many", what: "snapshots by the thousand deleted", run: merge::many },
     Bench { name: "snapshot-off", what: "snapshots of a machine that is off, 1,000 present", run: snapshots::off },
     Bench { name: "snapshot-pause", what: "what a running guest notices, and what is stored", run: snapshots::running },
 ];
@@ -47,6 +50,7 @@ pub(crate) fn run(names: &[String]) -> Result<()> {
     step("building Tenby");
     call(cargo().args(["build", "--release", "--package", "tenby"]))?;
     call(cargo().args(["build", "--release", "--package", "export", "--example", "serve"]))?;
+    call(cargo().args(["build", "--release", "--package", "machine", "--example", "fold"]))?;
     let chosen = BENCHES.iter().filter(|bench| names.is_empty() || names.iter().any(|name| is_meant(bench, name)));
     let mut missed = 0;
     for bench in chosen {

@@ -241,6 +241,11 @@ fn written_and_removed(folder: &Path) -> Result<f64> {
     Ok(written + start.elapsed().as_secs_f64())
 }
 
+/// As many bytes as such a merge moves, as scattered.
+pub(super) fn scattered_file(path: &Path) -> Result<()> {
+    written_once(path, WRITES, 4096, SCATTER).map(drop)
+}
+
 /// Writes so many pieces of so many bytes, each so far behind the one before, with one fsync.
 fn written_once(path: &Path, count: u64, size: u64, apart: u64) -> Result<f64> {
     if path.exists() {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Data moves in pieces of this many bytes.
 pub(super) const PIECE: u64 = 1 << 20;
 /// Beside a guest, what was copied is synced whenever it is this many bytes: a flush of the guest may have to wait for that.
-const DIRTY: u64 = 16 << 20;
+const DIRTY: u64 = 4 << 20;
 /// How often to ask whether the push above a layer has been settled.
 const PATIENCE: Duration = Duration::from_millis(5);
 /// The longest rest after a piece.

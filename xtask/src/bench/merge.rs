@@ -1,0 +1,157 @@
+//! Deleting: how long merging takes, and what whoever writes meanwhile sees of it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::contest::{Promise, Report, Row};
+use super::{scratch, tenby};
+use crate::{call, output_of, target};
+
+/// Times that each is measured.
+const ROUNDS: usize = 5;
+/// Snapshots that each rewrote the same, and how many MiB: 1,000 x 1 GiB would not fit here, and what is looked at is the ratio.
+const MANY: u64 = 1000;
+const REWRITTEN: u64 = 8;
+/// What each writes where every second is deleted, MiB.
+const OWN: u64 = 2;
+
+/// What the example `fold` measured in a new root.
+fn fold(folder: &Path, words: &[&str]) -> Result<Value> {
+    let root = folder.join("root");
+    if root.exists() {
+        fs::remove_dir_all(&root)?;
+        call(&mut Command::new("sync"))?;
+    }
+    let mut fold = Command::new(target().join("release/examples/fold"));
+    let text = output_of(fold.arg(&root).args(words))?;
+    Ok(serde_json::from_str(&text)?)
+}
+
+fn number(of: &Value, path: &str) -> Result<f64> {
+    of.pointer(path).and_then(Value::as_f64).with_context(|| format!("no {path} in {of}"))
+}
+
+fn row(name: &str, samples: Vec<f64>) -> Row {
+    Row { name: name.into(), samples }
+}
+
+fn report(name: &str, what: &str, unit: &'static str, rows: Vec<Row>, promises: Vec<Promise>) -> Report {
+    Report { name: name.into(), what: what.into(), unit, rows, promises }
+}
+
+/// A leaf of 20,000 scattered pages is merged into its base: while nobody writes, and while somebody does.
+pub(super) fn live() -> Result<Vec<Report>> {
+    let folder = scratch("merge-live")?;
+    let (mut copies, mut idle, mut moved, mut live) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut stall, mut before, mut during) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        copies.push(copied(&folder)?);
+        let told = fold(&folder, &["idle"])?;
+        idle.push(number(&told, "/seconds")?);
+        moved.push(number(&told, "/moved")? / number(&told, "/payload")?);
+        let told = fold(&folder, &["live"])?;
+        live.push(number(&told, "/seconds")?);
+        stall.push(number(&told, "/during/worst_write_ms")?);
+        before.push(number(&told, "/before/flush_p999_ms")?);
+        during.push(number(&told, "/during/flush_p999_ms")?);
+    }
+    let rows = vec![row("cp of as scattered a file, synced", copies), row("idle", idle), row("live", live)];
+    let promises = vec![
+        Promise::TimesAtMost("idle", 2.0, "cp of as scattered a file, synced"),
+        Promise::TimesAtMost("live", 3.0, "idle"),
+    ];
+    let flushes = vec![row("nothing is merged", before), row("something is", during)];
+    Ok(vec![
+        report("merge-time", "20,000 scattered pages over 4 GiB merged into their base", "s", rows, promises),
+        report(
+            "merge-moved",
+            "bytes that moved, of those to be moved",
+            "x",
+            vec![row("tenby", moved)],
+            vec![Promise::AtMost("tenby", 1.0)],
+        ),
+        report(
+            "merge-stall",
+            "the longest write of a steady writer meanwhile",
+            "ms",
+            vec![row("tenby", stall)],
+            vec![Promise::AtMost("tenby", 100.0)],
+        ),
+        report(
+            "merge-flush",
+            "the writer's flushes, 99.9th in 100",
+            "ms",
+            flushes,
+            vec![Promise::TimesAtMost("something is", 2.0, "nothing is merged")],
+        ),
+    ])
+}
+
+/// The bytes of such a leaf, as scattered, by `cp`, and durable.
+fn copied(folder: &Path) -> Result<f64> {
+    let (from, to) = (folder.join("scattered"), folder.join("copy"));
+    if !from.exists() {
+        super::disk::scattered_file(&from)?;
+    }
+    let start = Instant::now();
+    call(Command::new("cp").arg("--sparse=always").arg(&from).arg(&to))?;
+    fs::File::open(&to)?.sync_all()?;
+    let took = start.elapsed().as_secs_f64();
+    fs::remove_file(to)?;
+    Ok(took)
+}
+
+/// Many snapshots that each rewrote the same.
+pub(super) fn many() -> Result<Vec<Report>> {
+    let folder = scratch("merge-many")?;
+    let mib = REWRITTEN.to_string();
+    let payload = (REWRITTEN << 20) as f64;
+    let told = fold(&folder, &["many", &MANY.to_string(), &mib])?;
+    let moved = number(&told, "/moved")? / payload;
+    let memory = number(&told, "/memory_kib")? / 1024.0;
+    let mut per_gib = Vec::new();
+    for count in [MANY / 5, MANY] {
+        let told = fold(&folder, &["every", &count.to_string(), &OWN.to_string()])?;
+        per_gib.push(number(&told, "/seconds")? / (number(&told, "/moved")? / f64::from(1 << 30)));
+    }
+    let every = vec![row("of 200", vec![per_gib[0]]), row("of 1,000", vec![per_gib[1]])];
+    let one = |name: &str, what: &str, unit, sample, most| {
+        report(name, what, unit, vec![row("tenby", vec![sample])], vec![Promise::AtMost("tenby", most)])
+    };
+    Ok(vec![
+        one(
+            "merge-many",
+            "999 of 1,000 snapshots deleted that each rewrote the same: bytes that moved",
+            "x once",
+            moved,
+            1.05,
+        ),
+        one("merge-memory", "the most memory meanwhile", "MiB", memory, 256.0),
+        report(
+            "merge-every-second",
+            "every second snapshot deleted: time a GiB moved",
+            "s",
+            every,
+            vec![Promise::TimesAtMost("of 1,000", 1.5, "of 200")],
+        ),
+        recovery(&folder, &mib)?,
+    ])
+}
+
+/// A worker that died as a merge was about to be committed, 1,000 snapshots present: until the next command is answered.
+fn recovery(folder: &Path, mib: &str) -> Result<Report> {
+    let dead = fold(folder, &["dies", &MANY.to_string(), mib]);
+    anyhow::ensure!(dead.is_err(), "it was to die");
+    let root = folder.join("root");
+    let start = Instant::now();
+    let mut note = Command::new(tenby());
+    call(note.arg("--quiet").arg("--root").arg(&root).args(["snapshot", "note", "lab", "s500", "still there"]))?;
+    let took = start.elapsed().as_secs_f64();
+    let what = "a merge was cut off, 1,000 snapshots present: until the next request is done";
+    Ok(report("merge-recovery", what, "s", vec![row("tenby", vec![took])], vec![Promise::AtMost("tenby", 1.0)]))
+}
