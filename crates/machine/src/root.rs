@@ -10,6 +10,7 @@
 //! the worker notes it.
 
 use crate::files::{Files, file_problem, image_problem, qcow2_problem};
+use crate::label::label_new;
 use crate::ledger::{Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
@@ -260,6 +261,7 @@ impl Root {
             add_disk(&mut machine, made, disk);
         }
         files.sync_names()?;
+        label_new(&files, &machine)?;
         Ledger::create(&folder, &machine).map_err(|e| e.problem(files.path()))?;
         folder.sync().map_err(|e| file_problem(&e))
     }
@@ -488,7 +490,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
 }
 
 /// A network address in QEMU's range, drawn from the machine's id.
-fn mac_of(id: MachineId) -> String {
+pub(crate) fn mac_of(id: MachineId) -> String {
     let b = id.0.as_bytes();
     format!("52:54:00:{:02x}:{:02x}:{:02x}", b[13], b[14], b[15])
 }

@@ -244,6 +244,8 @@ impl Inner {
         if pages.is_empty() {
             return Ok(());
         }
+        // A disk that is full is no reason to distrust a leaf that somebody writes: the room is taken before anything depends on it.
+        session.journal.take_room(&*self.store, &pages)?;
         self.poison_on_error(self.identify(&mut session, None))?;
         let file_length = lock(&self.meta).space.len();
         self.poison_on_error(self.write_metadata(&mut session.journal, file_length, &pages))
