@@ -111,6 +111,6 @@ fn a_saved_state_comes_back() {
     let text = lab.ok(&["vm", "rescue", &folder.to_string_lossy()]);
     assert!(text.contains("saved state") && text.contains("ledger.damaged"), "{text}");
     assert_eq!(std::fs::read(folder.join("ledger.damaged")).expect("it is kept"), ledger);
-    lab.ok(&["snapshot", "apply", BASE, "saved state", "--start"]);
+    lab.ok(&["snapshot", "apply", BASE, "saved state", "--discard", "--start"]);
     assert_day(&lab, "saved");
 }

@@ -29,10 +29,14 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use store::{Folder, Lock, Mode, Store};
 
 /// The journal's word for a link that is to be put right.
 pub(crate) const MEND: &str = "rescue";
+
+/// How long the machine's worker gets to end: with nothing to do it stays for a few seconds.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
 /// A damaged ledger's name, from then on; with a number behind it if that is taken.
 const ASIDE: &str = "ledger.damaged";
@@ -141,14 +145,21 @@ fn quoted_path(path: &Path) -> String {
 
 fn take_lock(files: &Files) -> Result<Arc<dyn Store>, Problem> {
     let lock = open_or_create(files.folder(), "lock")?;
-    lock.lock(Lock::Exclusive).map_err(|e| match e.kind {
-        store::ErrorKind::Locked => {
-            Problem::refused(format!("a worker has the machine in {}: its ledger is not lost", files.path().display()))
-                .hint("tenby vm list")
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match lock.lock(Lock::Exclusive) {
+            Ok(()) => return Ok(lock),
+            Err(e) if e.kind == store::ErrorKind::Locked && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            Err(e) if e.kind == store::ErrorKind::Locked => {
+                let folder = files.path().display();
+                let message = format!("a worker has the machine in {folder}, and knows what its ledger says");
+                return Err(Problem::refused(message).hint("tenby vm list"));
+            }
+            Err(e) => return Err(file_problem(&e)),
         }
-        _ => file_problem(&e),
-    })?;
-    Ok(lock)
+    }
 }
 
 /// A guest that lives on would be lost, for nobody knows its memory.

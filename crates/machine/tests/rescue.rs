@@ -9,19 +9,23 @@ mod sample;
 #[path = "stack/world.rs"]
 mod world;
 
+use image::{Format, Kind, LayerInfo, ParentLink};
 use machine::files::Files;
 use machine::garbage::{Garbage, garbage};
+use machine::label::{Head, Label, Present};
 use machine::ledger::{self, Ledger};
 use machine::request::{Problem, ProblemKind};
-use machine::rescue::{Rescued, rescue_files};
-use machine::tree::{LayerFormat, LayerId, LayerRow, Machine, SnapshotId, State};
+use machine::rescue::{Found, Rescued, rebuild, rescue_files};
+use machine::tree::{
+    DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, MachineId, Snapshot, SnapshotId, SnapshotState, State,
+};
 use model::Model;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use store::sim::{At, Crash, Sim};
 use store::{Folder, Mode};
-use world::{World, files};
+use world::{Dice, World, files};
 
 /// How much a life does.
 const LIFE: u32 = 60;
@@ -49,7 +53,7 @@ fn same_name(name: &str) -> Result<String, Problem> {
     Ok(name.to_owned())
 }
 
-fn rescue(files: &Files, id: machine::tree::MachineId) -> Result<Rescued, Problem> {
+fn rescue(files: &Files, id: MachineId) -> Result<Rescued, Problem> {
     rescue_files(files, id, &[], same_name)
 }
 
@@ -109,7 +113,7 @@ fn all_comes_back(format: LayerFormat, seeds: std::ops::Range<u64>) {
         let mut model = models[0].clone();
         if saved {
             saved_ones += 1;
-            let is_state = |s: &&machine::tree::Snapshot| s.name == "saved state";
+            let is_state = |s: &&Snapshot| s.name == "saved state";
             match after.machine.snapshots.values().find(is_state).map(|s| s.id) {
                 Some(state) => take_out(&mut after.machine, state, &before, pending == Garbage::default()),
                 // A snapshot has the same memory, over the same disks.
@@ -195,8 +199,7 @@ fn nothing_that_comes_back_is_something_else() {
                     assert!(fine, "{what}: {}: {holds:?}; {:?}", snapshot.name, rescued.unknown);
                     known += usize::from(!holds.is_empty());
                 }
-                let missing =
-                    before.machine.snapshots.values().filter(|s| s.state == machine::tree::SnapshotState::Ready);
+                let missing = before.machine.snapshots.values().filter(|s| s.state == SnapshotState::Ready);
                 lost += missing.filter(|s| !after.machine.snapshots.contains_key(&s.id)).count();
                 seen += 1;
             }
@@ -286,7 +289,7 @@ fn week() -> World {
     world
 }
 
-fn snapshot<'a>(machine: &'a Machine, name: &str) -> Option<&'a machine::tree::Snapshot> {
+fn snapshot<'a>(machine: &'a Machine, name: &str) -> Option<&'a Snapshot> {
     machine.snapshots.values().find(|snapshot| snapshot.name == name)
 }
 
@@ -375,7 +378,7 @@ fn without_labels_files_give_their_names() {
     files.create_layer(base, 1 << 20, None, None).expect("made").close().expect("closed");
     let mut below = base.clone();
     for _ in 0..2 {
-        let row = files.new_row(machine::tree::LayerKind::Disk, LayerFormat::Vhdx, Some(below.id));
+        let row = files.new_row(LayerKind::Disk, LayerFormat::Vhdx, Some(below.id));
         let parent = files.open_layer(&below, Mode::Read).expect("opens");
         let parent = machine::files::Parent { layer: &*parent, row: &below };
         files.create_layer(&row, 1 << 20, Some(&parent), None).expect("made").close().expect("closed");
@@ -394,11 +397,127 @@ fn without_labels_files_give_their_names() {
     assert!(said(&rescued).contains("not known"), "{}", said(&rescued));
 }
 
+/// Whatever files say of themselves and of each other, what is made of it are sound rows, and nothing of a path is taken over.
+#[test]
+fn nonsense_becomes_sound_rows() {
+    let (mut rebuilt, mut snapshots, mut nothing) = (0, 0, 0);
+    for seed in 0..4000 {
+        let mut dice = Dice::new(seed);
+        let files: Vec<Found> = (0..1 + dice.below(10)).map(|nth| nonsense(&mut dice, nth)).collect();
+        let machine = MachineId(pool(&mut dice, 2));
+        let Ok(mut made) = rebuild(machine, &files, &[], jiff::Timestamp::UNIX_EPOCH, Vec::new()) else {
+            nothing += 1;
+            continue;
+        };
+        if let Some(over) = made.over {
+            assert!(made.machine.now.disks.is_empty(), "seed {seed}");
+            for (disk, layer) in &made.machine.snapshots[&over].disks {
+                let row = sample::layer(LayerKind::Disk, Some(*layer));
+                made.machine.now.disks.insert(disk.clone(), row.id);
+                made.machine.layers.insert(row.id, row);
+            }
+        }
+        made.machine.check().unwrap_or_else(|why| panic!("seed {seed}: {why}: {:#?}", made.machine));
+        let configs = made.machine.snapshots.values().map(|snapshot| &snapshot.config);
+        for config in configs.chain([&made.machine.now.config]) {
+            assert!(
+                config.cdrom.is_none() && config.machine_type.is_none() && config.memory <= 16 << 40,
+                "seed {seed}"
+            );
+        }
+        rebuilt += 1;
+        snapshots += made.machine.snapshots.len();
+    }
+    println!("{rebuilt} rebuilt with {snapshots} snapshots, {nothing} came to nothing");
+    assert!(rebuilt > 1000 && snapshots > 1000 && nothing > 10);
+}
+
+/// One of a few ids, so that files meet.
+fn pool(dice: &mut Dice, size: u64) -> uuid::Uuid {
+    uuid::Uuid::from_u128(u128::from(1 + dice.below(size)))
+}
+
+fn nonsense(dice: &mut Dice, nth: u64) -> Found {
+    let kind = if dice.one_in(4) { LayerKind::Memory } else { LayerKind::Disk };
+    let base = dice.one_in(3);
+    let data_id = pool(dice, 9);
+    let link = ParentLink {
+        linkage: pool(dice, 9),
+        linkage2: dice.one_in(3).then(|| pool(dice, 9)),
+        relative_path: dice.one_in(2).then(|| format!(r".\{}.vhdx", dice.below(10))),
+        absolute_path: None,
+    };
+    let info = LayerInfo {
+        format: if dice.one_in(5) { Format::Vhd } else { Format::Vhdx },
+        kind: if base { Kind::Dynamic } else { Kind::Differencing },
+        size: 1 << 20,
+        sector_size: if dice.one_in(9) { 4096 } else { 512 },
+        block_size: 1 << 20,
+        data_id,
+        disk_id: uuid::Uuid::nil(),
+        parent: (!base).then_some(link),
+    };
+    let label = (!dice.one_in(4)).then(|| nonsensical(dice, kind, data_id));
+    Found { file: format!("disks/{nth}.vhdx"), in_place: false, kind, info, label, holds: dice.one_in(2) }
+}
+
+fn nonsensical(dice: &mut Dice, kind: LayerKind, data_id: uuid::Uuid) -> Label {
+    let mut config = sample::machine(dice.below(3) as u32).now.config;
+    config.machine_type = Some("pc,firmware=/etc/shadow".to_owned());
+    config.cdrom = Some("/etc/shadow".to_owned());
+    config.memory = 1 << dice.below(63);
+    let mut disks = BTreeMap::new();
+    for _ in 0..dice.below(3) {
+        let disk = ["disk0", "disk1", "../disk", "disk"][dice.below(4) as usize];
+        disks.insert(DiskId(disk.to_owned()), LayerId(pool(dice, 9)));
+    }
+    let snapshot = |dice: &mut Dice| Snapshot {
+        id: SnapshotId(pool(dice, 5)),
+        name: ["Monday", "", "a/b", "-x"][dice.below(4) as usize].to_owned(),
+        note: String::new(),
+        parent: dice.one_in(2).then(|| SnapshotId(pool(dice, 5))),
+        created: jiff::Timestamp::UNIX_EPOCH,
+        state: SnapshotState::Creating,
+        vm_state: State::Stopping,
+        config: config.clone(),
+        disks: disks.clone(),
+        memory: dice.one_in(2).then(|| LayerId(pool(dice, 9))),
+        stats: machine::tree::Stats::default(),
+    };
+    let now = |dice: &mut Dice| Present {
+        parent: dice.one_in(2).then(|| SnapshotId(pool(dice, 5))),
+        config: config.clone(),
+        disks: disks.clone(),
+        memory: dice.one_in(2).then(|| LayerId(pool(dice, 9))),
+        contents: disks.keys().map(|disk| (disk.clone(), data_id)).collect(),
+    };
+    Label {
+        format: 1,
+        at: jiff::Timestamp::UNIX_EPOCH,
+        machine: Head {
+            id: MachineId(pool(dice, 2)),
+            name: "a/b".to_owned(),
+            note: String::new(),
+            created: jiff::Timestamp::UNIX_EPOCH,
+            policy: machine::tree::Policy::default(),
+        },
+        layer: LayerId(pool(dice, 9)),
+        kind,
+        disk: disks.keys().next().cloned(),
+        made: jiff::Timestamp::UNIX_EPOCH,
+        base: None,
+        snapshots: (0..dice.below(3)).map(|_| snapshot(dice)).collect(),
+        now: dice.one_in(3).then(|| now(dice)),
+        merging: (0..dice.below(2)).map(|_| LayerId(pool(dice, 9))).collect(),
+        content: (!dice.one_in(3)).then_some(data_id),
+    }
+}
+
 #[test]
 fn an_empty_folder_is_no_machine() {
     let sim = Sim::new();
     let files = crate::files(&sim);
     files.create_folders().expect("folders");
-    let problem = rescue(&files, machine::tree::MachineId::new()).expect_err("nothing is there");
+    let problem = rescue(&files, MachineId::new()).expect_err("nothing is there");
     assert_eq!(problem.kind, ProblemKind::Damaged);
 }
