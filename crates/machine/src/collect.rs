@@ -414,14 +414,12 @@ impl Keeper {
         disks: Option<&mut Disks>,
         change: impl FnOnce(&dyn Layer) -> Result<(), Problem>,
     ) -> Result<(), Problem> {
-        match disks.and_then(|disks| disks.handle(row, Mode::Write)).transpose()? {
-            Some(served) => change(&*served),
-            None => {
-                let layer = self.files.open_layer(row, Mode::Write)?;
-                change(&*layer)?;
-                layer.close().map_err(|e| image_problem(&e))
-            }
+        if let Some(served) = disks.and_then(|disks| disks.handle(row, Mode::Write)).transpose()? {
+            return change(&*served);
         }
+        let layer = self.files.open_layer(row, Mode::Write)?;
+        change(&*layer)?;
+        layer.close().map_err(|e| image_problem(&e))
     }
 }
 

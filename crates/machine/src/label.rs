@@ -132,12 +132,11 @@ impl Label {
     /// each of a thousand files; and so is the parent of a snapshot, which only changes when that is deleted.
     fn essence(&self) -> Self {
         let mut essence = Self { format: FORMAT, at: Timestamp::UNIX_EPOCH, content: None, ..self.clone() };
-        match &mut essence.now {
-            Some(now) => now.contents.clear(),
-            None => {
-                let head = &mut essence.machine;
-                (head.name, head.note, head.policy) = (String::new(), String::new(), Policy::default());
-            }
+        if let Some(now) = &mut essence.now {
+            now.contents.clear();
+        } else {
+            let head = &mut essence.machine;
+            (head.name, head.note, head.policy) = (String::new(), String::new(), Policy::default());
         }
         essence.snapshots.iter_mut().for_each(|snapshot| snapshot.parent = None);
         essence
@@ -213,33 +212,34 @@ impl Labelled {
     /// The labels that the files do not have yet. Of rows that an earlier worker has committed: only those of the present and of what it
     /// stands on, where it may have died before it wrote them.
     fn due(&self, machine: &Machine) -> Vec<Label> {
-        let mut labels = labels(machine);
+        let labels = labels(machine).into_values();
         match &self.0 {
-            Some(before) => {
-                let before = self::labels(before);
-                let found = garbage(machine);
-                let remove: BTreeSet<LayerId> = found.remove.into_iter().collect();
-                let fold: BTreeSet<LayerId> = found.fold.into_iter().map(|fold| fold.into).collect();
-                labels.retain(|id, label| {
-                    let known = before.get(id);
-                    // What is to be folded away and was a snapshot's is not told: there may be a thousand of them.
-                    let going = fold.contains(id) && known.is_some_and(|label| label.now.is_none());
-                    !remove.contains(id) && !going && known.map(Label::essence) != Some(label.essence())
-                });
-            }
-            None => {
-                let parent = machine.now.parent.and_then(|id| machine.snapshots.get(&id));
-                let near = |id: &LayerId| {
-                    let now = &machine.now;
-                    let snapshot =
-                        parent.is_some_and(|s| s.memory == Some(*id) || s.disks.values().any(|other| other == id));
-                    snapshot || now.memory == Some(*id) || now.disks.values().any(|other| other == id)
-                };
-                labels.retain(|id, _| near(id));
-            }
+            Some(before) => labels.filter(changed(machine, before)).collect(),
+            None => labels.filter(|label| is_near(machine, label.layer)).collect(),
         }
-        labels.into_values().collect()
     }
+}
+
+/// Whether a label says something else than before, and is worth it.
+fn changed(machine: &Machine, before: &Machine) -> impl Fn(&Label) -> bool {
+    let before = labels(before);
+    let found = garbage(machine);
+    let remove: BTreeSet<LayerId> = found.remove.into_iter().collect();
+    let fold: BTreeSet<LayerId> = found.fold.into_iter().map(|fold| fold.into).collect();
+    move |label| {
+        let (id, known) = (label.layer, before.get(&label.layer));
+        // What is to be folded away and was a snapshot's is not told: there may be a thousand of them.
+        let going = fold.contains(&id) && known.is_some_and(|label| label.now.is_none());
+        !remove.contains(&id) && !going && known.map(Label::essence) != Some(label.essence())
+    }
+}
+
+/// Whether a layer is of the present or of the snapshot that it stands on.
+fn is_near(machine: &Machine, id: LayerId) -> bool {
+    let now = &machine.now;
+    let parent = now.parent.and_then(|id| machine.snapshots.get(&id));
+    let below = parent.into_iter().flat_map(|snapshot| snapshot.disks.values().chain(&snapshot.memory));
+    now.disks.values().chain(&now.memory).chain(below).any(|near| *near == id)
 }
 
 impl Keeper {
@@ -284,7 +284,7 @@ impl Keeper {
             if has(&*self.handle(row, Mode::Read, disks.as_deref_mut())?, &label)? {
                 return Ok(());
             }
-            self.with_writable(row, disks.as_deref_mut(), |layer| write(layer, label))
+            self.with_writable(row, disks, |layer| write(layer, label))
         });
         if let Err(problem) = put {
             self.report(row, &problem);

@@ -151,7 +151,9 @@ impl Ledger {
     /// The same, with work that is left for the machine's next worker.
     pub fn create_with(folder: &Arc<dyn Folder>, machine: &Machine, journals: Vec<Journal>) -> Result<Self> {
         let mut state = State::new(machine.clone());
-        journals.into_iter().for_each(|journal| state.insert_journal(journal));
+        for journal in journals {
+            state.insert_journal(journal);
+        }
         check(&state).map_err(|why| Error::new(ErrorKind::Invalid, why))?;
         let file = File::create(folder, &state)?;
         Ok(Self { folder: Arc::clone(folder), state: Arc::new(state), file: Some(file) })

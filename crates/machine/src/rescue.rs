@@ -122,16 +122,14 @@ fn machine_of(root: &Root, folder: &Path) -> Result<MachineId, Problem> {
         return Err(Problem::damaged(format!("{} is no machine's folder: it has no disks in it", folder.display())));
     }
     let id = there.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok()).map(MachineId);
-    match id.filter(|id| same(&root.machine_folder(*id), &there)) {
-        Some(id) => Ok(id),
-        None => {
-            let free = |id: &MachineId| !root.machine_folder(*id).exists();
-            let place = root.machine_folder(id.filter(free).unwrap_or_else(MachineId::new));
-            let (from, to) = (quoted_path(&there), quoted_path(&place));
-            Err(Problem::refused(format!("{} does not lie where a machine's folder lies", folder.display()))
-                .hint(format!("mv {from} {to} && tenby vm rescue {to}")))
-        }
+    if let Some(id) = id.filter(|id| same(&root.machine_folder(*id), &there)) {
+        return Ok(id);
     }
+    let free = |id: &MachineId| !root.machine_folder(*id).exists();
+    let place = root.machine_folder(id.filter(free).unwrap_or_else(MachineId::new));
+    let (from, to) = (quoted_path(&there), quoted_path(&place));
+    Err(Problem::refused(format!("{} does not lie where a machine's folder lies", folder.display()))
+        .hint(format!("mv {from} {to} && tenby vm rescue {to}")))
 }
 
 fn same(one: &Path, other: &Path) -> bool {
@@ -179,7 +177,7 @@ fn check_quiet(id: MachineId) -> Result<(), Problem> {
 }
 
 fn check_lost(files: &Files) -> Result<(), Problem> {
-    match Ledger::read(files.folder()) {
+    match read_ledger(files) {
         Ok(state) => {
             let name = &state.machine.name;
             Err(Problem::refused(format!("the ledger of {name} is sound: there is nothing to rescue"))
@@ -189,6 +187,19 @@ fn check_lost(files: &Files) -> Result<(), Problem> {
             ledger::ErrorKind::Damaged | ledger::ErrorKind::Store(store::ErrorKind::NotFound) => Ok(()),
             _ => Err(error.problem(files.path())),
         },
+    }
+}
+
+/// A worker that has just ended may have it open for a moment longer than the machine's lock.
+fn read_ledger(files: &Files) -> ledger::Result<ledger::State> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Ledger::read(files.folder()) {
+            Err(e) if e.kind == ledger::ErrorKind::Store(store::ErrorKind::Locked) && Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            read => return read,
+        }
     }
 }
 

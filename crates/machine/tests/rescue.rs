@@ -12,10 +12,10 @@ mod world;
 use image::{Format, Kind, LayerInfo, ParentLink};
 use machine::files::Files;
 use machine::garbage::{Garbage, garbage};
-use machine::label::{Head, Label, Present};
+use machine::label::{Base, Head, Label, Present};
 use machine::ledger::{self, Ledger};
 use machine::request::{Problem, ProblemKind};
-use machine::rescue::{Found, Rescued, rebuild, rescue_files};
+use machine::rescue::{Found, Rescued, Unknown, rebuild, rescue_files};
 use machine::tree::{
     DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, MachineId, Snapshot, SnapshotId, SnapshotState, State,
 };
@@ -49,12 +49,8 @@ fn lived(format: LayerFormat, seed: u64) -> World {
     world
 }
 
-fn same_name(name: &str) -> Result<String, Problem> {
-    Ok(name.to_owned())
-}
-
 fn rescue(files: &Files, id: MachineId) -> Result<Rescued, Problem> {
-    rescue_files(files, id, &[], same_name)
+    rescue_files(files, id, &[], |name| Ok(name.to_owned()))
 }
 
 /// What is left when the ledger is not.
@@ -294,7 +290,8 @@ fn snapshot<'a>(machine: &'a Machine, name: &str) -> Option<&'a Snapshot> {
 }
 
 fn said(rescued: &Rescued) -> String {
-    rescued.unknown.iter().map(|said| format!("{}: {}\n", said.file.clone().unwrap_or_default(), said.what)).collect()
+    let line = |said: &Unknown| format!("{}: {}", said.file.clone().unwrap_or_default(), said.what);
+    rescued.unknown.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 #[test]
@@ -403,7 +400,7 @@ fn nonsense_becomes_sound_rows() {
     let (mut rebuilt, mut snapshots, mut nothing) = (0, 0, 0);
     for seed in 0..4000 {
         let mut dice = Dice::new(seed);
-        let files: Vec<Found> = (0..1 + dice.below(10)).map(|nth| nonsense(&mut dice, nth)).collect();
+        let files: Vec<Found> = (0..=dice.below(10)).map(|nth| nonsense(&mut dice, nth)).collect();
         let machine = MachineId(pool(&mut dice, 2));
         let Ok(mut made) = rebuild(machine, &files, &[], jiff::Timestamp::UNIX_EPOCH, Vec::new()) else {
             nothing += 1;
@@ -442,7 +439,7 @@ fn nonsense(dice: &mut Dice, nth: u64) -> Found {
     let base = dice.one_in(3);
     let data_id = pool(dice, 9);
     let link = ParentLink {
-        linkage: pool(dice, 9),
+        linkage: if dice.one_in(9) { uuid::Uuid::nil() } else { pool(dice, 9) },
         linkage2: dice.one_in(3).then(|| pool(dice, 9)),
         relative_path: dice.one_in(2).then(|| format!(r".\{}.vhdx", dice.below(10))),
         absolute_path: None,
@@ -458,6 +455,10 @@ fn nonsense(dice: &mut Dice, nth: u64) -> Found {
         parent: (!base).then_some(link),
     };
     let label = (!dice.one_in(4)).then(|| nonsensical(dice, kind, data_id));
+    if kind == LayerKind::Disk && base && dice.one_in(4) {
+        let info = LayerInfo { format: Format::Raw, data_id: uuid::Uuid::nil(), ..info };
+        return Found { file: format!("/srv/{nth}.raw"), in_place: true, kind, info, label: None, holds: true };
+    }
     Found { file: format!("disks/{nth}.vhdx"), in_place: false, kind, info, label, holds: dice.one_in(2) }
 }
 
@@ -505,7 +506,7 @@ fn nonsensical(dice: &mut Dice, kind: LayerKind, data_id: uuid::Uuid) -> Label {
         kind,
         disk: disks.keys().next().cloned(),
         made: jiff::Timestamp::UNIX_EPOCH,
-        base: None,
+        base: dice.one_in(3).then(|| Base { file: "/srv/base.raw".to_owned(), format: LayerFormat::Raw }),
         snapshots: (0..dice.below(3)).map(|_| snapshot(dice)).collect(),
         now: dice.one_in(3).then(|| now(dice)),
         merging: (0..dice.below(2)).map(|_| LayerId(pool(dice, 9))).collect(),

@@ -488,9 +488,9 @@ mod tests {
         let mut region = encode(&metadata(r".\a")).unwrap();
         region.resize(1 << 20, 0);
         assert_eq!(note(&region).unwrap(), None);
-        for text in [&b"short"[..], &[7; MAX_NOTE], b"", b"again"] {
-            replace_note(&mut region, text).unwrap();
-            assert_eq!(note(&region).unwrap(), Some(text));
+        for text in [b"short".to_vec(), vec![7; MAX_NOTE], Vec::new(), b"again".to_vec()] {
+            replace_note(&mut region, &text).unwrap();
+            assert_eq!(note(&region).unwrap(), Some(&text[..]));
             assert!(items(&region).unwrap().iter().all(is_known));
             assert_eq!(read(&region).unwrap().locator.unwrap().link().unwrap(), link(r".\a"));
         }
@@ -509,7 +509,7 @@ mod tests {
         assert_eq!(replace_note(&mut region, &[1; 9 << 10]).unwrap_err().0, ErrorKind::Unsupported);
         assert_eq!(region, before);
         region.resize(1 << 20, 0);
-        replace_note(&mut region, &[1; MAX_NOTE]).unwrap();
+        replace_note(&mut region, &vec![1; MAX_NOTE]).unwrap();
         let index = items(&region).unwrap().len();
         put(&mut region, index * size_of::<RawItem>() + 20, &(MAX_NOTE as u32 + 1).to_le_bytes());
         assert_eq!(note(&region).unwrap_err().0, ErrorKind::Damaged);

@@ -5,7 +5,7 @@
 
 use super::found::{Found, Unknown};
 use crate::label::Label;
-use crate::tree::{LayerFormat, LayerId};
+use crate::tree::{LayerFormat, LayerId, LayerKind};
 use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
@@ -180,11 +180,14 @@ fn by_id(found: &[Found], used: &[bool]) -> BTreeMap<(u8, Uuid), usize> {
 /// A raw file has no id: the one that the label names, or the only one.
 fn raw_base(found: &[Found], used: &[bool], child: usize) -> Option<usize> {
     let base = found[child].label.as_ref().and_then(|label| label.base.as_ref());
-    let base = base.filter(|base| base.format == LayerFormat::Raw)?;
+    let base = base.filter(|base| base.format == LayerFormat::Raw && found[child].kind == LayerKind::Disk)?;
     let raw = |at: &usize| used[*at] && found[*at].in_place && found[*at].info.format == image::Format::Raw;
     let all: Vec<usize> = (0..found.len()).filter(raw).collect();
     let named = all.iter().copied().find(|at| found[*at].file == base.file);
-    named.or_else(|| Some(all[0]).filter(|_| all.len() == 1))
+    match all.as_slice() {
+        [only] => named.or(Some(*only)),
+        _ => named,
+    }
 }
 
 /// Of files of one id only one is a layer: the end of a merge leaves two, and so does who copies a file.

@@ -116,16 +116,14 @@ impl<'a> Rebuild<'a> {
         let mut now = self.present();
         self.take_saved(&mut now);
         self.take_the_rest(now.as_ref());
-        let over = match &now {
-            Some(_) => None,
-            None => {
-                let Some(over) = self.last_known() else { return Err(self.unknown) };
-                let name = &self.snapshots[&over].name;
-                let what = format!("what the machine held last is not certain: it begins anew from {name}");
-                self.unknown.push(Unknown { file: None, what });
-                Some(over)
-            }
-        };
+        let mut over = None;
+        if now.is_none() {
+            let Some(last) = self.last_known() else { return Err(self.unknown) };
+            let name = &self.snapshots[&last].name;
+            let what = format!("what the machine held last is not certain: it begins anew from {name}");
+            self.unknown.push(Unknown { file: None, what });
+            over = Some(last);
+        }
         Ok(self.rows(id, now, over))
     }
 
@@ -180,8 +178,10 @@ impl<'a> Rebuild<'a> {
             .collect();
         for root in unknown {
             let taken: BTreeSet<&DiskId> = of_root.values().collect();
-            let id =
-                (0..).map(|n: u32| DiskId(format!("disk{n}"))).find(|id| !taken.contains(id)).expect("one is free");
+            let id = (0..=taken.len())
+                .map(|n| DiskId(format!("disk{n}")))
+                .find(|id| !taken.contains(id))
+                .expect("one is free");
             let what = format!("which disk it holds is not known: it comes back as {id}");
             self.unknown.push(Unknown::of(&self.file(root).file, what));
             of_root.insert(root, id);
@@ -406,7 +406,7 @@ impl<'a> Rebuild<'a> {
             let mut config = saved.config.clone();
             self.make_sane(&mut config, "saved state");
             self.fit(&mut config, &saved.disks);
-            let mut snapshot = self.snapshot("saved state", label.at, config, saved.disks.clone());
+            let mut snapshot = snapshot_row("saved state", label.at, config, saved.disks.clone());
             (snapshot.vm_state, snapshot.memory, snapshot.parent) = (State::Saved, Some(self.ids[at]), saved.parent);
             let what = "the machine was saved; it comes back off, and what it was in the middle of as a snapshot";
             self.unknown.push(Unknown { file: None, what: format!("{}: {what}", snapshot.name) });
@@ -418,22 +418,6 @@ impl<'a> Rebuild<'a> {
                 self.saved = Some(snapshot.id);
             }
             self.snapshots.insert(snapshot.id, snapshot);
-        }
-    }
-
-    fn snapshot(&self, name: &str, created: Timestamp, config: Config, disks: BTreeMap<DiskId, LayerId>) -> Snapshot {
-        Snapshot {
-            id: SnapshotId::new(),
-            name: name.to_owned(),
-            note: String::new(),
-            parent: None,
-            created,
-            state: SnapshotState::Ready,
-            vm_state: State::Off,
-            config,
-            disks,
-            memory: None,
-            stats: Stats::default(),
         }
     }
 
@@ -471,7 +455,7 @@ impl<'a> Rebuild<'a> {
         let names: Vec<&str> = set.iter().map(|at| self.file(*at).name()).collect();
         let name: String = format!("found: {}", names.join(", ")).chars().take(crate::plan::NAME_LIMIT).collect();
         let created = label.map_or(self.at, |label| label.at.min(self.at));
-        let mut snapshot = self.snapshot(&sane::name(&name, "found"), created, config, disks);
+        let mut snapshot = snapshot_row(&sane::name(&name, "found"), created, config, disks);
         snapshot.parent = label.and_then(|label| label.now.as_ref()).and_then(|now| now.parent);
         for file in &files {
             let what = "which snapshot it was, if one, is not known: it comes back under its file's name";
@@ -630,4 +614,21 @@ fn layer_ids(links: &Links<'_>) -> Vec<LayerId> {
         ids[at] = told.or(stem).filter(|id| taken.insert(*id));
     }
     ids.into_iter().map(|id| id.unwrap_or_else(LayerId::new)).collect()
+}
+
+/// A snapshot's row, of which no label tells.
+fn snapshot_row(name: &str, created: Timestamp, config: Config, disks: BTreeMap<DiskId, LayerId>) -> Snapshot {
+    Snapshot {
+        id: SnapshotId::new(),
+        name: name.to_owned(),
+        note: String::new(),
+        parent: None,
+        created,
+        state: SnapshotState::Ready,
+        vm_state: State::Off,
+        config,
+        disks,
+        memory: None,
+        stats: Stats::default(),
+    }
 }
