@@ -11,7 +11,7 @@
 
 use crate::files::{Files, file_problem, image_problem, qcow2_problem};
 use crate::label::label_new;
-use crate::ledger::{Ledger, State as Rows};
+use crate::ledger::{self, Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
@@ -186,7 +186,11 @@ impl Root {
             Err(e) if e.kind == store::ErrorKind::Locked => return Ok(None),
             Err(e) => return Err(file_problem(&e)),
         }
-        Ok(Some(Ledger::read(&folder).map_err(|e| e.problem(&self.machine_folder(id)))?))
+        match Ledger::read(&folder) {
+            // A worker on its way out has let go of its lock a moment before.
+            Err(e) if e.kind == ledger::ErrorKind::Store(store::ErrorKind::Locked) => Ok(None),
+            read => read.map(Some).map_err(|e| e.problem(&self.machine_folder(id))),
+        }
     }
 
     /// Holds the root's lock: names are given and changed under it.

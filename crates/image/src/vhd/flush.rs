@@ -225,8 +225,10 @@ impl Inner {
         let old = session.header.replace(header);
         // Others may keep something beside their headers, of which we do not know.
         if let Some(old) = old.filter(|_| meta.footer.is_ours()) {
-            let given = old.places().iter().filter(|place| !kept.contains(place) && self.is_free(place));
-            meta.space.give_header(&given.cloned().collect::<Vec<_>>());
+            let over_kept = |place: &Range<u64>| kept.iter().any(|k| k.start < place.end && place.start < k.end);
+            let given = old.places().iter().filter(|place| !over_kept(place) && self.is_free(meta, place));
+            let given: Vec<_> = given.cloned().collect();
+            meta.space.give_header(&given);
         }
         Ok(())
     }
