@@ -105,6 +105,8 @@ fn a_saved_state_comes_back() {
     let machine = lab.json(&["vm", "show", BASE]);
     lab.settle();
     let folder = lab.root().join(machine["id"].as_str().expect("an id").replace('-', ""));
+    // The worker that saved it has it open for a moment longer; this waits for its end.
+    lab.fails(3, "nothing to rescue", &["vm", "rescue", &folder.to_string_lossy()]);
     let mut ledger = std::fs::read(folder.join("ledger")).expect("it is there");
     ledger[..4096].fill(0xa5);
     std::fs::write(folder.join("ledger"), &ledger).expect("harmed");
