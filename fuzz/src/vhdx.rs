@@ -17,8 +17,8 @@ const LOCATOR: Uuid = uuid!("a8d35f2d-b30b-454d-abf7-d3d84834ab0c");
 const DISK_ID: Uuid = uuid!("beca12ab-b2e6-4523-93ef-c309e000c746");
 const PARAMETERS: Uuid = uuid!("caa16737-fa36-4d43-b3b6-33f0aa44e76b");
 const LOCATOR_TYPE: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");
-/// Every metadata item that the format names, and one that it does not.
-const ITEMS: [Uuid; 8] = [
+/// Every metadata item that the format names, our note, and one that nobody knows.
+const ITEMS: [Uuid; 9] = [
     PARAMETERS,
     uuid!("2fa54224-cd1b-4876-b211-5dbed83bf4b8"),
     DISK_ID,
@@ -26,6 +26,7 @@ const ITEMS: [Uuid; 8] = [
     uuid!("cda348c7-445d-4471-9cc9-e9885251c556"),
     LOCATOR,
     uuid!("71cc85f0-1b69-4e28-9558-c3bf83ae75d3"),
+    uuid!("7e2d5b1c-0f53-4c0e-9a43-6d1f4a0c7b92"),
     Uuid::from_u128(77),
 ];
 /// The id of the logs that are made here.

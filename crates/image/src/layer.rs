@@ -106,6 +106,9 @@ pub enum Kind {
     Differencing,
 }
 
+/// The longest note that an image holds, bytes; see [`Layer::note`].
+pub const MAX_NOTE: usize = 64 << 10;
+
 /// Where a run of bytes lies, as one layer sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
@@ -138,6 +141,15 @@ pub(crate) fn push_run(out: &mut Vec<Run>, first: usize, run: Run) {
         Some(last) if joins(last) => last.len += run.len,
         _ => out.push(run),
     }
+}
+
+/// Refuses a note that is too long.
+pub(crate) fn check_note(layer: &dyn Layer, note: &[u8]) -> Result<()> {
+    if note.len() <= MAX_NOTE {
+        return Ok(());
+    }
+    let message = format!("a note has at most {MAX_NOTE} bytes, not {}", note.len());
+    Err(Error::new(ErrorKind::Invalid, layer.store().name(), message))
 }
 
 /// What a ticket is for.
@@ -259,6 +271,26 @@ pub trait Layer: Send + Sync + fmt::Debug {
     /// The id of the parent that this image was made over, if another one was forced on it.
     fn forced(&self) -> Option<Uuid> {
         None
+    }
+
+    /// The note in the image: bytes that mean nothing to it, at most [`MAX_NOTE`] of them. `None` if there is none, or an empty one, or no
+    /// place for one.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Damaged`] if it is longer, and what reading the file says.
+    fn note(&self) -> Result<Option<Vec<u8>>> {
+        Ok(None)
+    }
+
+    /// Leaves a note in the image, in place of the one that is there. Durable and atomic when it returns; what the disk reads as and its
+    /// `data_id` stay, so that what stands on the image is not touched.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Invalid`] for more than [`MAX_NOTE`] bytes, [`ErrorKind::Unsupported`] where there is no place for it (a raw file, a
+    /// fixed VHD): nothing has changed then.
+    fn set_note(&self, _note: &[u8]) -> Result<()> {
+        let message = "an image of this kind has no place for a note";
+        Err(Error::new(ErrorKind::Unsupported, self.store().name(), message))
     }
 
     /// Whether what is committed outlives this process, flushed or not, as long as the host lives.

@@ -40,7 +40,7 @@ pub mod vhdx;
 
 pub use chain::{Access, Ambiguous, Chain, ChainRun, Held, Located, Received, RunKind};
 pub use gate::open_path;
-pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, ParentLink, Pin, Run, Source, Ticket};
+pub use layer::{Change, Extent, Format, Kind, Layer, LayerInfo, MAX_NOTE, ParentLink, Pin, Run, Source, Ticket};
 pub use open::open;
 
 /// What went wrong, coarsely; the command line maps these to exit codes.

@@ -4,7 +4,7 @@ mod peers;
 
 use image::merge::{Outcome, fold_down};
 use image::vhdx::{self, Options};
-use image::{Access, Chain, Error, Kind, Layer, RunKind, convert, gate, vhd};
+use image::{Access, Chain, Error, ErrorKind, Kind, Layer, RunKind, convert, gate, vhd};
 use peers::{content, qemu, qemu_vhd, seven_zip, text};
 use std::fmt::Write as _;
 use std::fs;
@@ -140,10 +140,22 @@ fn scribble(chain: &Chain, seed: u64) {
     chain.close().expect("close");
 }
 
-/// Writes to an image through its chain.
+/// Writes to an image through its chain, and leaves a note in it, where there is a place for one.
 fn scribble_on(disks: &Disks, name: &str, seed: u64) {
     let layers = gate::open_chain(&disks.folder, name, Mode::Write).expect("a chain");
+    leave_note(&**layers.last().expect("a leaf"), seed);
     scribble(&Chain::new(layers, Access::Write).expect("a chain"), seed);
+}
+
+fn leave_note(layer: &dyn Layer, seed: u64) {
+    let note = vec![b'n'; 10 + (seed * 7919 % 60_000) as usize];
+    match layer.set_note(&note) {
+        Err(error) if error.kind == ErrorKind::Unsupported => {}
+        left => {
+            left.expect("a note");
+            assert_eq!(layer.note().expect("a note"), Some(note));
+        }
+    }
 }
 
 /// Opens an image with its parents, for writing.
@@ -267,6 +279,31 @@ fn others_read_our_differencing_disks() {
         let base = fs::read(disks.path("base.vhdx")).expect("read");
         scribble_on(&disks, "empty.avhdx", 4);
         assert!(fs::read(disks.path("base.vhdx")).expect("read") == base, "parents are not touched");
+    }
+}
+
+/// A check has nothing to say of a note, and the note stays where others' changes of a file leave it.
+#[test]
+fn a_note_is_no_finding() {
+    let disks = Disks::new();
+    drop(disks.create("base.vhdx", &Options::dynamic(9 * MIB)));
+    scribble_on(&disks, "base.vhdx", 1);
+    drop(disks.child("leaf.avhdx", "base.vhdx", |_| ()));
+    scribble_on(&disks, "leaf.avhdx", 2);
+    drop(disks.create_vhd("base.vhd", &vhd::Options::dynamic(9 * MIB)));
+    scribble_on(&disks, "base.vhd", 3);
+    drop(disks.child_vhd("leaf.avhd", "base.vhd"));
+    scribble_on(&disks, "leaf.avhd", 4);
+    // A base that is written is no parent any more.
+    for name in ["leaf.avhdx", "base.vhdx", "leaf.avhd", "base.vhd"] {
+        let report = image::check::check(&disks.folder.open(name, Mode::Read).expect("there"), None).expect("checked");
+        // What was given back and not used again is told, too.
+        assert!(report.findings.iter().all(|finding| finding.kind == "unused"), "{name}: {report:#?}");
+        let note = || chain(&disks, name).layers().last().expect("a leaf").note().expect("it is read");
+        let before = note();
+        assert!(before.is_some(), "{name}");
+        scribble(&chain(&disks, name), 5);
+        assert_eq!(note(), before, "{name}");
     }
 }
 

@@ -363,6 +363,63 @@ fn while_it_is_linked_anew() {
     }
 }
 
+/// A note that is left in a layer which somebody stands on, cut off all along: the old one or the new one; what was flushed and the id by
+/// which the layer is known stay.
+#[test]
+fn while_a_note_is_left() {
+    for format in [Format::Vhdx, Format::Vhd] {
+        for kind in [Kind::Dynamic, Kind::Differencing] {
+            while_one_is_left(format, kind);
+        }
+    }
+}
+
+fn while_one_is_left(format: Format, kind: Kind) {
+    let note = |step: usize| vec![step as u8; [9000, 3, 65_536, 20_000, 1][step]];
+    let work = |sim: &Sim, done: &mut (Option<Uuid>, usize)| -> image::Result<()> {
+        let layer = create(sim, format, kind);
+        write(&*layer, SECTOR, &stamped(5))?;
+        layer.settle()?;
+        layer.flush()?;
+        done.0 = Some(layer.info().data_id);
+        for step in 1..5 {
+            write(&*layer, 9 * SECTOR, &stamped(100))?;
+            layer.set_note(&note(step))?;
+            done.1 = step;
+            assert_eq!(layer.note()?, Some(note(step)));
+        }
+        layer.close()
+    };
+    let all = {
+        let sim = Sim::new();
+        work(&sim, &mut (None, 0)).expect("nothing fails");
+        sim.counts().operations
+    };
+    let made = {
+        let sim = Sim::new();
+        create(&sim, format, kind);
+        sim.counts().operations
+    };
+    for cut in made..all {
+        let sim = Sim::new();
+        sim.cut(At::Operation(cut));
+        let mut done = (None, 0);
+        let _ = work(&sim, &mut done);
+        let (Some(id), step) = done else { continue };
+        for crash in Crash::several(cut, 6) {
+            for mode in [Mode::Read, Mode::Write] {
+                let after = sim.after_crash(crash);
+                let layer = open(&after, mode).unwrap_or_else(|error| panic!("{error}, {cut}, {crash:?}"));
+                assert_eq!(layer.info().data_id, id, "{cut} of {all}, {crash:?}");
+                let found = layer.note().expect("it is read");
+                let old = Some(note(step)).filter(|_| step > 0);
+                assert!(found == old || found == Some(note((step + 1).min(4))), "{cut} of {all}, {crash:?}");
+                assert_eq!(read(&*layer, SECTOR, SECTOR, PARENT).expect("read"), stamped(5));
+            }
+        }
+    }
+}
+
 /// A flush that needs several log entries, cut off all along: what the flush before made durable stays, the rest is old or new.
 #[test]
 fn in_a_flush_of_several_entries() {

@@ -18,6 +18,7 @@ use crate::collect::Underway;
 use crate::files::{Files, file_problem};
 use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
+use crate::label::Labelled;
 use crate::ledger::State as Rows;
 use crate::live::Live;
 use crate::log;
@@ -111,6 +112,7 @@ pub(crate) struct Owner {
     pub(crate) resting: bool,
     /// Deletions whose clients wait for the merging, too.
     pub(crate) waiting: Vec<(Task, serde_json::Value)>,
+    labelled: Labelled,
     pub(crate) deleted: bool,
     pub(crate) console: qemu::Console,
     console_server: tokio::task::JoinHandle<()>,
@@ -155,6 +157,7 @@ impl Handle {
             reserving: None,
             resting: false,
             waiting: Vec::new(),
+            labelled: Labelled::default(),
             deleted: false,
             console,
             console_server,
@@ -282,6 +285,7 @@ impl Owner {
     async fn work(mut self, mut queue: mpsc::UnboundedReceiver<Ask>) {
         self.keep_reserve();
         while !self.deleted {
+            self.label();
             self.collect();
             let (quiet, due) = (self.is_quiet(), self.due());
             let ask = tokio::select! {
@@ -317,6 +321,13 @@ impl Owner {
     fn is_quiet(&self) -> bool {
         let waits = self.starved.is_some() || !self.machine().machine.trash.is_empty();
         self.live.is_none() && self.folding.is_none() && !waits
+    }
+
+    /// The files say what the rows say of them. What is being folded will say so at its end.
+    fn label(&mut self) {
+        if self.folding.is_none() {
+            self.keeper.label(&mut self.labelled, self.live.as_mut().map(Live::disks));
+        }
     }
 
     async fn carry_out(&mut self, task: &Task, request: Request) {

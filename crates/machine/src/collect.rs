@@ -283,12 +283,20 @@ impl Keeper {
             }
         };
         task.running();
+        if direction == Direction::Down {
+            self.label_run(machine, &rows, &*layers[1]);
+        }
         log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
         Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone })
     }
 
     /// A layer's handle: the one of the chain that is served, or one of its own.
-    fn handle(&self, row: &LayerRow, mode: Mode, disks: Option<&mut Disks>) -> Result<Arc<dyn Layer>, Problem> {
+    pub(crate) fn handle(
+        &self,
+        row: &LayerRow,
+        mode: Mode,
+        disks: Option<&mut Disks>,
+    ) -> Result<Arc<dyn Layer>, Problem> {
         let served = disks.and_then(|disks| disks.handle(row, mode));
         served.unwrap_or_else(|| self.files.open_layer(row, mode))
     }
@@ -380,6 +388,7 @@ impl Keeper {
         let rows = self.rows();
         let machine = &rows.machine;
         let Some(row) = machine.layers.get(&folded) else { return Ok(()) };
+        self.label_moved(machine, row, disks.as_deref_mut());
         if let Some(parent) = row.parent.and_then(|id| machine.layers.get(&id)) {
             let id = self.handle(parent, Mode::Read, disks.as_deref_mut())?.info().data_id;
             // A raw file has none.
@@ -410,13 +419,22 @@ impl Keeper {
         let Some(changed) = link.clone().map(change).filter(|changed| Some(changed) != link.as_ref()) else {
             return Ok(());
         };
-        let served = disks.and_then(|disks| disks.handle(row, Mode::Write)).transpose()?;
-        let (layer, served) = match served {
-            Some(layer) => (layer, true),
-            None => (self.files.open_layer(row, Mode::Write)?, false),
-        };
-        layer.relink(None, Some(changed)).map_err(|e| image_problem(&e))?;
-        if served { Ok(()) } else { layer.close().map_err(|e| image_problem(&e)) }
+        self.with_writable(row, disks, |layer| layer.relink(None, Some(changed)).map_err(|e| image_problem(&e)))
+    }
+
+    /// Changes something in the head of a layer's file: by the handle of the chain that is served, which stays open, or by one of its own.
+    pub(crate) fn with_writable(
+        &self,
+        row: &LayerRow,
+        disks: Option<&mut Disks>,
+        change: impl FnOnce(&dyn Layer) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
+        if let Some(served) = disks.and_then(|disks| disks.handle(row, Mode::Write)).transpose()? {
+            return change(&*served);
+        }
+        let layer = self.files.open_layer(row, Mode::Write)?;
+        change(&*layer)?;
+        layer.close().map_err(|e| image_problem(&e))
     }
 }
 

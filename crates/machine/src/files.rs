@@ -23,8 +23,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Folder, Lock, Mode, Store};
 
+/// The folders of a machine.
+const FOLDERS: [&str; 4] = ["disks", "memory", "boot", "log"];
+
 /// The folders that hold layers.
-const LAYER_FOLDERS: [&str; 2] = ["disks", "memory"];
+pub(crate) const LAYER_FOLDERS: [&str; 2] = ["disks", "memory"];
 
 /// How long somebody else may hold a file that is to be written.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
@@ -62,8 +65,19 @@ impl Files {
 
     /// Makes the folders of a new machine.
     pub fn create_folders(&self) -> Result<(), Problem> {
-        for name in ["disks", "memory", "boot", "log"] {
+        for name in FOLDERS {
             self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
+        }
+        Ok(())
+    }
+
+    /// Makes those that are not there.
+    pub(crate) fn create_missing(&self) -> Result<(), Problem> {
+        for name in FOLDERS {
+            match self.folder.create_folder(name) {
+                Err(e) if e.kind == store::ErrorKind::Exists => {}
+                made => drop(made.map_err(|e| file_problem(&e))?),
+            }
         }
         Ok(())
     }

@@ -148,7 +148,15 @@ pub struct Ledger {
 impl Ledger {
     /// Makes the ledger of a new machine, durable with its name when it returns. Replaces one that is there.
     pub fn create(folder: &Arc<dyn Folder>, machine: &Machine) -> Result<Self> {
-        let state = State::new(machine.clone());
+        Self::create_with(folder, machine, Vec::new())
+    }
+
+    /// The same, with work that is left for the machine's next worker.
+    pub fn create_with(folder: &Arc<dyn Folder>, machine: &Machine, journals: Vec<Journal>) -> Result<Self> {
+        let mut state = State::new(machine.clone());
+        for journal in journals {
+            state.insert_journal(journal);
+        }
         check(&state).map_err(|why| Error::new(ErrorKind::Invalid, why))?;
         let file = File::create(folder, &state)?;
         Ok(Self { folder: Arc::clone(folder), state: Arc::new(state), file: Some(file) })

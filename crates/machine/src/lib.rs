@@ -12,7 +12,8 @@
 //!   live      QEMU, and the disks served to it                      ram    memory to and from layers
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
-//!   audit     what is wrong with the files
+//!   audit     what is wrong with the files          label    what a layer's file says of itself
+//!   rescue    the rows made again from that, when the ledger is lost
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
 //!
@@ -32,6 +33,7 @@ pub mod files;
 pub mod garbage;
 pub mod job;
 pub mod keeper;
+pub mod label;
 pub mod ledger;
 mod live;
 pub mod log;
@@ -41,6 +43,7 @@ pub mod plan;
 pub mod ram;
 mod recover;
 pub mod request;
+pub mod rescue;
 pub mod reserve;
 mod room;
 pub mod root;

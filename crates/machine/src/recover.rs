@@ -40,7 +40,10 @@ impl Keeper {
             if let Ok(folded) = journal.note.parse() {
                 self.name_neighbours(LayerId(folded), disks.as_deref_mut())?;
             }
-            log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
+            // What a rescue has left to be done is no request that was cut off.
+            if journal.request != crate::rescue::MEND {
+                log::write(&self.files, Some(journal.job), "the worker died in the middle of this; it was undone");
+            }
             self.forget(journal)?;
         }
         let died = Err(Problem::failed("the worker died in the middle of this; it was undone, nothing is lost"));

@@ -10,7 +10,8 @@
 //! the worker notes it.
 
 use crate::files::{Files, file_problem, image_problem, qcow2_problem};
-use crate::ledger::{Ledger, State as Rows};
+use crate::label::label_new;
+use crate::ledger::{self, Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
@@ -185,7 +186,11 @@ impl Root {
             Err(e) if e.kind == store::ErrorKind::Locked => return Ok(None),
             Err(e) => return Err(file_problem(&e)),
         }
-        Ok(Some(Ledger::read(&folder).map_err(|e| e.problem(&self.machine_folder(id)))?))
+        match Ledger::read(&folder) {
+            // A worker on its way out has let go of its lock a moment before.
+            Err(e) if e.kind == ledger::ErrorKind::Store(store::ErrorKind::Locked) => Ok(None),
+            read => read.map(Some).map_err(|e| e.problem(&self.machine_folder(id))),
+        }
     }
 
     /// Holds the root's lock: names are given and changed under it.
@@ -260,6 +265,7 @@ impl Root {
             add_disk(&mut machine, made, disk);
         }
         files.sync_names()?;
+        label_new(&files, &machine)?;
         Ledger::create(&folder, &machine).map_err(|e| e.problem(files.path()))?;
         folder.sync().map_err(|e| file_problem(&e))
     }
@@ -490,7 +496,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
 }
 
 /// A network address in QEMU's range, drawn from the machine's id.
-fn mac_of(id: MachineId) -> String {
+pub(crate) fn mac_of(id: MachineId) -> String {
     let b = id.0.as_bytes();
     format!("52:54:00:{:02x}:{:02x}:{:02x}", b[13], b[14], b[15])
 }

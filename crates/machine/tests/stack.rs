@@ -13,6 +13,7 @@ mod model;
 mod sample;
 #[path = "stack/skips.rs"]
 mod skips;
+#[expect(dead_code, reason = "each test uses a part of the world")]
 #[path = "stack/world.rs"]
 mod world;
 

@@ -11,6 +11,7 @@ mod draw;
 mod follow;
 mod json;
 mod out;
+mod rescue;
 mod session;
 mod work;
 mod worker;

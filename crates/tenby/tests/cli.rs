@@ -56,7 +56,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
         &["vm", "check", "web", "--deep"],
         &["vm", "undo", "web"],
         &["vm", "detach", "web"],
-        &["vm", "rescue", "folder"],
         &["vm", "import", "folder"],
         &["vm", "export", "web", "Monday", "--to", "folder"],
         &["snapshot", "apply", "web", "other@Monday", "--discard"],

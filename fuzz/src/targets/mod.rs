@@ -75,6 +75,9 @@ impl Shape {
         let mut images = vec![store.file()];
         for round in 0..3 {
             self.change(&*layer, round);
+            if round == 1 {
+                layer.set_note(br#"{"format":1}"#).expect("a place for it");
+            }
             layer.flush().expect("a sound image");
             let file = store.file();
             images.push(unwritten(&images[0], &file));

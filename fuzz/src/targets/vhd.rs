@@ -54,6 +54,9 @@ pub(super) fn images() -> Vec<File> {
         for round in 0..2 {
             disk::write(&*layer, round * block + 512, &[round as u8 + 1; 1024]).expect("room");
             disk::zero(&*layer, (round + 1) * MIB, 4096).expect("room");
+            if round == 1 && kind != Kind::Fixed {
+                layer.set_note(br#"{"format":1}"#).expect("a place for it");
+            }
             layer.flush().expect("a sound image");
             all.push(store.file());
         }

@@ -36,6 +36,9 @@ fn run(input: &Input) -> String {
     assert!(outcome(&read) == words || only_written, "reading and writing differ: {read:?} {write:?}");
     let (Ok(read), Ok(write)) = (read, write) else { return words };
     misuse(&*read);
+    if let Ok(Some(note)) = read.note() {
+        assert!((1..=image::MAX_NOTE).contains(&note.len()), "a note of {} bytes", note.len());
+    }
     let (seen, found) = (Look::at(&*read), Look::at(&*write));
     match (&seen, &found) {
         (Ok(seen), Ok(found)) => assert_eq!(seen, found, "what a reader sees is not what the replay leaves"),
@@ -69,6 +72,10 @@ fn use_it(layer: &dyn Layer) -> image::Result<()> {
             Err(error) if matches!(error.kind, image::ErrorKind::Unsupported | image::ErrorKind::Damaged) => (),
             result => result?,
         }
+    }
+    match layer.set_note(&[b'n'; 5000]) {
+        Err(error) if matches!(error.kind, image::ErrorKind::Unsupported | image::ErrorKind::Damaged) => (),
+        result => result?,
     }
     layer.flush()
 }

@@ -5,7 +5,7 @@ use super::format::{HEADER_BYTES, SECTOR};
 use super::parent::{Fault, Header};
 use super::{Inner, Meta, lock};
 use crate::layer::{Kind, ParentLink};
-use crate::{ErrorKind, Result};
+use crate::{ErrorKind, MAX_NOTE, Result};
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 use uuid::Uuid;
@@ -178,6 +178,33 @@ impl Inner {
         Ok(())
     }
 
+    /// See [`crate::Layer::note`].
+    pub(crate) fn note(&self) -> Result<Option<Vec<u8>>> {
+        let session = lock(&self.session);
+        let note = session.header.as_ref().and_then(Header::note);
+        match note {
+            Some(note) if note.len() > MAX_NOTE => {
+                Err(self.error(ErrorKind::Damaged, format!("the image's note of {} bytes is too long", note.len())))
+            }
+            note => Ok(note.map(<[u8]>::to_vec)),
+        }
+    }
+
+    /// See [`crate::Layer::set_note`].
+    pub(crate) fn set_note(&self, note: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        let mut session = lock(&self.session);
+        let mut meta = lock(&self.meta);
+        let no_place = || self.error(ErrorKind::Unsupported, "a fixed VHD has no place for a note");
+        let mut header = session.header.clone().ok_or_else(no_place)?;
+        if header.note().unwrap_or_default() == note {
+            return Ok(());
+        }
+        header.set_note(note).map_err(|(kind, message): Fault| self.error(kind, message))?;
+        let footer = meta.footer;
+        self.put_header(&mut session, &mut meta, header, Put::Whole, &footer)
+    }
+
     /// Replaces header and footer as one: a new header is written beside the old one, and the footer names it.
     pub(super) fn put_header(
         &self,
@@ -198,8 +225,10 @@ impl Inner {
         let old = session.header.replace(header);
         // Others may keep something beside their headers, of which we do not know.
         if let Some(old) = old.filter(|_| meta.footer.is_ours()) {
-            let given = old.places().iter().filter(|place| !kept.contains(place) && self.is_free(place));
-            meta.space.give_header(&given.cloned().collect::<Vec<_>>());
+            let over_kept = |place: &Range<u64>| kept.iter().any(|k| k.start < place.end && place.start < k.end);
+            let given = old.places().iter().filter(|place| !over_kept(place) && self.is_free(meta, place));
+            let given: Vec<_> = given.cloned().collect();
+            meta.space.give_header(&given);
         }
         Ok(())
     }

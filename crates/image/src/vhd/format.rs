@@ -115,6 +115,8 @@ pub(crate) const LOCATOR_ABSOLUTE: [u8; 4] = *b"W2ku";
 pub(crate) const LOCATOR_URL: [u8; 4] = *b"MacX";
 /// Ours: a second UUID that the parent may have while a fold changes it, 16 bytes. Others skip what they do not know.
 pub(crate) const LOCATOR_SECOND: [u8; 4] = *b"tnby";
+/// Ours: the note (`docs/formats/note.md`); also in an image without a parent.
+pub(crate) const LOCATOR_NOTE: [u8; 4] = *b"tnno";
 
 /// Where the checksum lies in a footer.
 pub(crate) const FOOTER_CHECKSUM: usize = 64;

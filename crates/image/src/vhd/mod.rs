@@ -45,7 +45,7 @@ mod write;
 pub use create::{Options, Parent, create};
 pub use open::{is_padded, open};
 
-use crate::layer::{Change, Format, Layer, LayerInfo, ParentLink, Run, Ticket};
+use crate::layer::{Change, Format, Layer, LayerInfo, ParentLink, Run, Ticket, check_note};
 use crate::{Error, ErrorKind, Result};
 use bat::{Bat, Geometry};
 use bitmap::{BitmapSector, Bitmaps};
@@ -236,6 +236,15 @@ impl Layer for VhdLayer {
 
     fn pack(&self, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<bool> {
         self.0.pack(progress)
+    }
+
+    fn note(&self) -> Result<Option<Vec<u8>>> {
+        self.0.note()
+    }
+
+    fn set_note(&self, note: &[u8]) -> Result<()> {
+        check_note(self, note)?;
+        self.0.set_note(note)
     }
 
     fn close(&self) -> Result<()> {

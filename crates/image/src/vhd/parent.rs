@@ -1,8 +1,8 @@
 //! The header: the block table's place, and what the image says of its parent.
 
 use super::format::{
-    HEADER_BYTES, HEADER_CHECKSUM, HEADER_COOKIE, LOCATOR_ABSOLUTE, LOCATOR_RELATIVE, LOCATOR_SECOND, LOCATOR_URL,
-    LOCATORS, NOWHERE, RawHeader, RawLocator, SECTOR, VERSION, checksum,
+    HEADER_BYTES, HEADER_CHECKSUM, HEADER_COOKIE, LOCATOR_ABSOLUTE, LOCATOR_NOTE, LOCATOR_RELATIVE, LOCATOR_SECOND,
+    LOCATOR_URL, LOCATORS, NOWHERE, RawHeader, RawLocator, SECTOR, VERSION, checksum,
 };
 use crate::ErrorKind;
 use crate::ParentLink;
@@ -150,12 +150,24 @@ impl Header {
             self.put(LOCATOR_ABSOLUTE, link.absolute_path.as_deref().map(utf16_bytes));
         }
         self.put(LOCATOR_SECOND, link.linkage2.map(|id| id.as_bytes().to_vec()));
+        self.check_room("its header has no room for what is to be said of the parent")
+    }
+
+    /// The note, if there is one.
+    pub(crate) fn note(&self) -> Option<&[u8]> {
+        self.data(LOCATOR_NOTE)
+    }
+
+    /// Takes another note. Locators that we do not know stay.
+    pub(crate) fn set_note(&mut self, note: &[u8]) -> Result<(), Fault> {
+        self.put(LOCATOR_NOTE, Some(note.to_vec()).filter(|note| !note.is_empty()));
+        self.check_room("its header has no room for a note")
+    }
+
+    fn check_room(&self, refusal: &str) -> Result<(), Fault> {
         let fits = self.locators.iter().all(|locator| locator.data.len() <= MAX_LOCATOR as usize);
         if self.locators.len() > LOCATORS || !fits {
-            return Err((
-                ErrorKind::Unsupported,
-                "its header has no room for what is to be said of the parent".to_owned(),
-            ));
+            return Err((ErrorKind::Unsupported, refusal.to_owned()));
         }
         Ok(())
     }

@@ -176,10 +176,12 @@ impl Inner {
         self.bat.placed().take_while(move |(block, _)| *block < blocks)
     }
 
-    /// Whether neither the table nor a block lies there. (A damaged header may place locators anywhere.)
-    pub(super) fn is_free(&self, place: &Range<u64>) -> bool {
+    /// Whether neither a footer nor the table nor a block lies there. (A damaged header may place locators anywhere.)
+    pub(super) fn is_free(&self, meta: &Meta, place: &Range<u64>) -> bool {
+        let footers = [0, meta.space.footer_at()].map(|at| at..at + SECTOR);
         let table = self.table_at..self.table_at + self.geometry().table();
-        let mut others = std::iter::once(table).chain(self.placed().map(|(_, at)| self.place(at)));
+        let fixed = footers.into_iter().chain([table]);
+        let mut others = fixed.chain(self.placed().map(|(_, at)| self.place(at)));
         !others.any(|other| other.start < place.end && place.start < other.end)
     }
 

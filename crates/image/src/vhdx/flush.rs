@@ -227,6 +227,30 @@ impl Inner {
         Ok(())
     }
 
+    /// See [`crate::Layer::note`].
+    pub(crate) fn note(&self) -> Result<Option<Vec<u8>>> {
+        // A change of it is one of several pages.
+        let _session = lock(&self.session);
+        let region = read(&*self.store, self.metadata_region.offset, self.metadata_region.length as usize)?;
+        let note = metadata::note(&region).map_err(|(kind, message)| self.error(kind, message))?;
+        Ok(note.filter(|note| !note.is_empty()).map(<[u8]>::to_vec))
+    }
+
+    /// See [`crate::Layer::set_note`].
+    pub(crate) fn set_note(&self, note: &[u8]) -> Result<()> {
+        self.check_writable()?;
+        let mut session = lock(&self.session);
+        let pages = self.metadata_pages(|region| metadata::replace_note(region, note))?;
+        if pages.is_empty() {
+            return Ok(());
+        }
+        // A disk that is full is no reason to distrust a leaf that somebody writes: the room is taken before anything depends on it.
+        session.journal.take_room(&*self.store, &pages)?;
+        self.poison_on_error(self.identify(&mut session, None))?;
+        let file_length = lock(&self.meta).space.len();
+        self.poison_on_error(self.write_metadata(&mut session.journal, file_length, &pages))
+    }
+
     pub(crate) fn write_metadata(
         &self,
         journal: &mut Journal,
@@ -256,7 +280,7 @@ impl Inner {
             })
             .collect();
         if pages.len() > super::log::ENTRY_PAGES {
-            return Err(self.error(ErrorKind::Unsupported, "the parent's name is too long to change it in one step"));
+            return Err(self.error(ErrorKind::Unsupported, "it is too long to change it in one step"));
         }
         Ok(pages)
     }

@@ -47,6 +47,8 @@ pub(crate) const ITEM_PHYSICAL_SECTOR: Uuid = uuid!("cda348c7-445d-4471-9cc9-e98
 pub(crate) const ITEM_PARENT_LOCATOR: Uuid = uuid!("a8d35f2d-b30b-454d-abf7-d3d84834ab0c");
 /// Metadata item: present while the file is still being made.
 pub(crate) const ITEM_INCOMPLETE: Uuid = uuid!("71cc85f0-1b69-4e28-9558-c3bf83ae75d3");
+/// Metadata item of ours, a user's: the note (`docs/formats/note.md`).
+pub(crate) const ITEM_NOTE: Uuid = uuid!("7e2d5b1c-0f53-4c0e-9a43-6d1f4a0c7b92");
 /// The one type of parent locator.
 pub(crate) const LOCATOR_TYPE: Uuid = uuid!("b04aefb7-d19e-4a81-b789-25b8e9445913");
 

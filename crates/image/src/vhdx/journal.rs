@@ -6,6 +6,7 @@
 //!   metadata: an entry overwrites neither the one before it, which is the head until it is durable, nor that one's tail.
 //! - At any moment one copy of the header is durable and sound.
 
+use super::format::PAGE;
 use super::header::{Header, slot_offset};
 use super::log::{self, ENTRY_PAGES, EntryHeader};
 use super::page::PageBytes;
@@ -105,6 +106,23 @@ impl Journal {
             store.write_at(&page[..], *offset)?;
         }
         self.pages_unsynced = true;
+        Ok(())
+    }
+
+    /// Takes the room on the file system that an entry of these pages needs, and the pages in their places. Nothing has changed, whether
+    /// there is room or not.
+    pub(crate) fn take_room(&self, store: &dyn Store, pages: &[(u64, PageBytes)]) -> Result<()> {
+        // Where the next entry will be, nothing counts.
+        self.put_in_ring(store, self.next, &vec![0; log::entry_bytes(pages.len())])?;
+        let zeros = [0; PAGE];
+        for (offset, _) in pages {
+            // What is not zeros has its place.
+            let mut old = zeros;
+            store.read_at(&mut old, *offset)?;
+            if old == zeros {
+                store.write_at(&zeros, *offset)?;
+            }
+        }
         Ok(())
     }
 

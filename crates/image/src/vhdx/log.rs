@@ -206,10 +206,15 @@ pub(crate) struct EntryHeader {
     pub(crate) last_length: u64,
 }
 
+/// How long an entry of so many pages is, in bytes.
+pub(crate) fn entry_bytes(pages: usize) -> usize {
+    descriptor_bytes(pages) + pages * PAGE
+}
+
 /// The bytes of an entry that carries these pages, at most [`ENTRY_PAGES`], to their file offsets.
 pub(crate) fn encode(header: &EntryHeader, pages: &[(u64, PageBytes)]) -> Vec<u8> {
     debug_assert!(pages.len() <= ENTRY_PAGES);
-    let mut entry = vec![0; descriptor_bytes(pages.len()) + pages.len() * PAGE];
+    let mut entry = vec![0; entry_bytes(pages.len())];
     let mut raw = RawLogEntry::new_zeroed();
     raw.signature = LOG_SIGNATURE;
     raw.length = (entry.len() as u32).into();

@@ -2,11 +2,11 @@
 
 use super::format::{
     BLOCK_SIZES, HAS_PARENT, ITEM_DISK_ID, ITEM_DISK_SIZE, ITEM_FILE_PARAMETERS, ITEM_INCOMPLETE, ITEM_LOGICAL_SECTOR,
-    ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_REQUIRED, ITEM_USER, ITEM_VIRTUAL_DISK, KIB, LEAVE_ALLOCATED,
-    LOCATOR_TYPE, MAX_ITEMS, MAX_SIZE, METADATA_SIGNATURE, RawFileParameters, RawItem, RawLocator, RawLocatorEntry,
-    RawMetadataTable, TABLE_BYTES, parse, put,
+    ITEM_NOTE, ITEM_PARENT_LOCATOR, ITEM_PHYSICAL_SECTOR, ITEM_REQUIRED, ITEM_USER, ITEM_VIRTUAL_DISK, KIB,
+    LEAVE_ALLOCATED, LOCATOR_TYPE, MAX_ITEMS, MAX_SIZE, METADATA_SIGNATURE, RawFileParameters, RawItem, RawLocator,
+    RawLocatorEntry, RawMetadataTable, TABLE_BYTES, parse, put,
 };
-use crate::{ErrorKind, ParentLink};
+use crate::{ErrorKind, MAX_NOTE, ParentLink};
 use std::collections::HashSet;
 use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
@@ -16,6 +16,8 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 const FIRST_ITEM: u32 = 64 * KIB as u32;
 /// Where a new file's parent locator lies inside the region, with room behind it.
 const LOCATOR_AT: u32 = 128 * KIB as u32;
+/// Where the note lies inside the region, if that is free: behind the longest parent locator.
+const NOTE_AT: u32 = 384 * KIB as u32;
 /// The longest parent locator that we read or write.
 const MAX_LOCATOR: u32 = 256 * KIB as u32;
 /// The most keys that a locator may have. Windows writes five.
@@ -218,7 +220,11 @@ pub(crate) fn is_known(item: &RawItem) -> bool {
         ITEM_PHYSICAL_SECTOR,
         ITEM_PARENT_LOCATOR,
     ];
-    item.flags.get() & ITEM_USER == 0 && known.contains(&item.id.into())
+    is_note(item) || item.flags.get() & ITEM_USER == 0 && known.contains(&item.id.into())
+}
+
+fn is_note(item: &RawItem) -> bool {
+    item.flags.get() & ITEM_USER != 0 && Uuid::from(item.id) == ITEM_NOTE
 }
 
 /// What a region of metadata says. The region is bounded by the caller.
@@ -320,33 +326,80 @@ pub(crate) fn encode(metadata: &Metadata) -> Result<Vec<u8>, Fault> {
 /// Replaces the parent locator inside a region's bytes: in its place if there is room, else behind everything else.
 pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<(), Fault> {
     let items = items(region)?;
-    let is_locator = |item: &&RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_PARENT_LOCATOR;
-    let index =
-        items.iter().position(|item| is_locator(&item)).ok_or_else(|| damaged("the image has no parent locator"))?;
+    let is_locator = |item: &RawItem| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_PARENT_LOCATOR;
+    let index = items.iter().position(is_locator).ok_or_else(|| damaged("the image has no parent locator"))?;
     let bytes = locator.encode()?;
-    let others = || {
-        items.iter().enumerate().filter(|(other, item)| *other != index && item.length.get() != 0).map(|(_, item)| item)
-    };
-    let fits = |start: usize| {
-        let end = start + bytes.len();
-        end <= region.len()
-            && others().all(|item| {
-                let other = item.offset.get() as usize;
-                end <= other || other + item.length.get() as usize <= start
-            })
-    };
-    let old = items[index].offset.get() as usize;
-    let behind = others().map(|item| item.offset.get() + item.length.get()).max().unwrap_or(0).max(FIRST_ITEM);
-    let start = [old, behind.next_multiple_of(4096) as usize]
-        .into_iter()
-        .find(|start| *start >= TABLE_BYTES && fits(*start))
+    let places = [items[index].offset.get(), behind(&items, index)];
+    let place = find_place(region, &items, index, &places, bytes.len())
         .ok_or_else(|| unsupported("the metadata region has no room for the parent's name"))?;
-    let mut item = items[index];
-    item.offset = (start as u32).into();
-    item.length = (bytes.len() as u32).into();
-    put(region, (index + 1) * size_of::<RawItem>(), &item);
-    put(region, start, bytes.as_slice());
+    put_item(region, index, items[index], place, &bytes);
     Ok(())
+}
+
+/// The note in a region's bytes.
+pub(crate) fn note(region: &[u8]) -> Result<Option<&[u8]>, Fault> {
+    let items = items(region)?;
+    let Some(item) = items.iter().find(|item| is_note(item)) else { return Ok(None) };
+    if item.length.get() as usize > MAX_NOTE {
+        return Err(damaged(format!("the image's note of {} bytes is too long", item.length)));
+    }
+    Ok(Some(&region[item.offset.get() as usize..][..item.length.get() as usize]))
+}
+
+/// Replaces the note inside a region's bytes, or adds it.
+pub(crate) fn replace_note(region: &mut [u8], note: &[u8]) -> Result<(), Fault> {
+    let no_room = || unsupported("the metadata region has no room for a note");
+    let items = items(region)?;
+    let index = items.iter().position(is_note).unwrap_or(items.len());
+    let item = items.get(index).copied().unwrap_or_else(|| RawItem {
+        id: ITEM_NOTE.into(),
+        flags: ITEM_USER.into(),
+        ..RawItem::new_zeroed()
+    });
+    let behind = behind(&items, index);
+    let places = [item.offset.get(), behind.max(NOTE_AT), behind];
+    let place = find_place(region, &items, index, &places, note.len()).ok_or_else(no_room)?;
+    if index == items.len() {
+        let mut table: RawMetadataTable = parse(region, 0).ok_or_else(no_room)?;
+        if table.count.get() == MAX_ITEMS {
+            return Err(no_room());
+        }
+        table.count = (table.count.get() + 1).into();
+        put(region, 0, &table);
+    }
+    put_item(region, index, item, place, note);
+    Ok(())
+}
+
+/// All items that take room, but for the one of this index.
+fn others(items: &[RawItem], index: usize) -> impl Iterator<Item = &RawItem> {
+    let others = items.iter().enumerate().filter(move |(other, _)| *other != index);
+    others.map(|(_, item)| item).filter(|item| item.length.get() != 0)
+}
+
+/// Where nothing but the item of this index lies any more, in whole pages.
+fn behind(items: &[RawItem], index: usize) -> u32 {
+    let end = others(items, index).map(|item| item.offset.get() + item.length.get()).max().unwrap_or(0);
+    end.max(FIRST_ITEM).next_multiple_of(4096)
+}
+
+/// The first of these places where `length` bytes lie over no item but the one of this index.
+fn find_place(region: &[u8], items: &[RawItem], index: usize, places: &[u32], length: usize) -> Option<u32> {
+    let fits = |start: usize| {
+        let end = start + length;
+        let apart = |item: &RawItem| {
+            let other = item.offset.get() as usize;
+            end <= other || other + item.length.get() as usize <= start
+        };
+        end <= region.len() && others(items, index).all(apart)
+    };
+    places.iter().copied().find(|start| *start as usize >= TABLE_BYTES && fits(*start as usize))
+}
+
+fn put_item(region: &mut [u8], index: usize, item: RawItem, place: u32, bytes: &[u8]) {
+    let item = RawItem { offset: place.into(), length: (bytes.len() as u32).into(), ..item };
+    put(region, (index + 1) * size_of::<RawItem>(), &item);
+    put(region, place as usize, bytes);
 }
 
 /// Replaces the disk's size inside a region's bytes. An item that lies over it would say something else afterwards.
@@ -428,6 +481,39 @@ mod tests {
         let found = read(&region).unwrap().locator.unwrap();
         assert_eq!(found.link().unwrap(), other);
         assert_eq!(found.get("house_number"), Some("7"));
+    }
+
+    #[test]
+    fn a_note_is_added_replaced_and_in_nobodys_way() {
+        let mut region = encode(&metadata(r".\a")).unwrap();
+        region.resize(1 << 20, 0);
+        assert_eq!(note(&region).unwrap(), None);
+        for text in [b"short".to_vec(), vec![7; MAX_NOTE], Vec::new(), b"again".to_vec()] {
+            replace_note(&mut region, &text).unwrap();
+            assert_eq!(note(&region).unwrap(), Some(&text[..]));
+            assert!(items(&region).unwrap().iter().all(is_known));
+            assert_eq!(read(&region).unwrap().locator.unwrap().link().unwrap(), link(r".\a"));
+        }
+        let mut locator = Locator::of(&link(r".\a"));
+        locator.relink(&link(&"x".repeat(30_000)));
+        replace_locator(&mut region, &locator).unwrap();
+        assert_eq!(note(&region).unwrap(), Some(&b"again"[..]));
+        assert_eq!(read(&region).unwrap().size, metadata("").size);
+    }
+
+    #[test]
+    fn a_note_without_room_is_refused_and_one_that_is_too_long_is_damage() {
+        let mut region = encode(&metadata(r".\a")).unwrap();
+        region.resize(136 << 10, 0);
+        let before = region.clone();
+        assert_eq!(replace_note(&mut region, &[1; 9 << 10]).unwrap_err().0, ErrorKind::Unsupported);
+        assert_eq!(region, before);
+        region.resize(1 << 20, 0);
+        replace_note(&mut region, &vec![1; MAX_NOTE]).unwrap();
+        let index = items(&region).unwrap().len();
+        put(&mut region, index * size_of::<RawItem>() + 20, &(MAX_NOTE as u32 + 1).to_le_bytes());
+        assert_eq!(note(&region).unwrap_err().0, ErrorKind::Damaged);
+        assert!(read(&region).is_ok(), "nobody but who asks for the note is bothered");
     }
 
     #[test]

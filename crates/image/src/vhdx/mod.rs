@@ -45,7 +45,7 @@ pub use carry::Carry;
 pub use create::{Options, Parent, create, create_carried};
 pub use open::{open, open_carried};
 
-use crate::layer::{Change, Format, Kind, Layer, LayerInfo, ParentLink, Run, Ticket};
+use crate::layer::{Change, Format, Kind, Layer, LayerInfo, ParentLink, Run, Ticket, check_note};
 use crate::{Error, ErrorKind, Result};
 use bat::{Bat, Geometry};
 use bitmap::{BitmapPage, Bitmaps};
@@ -247,6 +247,15 @@ impl Layer for VhdxLayer {
 
     fn forced(&self) -> Option<Uuid> {
         lock(&self.0.ids).parent.as_ref().and_then(metadata::Locator::forced)
+    }
+
+    fn note(&self) -> Result<Option<Vec<u8>>> {
+        self.0.note()
+    }
+
+    fn set_note(&self, note: &[u8]) -> Result<()> {
+        check_note(self, note)?;
+        self.0.set_note(note)
     }
 
     fn survives(&self) -> bool {

@@ -8,6 +8,7 @@ use machine::disks::Disks;
 use machine::files::Files;
 use machine::job::{Cancel, Task};
 use machine::keeper::Keeper;
+use machine::label::Labelled;
 use machine::ledger::{Ledger, State as Rows};
 use machine::ops::snapshot::{Leaves, Made};
 use machine::plan::{Take, Written as Memory};
@@ -176,6 +177,7 @@ pub(crate) struct World {
     files: Files,
     /// The worker.
     keeper: Option<Keeper>,
+    labelled: Labelled,
     /// While the guest runs.
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
@@ -203,7 +205,7 @@ impl World {
         // Every other machine keeps what is deleted or discarded.
         machine.policy.undo_for = (seed % 2) * 3600;
         for (row, size) in machine.layers.values_mut().zip(SIZES) {
-            row.file = format!("disks/{}.vhdx", row.id);
+            row.file = format!("disks/{}.{}", row.id, row.format);
             files.create_layer(row, size, None, None).expect("a base").close().expect("closed");
         }
         files.sync_names().expect("names");
@@ -221,6 +223,7 @@ impl World {
             runtime,
             files,
             keeper: Some(keeper),
+            labelled: Labelled::default(),
             disks: None,
             guest,
             snapshots: BTreeMap::new(),
@@ -287,10 +290,52 @@ impl World {
     pub(crate) async fn live(&mut self, count: u32) -> Result<()> {
         for _ in 0..count {
             self.next = None;
+            self.label();
             self.step().await?;
         }
+        self.label();
         self.begin("nothing");
         Ok(())
+    }
+
+    /// The files say what they are.
+    fn label(&mut self) {
+        self.begin("label");
+        self.keeper().label(&mut self.labelled, self.disks.as_mut());
+    }
+
+    /// Two snapshots of a running guest, one on the other, and a little more; then it is off.
+    pub(crate) async fn week(&mut self) -> Result<()> {
+        self.start()?;
+        for _ in 0..2 {
+            self.guest().act(9).map_err(|e| image(&e))?;
+            let taken = self.order.len();
+            while self.order.len() == taken {
+                self.request("snapshot").await?;
+                self.label();
+            }
+        }
+        self.guest().act(9).map_err(|e| image(&e))?;
+        self.rest()
+    }
+
+    /// The guest's disks are left clean, as when its worker and QEMU end; a machine that is saved stays so.
+    pub(crate) fn rest(&mut self) -> Result<()> {
+        if self.disks.is_some() {
+            self.stop()?;
+        }
+        self.label();
+        Ok(())
+    }
+
+    /// The worker ends.
+    pub(crate) fn leave(&mut self) {
+        drop(self.keeper.take());
+    }
+
+    /// The rows as last committed.
+    pub(crate) fn machine(&self) -> Machine {
+        self.keeper().rows().machine.clone()
     }
 
     async fn step(&mut self) -> Result<()> {
@@ -601,6 +646,7 @@ impl World {
         self.guest().chains.clear();
         drop(self.disks.take());
         drop(self.keeper.take());
+        self.labelled = Labelled::default();
         self.disk.revive();
         self.runtime.revive();
         self.keeper = Some(Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?);

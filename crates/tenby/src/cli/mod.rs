@@ -8,7 +8,7 @@ mod job;
 mod rest;
 mod snapshot;
 mod vm;
-mod words;
+pub(crate) mod words;
 
 pub(crate) use vm::{quoted, quoted_loosely};
 

@@ -125,11 +125,16 @@ pub(crate) enum Verb {
     /// Copy what a machine shares with others (not there yet)
     #[command(after_help = "Example:\n  tenby vm detach web")]
     Detach(Name),
-    /// Rebuild a machine from its folder's files (not there yet)
-    #[command(after_help = "Example:\n  tenby vm rescue /srv/tenby/0199")]
+    /// Rebuild a machine from its folder's files, when its ledger is lost or damaged; says what could not be known
+    #[command(after_help = "Examples:
+  tenby vm rescue /var/lib/tenby/0199f2f5b7c34e1f9a4a9d1c8e6b7a50
+  tenby vm rescue /var/lib/tenby/0199f2f5b7c34e1f9a4a9d1c8e6b7a50 --with /srv/big.vhdx")]
     Rescue {
-        /// The folder
+        /// The machine's folder
         folder: PathBuf,
+        /// A file of yours that the machine used where it lies: a disk taken in place, or an image in its CD drive
+        #[arg(long = "with", value_name = "FILE")]
+        named: Vec<PathBuf>,
     },
     /// Take in a machine that was exported, here or by Hyper-V (not there yet)
     #[command(after_help = "Example:\n  tenby vm import /srv/exports/web")]
@@ -406,7 +411,7 @@ impl Verb {
             Self::Check { vm, .. } => crate::audit::run(session, &session.find(&vm.name)?).await,
             Self::Undo { vm, id, waiting } => carry_out(session, &vm, Request::Undo { id }, waiting).await,
             Self::Detach(_) => Err(later("`tenby vm detach`")),
-            Self::Rescue { .. } => Err(later("`tenby vm rescue`")),
+            Self::Rescue { folder, named } => crate::rescue::run(session, folder, &named).await,
             Self::Import { .. } => Err(later("`tenby vm import`")),
             Self::Export { .. } => Err(later("`tenby vm export`")),
         }

@@ -3,6 +3,7 @@
 use super::{Align, Look, Table, count, duration, pending, plain, size, with_doing};
 use machine::audit::{Audit, Finding};
 use machine::request::{DeletePlan, TreeView, View};
+use machine::rescue::Rescued;
 use std::fmt::Write;
 
 /// The state and what is under way beside it.
@@ -134,6 +135,26 @@ pub(super) fn seconds(seconds: u64) -> String {
     let units = [(86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second")];
     let (length, unit) = units.into_iter().find(|(length, _)| seconds.is_multiple_of(*length)).unwrap_or((1, "second"));
     count((seconds / length) as usize, unit)
+}
+
+/// What came back of a machine, and what could not be known.
+pub(crate) fn rescued(rescued: &Rescued, look: &Look) -> String {
+    let mut text = super::tree(&rescued.tree, &[], look);
+    let mut say = |line: String| {
+        text.push_str(&line);
+        text.push('\n');
+    };
+    if !rescued.unknown.is_empty() {
+        say(String::new());
+    }
+    for said in &rescued.unknown {
+        let file = said.file.as_deref().map(|file| format!("{}: ", plain(file))).unwrap_or_default();
+        say(format!("- {file}{}", plain(&said.what)));
+    }
+    if let Some(aside) = &rescued.aside {
+        say(format!("- the damaged ledger is kept as {}", plain(aside)));
+    }
+    text
 }
 
 /// What is wrong with a machine's files.
