@@ -4,7 +4,7 @@
 //!   Handle ──ask──► queue ──► Owner: one request after the other        Handle ──read──► Shared: rows as last committed,
 //!                               │   commit ─► ledger ─► publish ─────────────────────►           jobs, what is under way
 //!                               ├─ QEMU's events (the guest powered off, QEMU died)
-//!                               └─ nothing asked: the collector removes and folds
+//!                               └─ nothing asked: the collector removes and folds; then what is sealed is hashed
 //! ```
 //!
 //! Everything that happens to a machine is done by its owner's task, in the process that holds the machine's lock (invariant 9).
@@ -16,6 +16,7 @@ use crate::book::Book;
 use crate::carry::Carries;
 use crate::collect::Underway;
 use crate::files::{Files, file_problem};
+use crate::hashing::Hashing;
 use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
 use crate::ledger::State as Rows;
@@ -99,6 +100,8 @@ pub(crate) struct Owner {
     pub(crate) live: Option<Live>,
     /// A fold under way.
     pub(crate) folding: Option<Underway>,
+    /// Hashing of what is sealed.
+    pub(crate) hashing: Hashing,
     /// That of a merge which was stopped for a request, for the one that begins again.
     pub(crate) merge_pace: Arc<Pace>,
     /// A merge that waits for room on the disk, and when it is to look again.
@@ -149,6 +152,7 @@ impl Handle {
             keeper,
             live: None,
             folding: None,
+            hashing: Hashing::default(),
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
@@ -283,11 +287,14 @@ impl Owner {
         self.keep_reserve();
         while !self.deleted {
             self.collect();
-            let (quiet, due) = (self.live.is_none() && self.folding.is_none() && self.starved.is_none(), self.due());
+            self.hash();
+            let busy = self.folding.is_some() || self.starved.is_some() || self.hashing.is_under_way();
+            let (quiet, due) = (self.live.is_none() && !busy, self.due());
             let ask = tokio::select! {
                 biased;
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
                 folded = Underway::next(&mut self.folding) => { self.folded(&folded); continue }
+                () = self.hashing.ended() => continue,
                 event = Live::next(&mut self.live) => { self.react(event).await; continue }
                 () = until(due) => { self.look_for_room().await; continue }
                 () = tokio::time::sleep(LINGER), if quiet => {

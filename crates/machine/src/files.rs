@@ -5,6 +5,7 @@
 //!               lock            held by the worker
 //!               disks/          <layer>.vhdx, <layer>.avhdx
 //!               memory/         <layer>.vhdx, <layer>.avhdx
+//!               hashes/         <layer>: how a sealed layer reads (see records.rs)
 //!               boot/           kernel and initrd, copied in
 //!               log/            worker.log, qemu.log, serial.log, machine.log
 //! ```
@@ -62,7 +63,7 @@ impl Files {
 
     /// Makes the folders of a new machine.
     pub fn create_folders(&self) -> Result<(), Problem> {
-        for name in ["disks", "memory", "boot", "log"] {
+        for name in ["disks", "memory", "hashes", "boot", "log"] {
             self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
         }
         Ok(())
@@ -198,9 +199,9 @@ impl Files {
         self.sync_names()
     }
 
-    /// Bytes that a layer's file occupies; 0 if it cannot be opened.
+    /// Bytes that a layer's file occupies, and its record of hashes; 0 for what cannot be opened.
     pub fn allocated(&self, row: &LayerRow) -> u64 {
-        self.find(row).and_then(|store| store.allocated()).unwrap_or(0)
+        self.find(row).and_then(|store| store.allocated()).unwrap_or(0) + self.allocated_by_record(row.id)
     }
 
     /// Whether a layer's file is not there.
@@ -215,7 +216,7 @@ impl Files {
         }
     }
 
-    /// Files in the layers' folders that no row names, relative to the machine's folder.
+    /// Files in the layers' folders that no row names, and files among the records that are none, relative to the machine's folder.
     pub fn unknown(&self, machine: &Machine) -> Result<Vec<String>, Problem> {
         let known: BTreeSet<&str> = machine.layers.values().map(|row| row.file.as_str()).collect();
         let mut unknown = Vec::new();
@@ -223,6 +224,7 @@ impl Files {
             let names = self.folder.folder(folder).and_then(|f| f.list()).map_err(|e| file_problem(&e))?;
             unknown.extend(names.into_iter().map(|n| format!("{folder}/{n}")).filter(|f| !known.contains(f.as_str())));
         }
+        unknown.extend(self.unknown_records()?);
         Ok(unknown)
     }
 
@@ -321,6 +323,12 @@ pub fn qcow2_problem(error: &qcow2::Error) -> Problem {
         qcow2::Error::Image(error) => image_problem(error),
         qcow2::Error::Serve(export::Error { source, .. }) => Problem::failed(format!("{error}: {source}")),
         qcow2::Error::Tool(_) | qcow2::Error::System(..) => Problem::failed(error.to_string()),
+    }
+}
+
+impl From<image::Error> for Problem {
+    fn from(error: image::Error) -> Self {
+        image_problem(&error)
     }
 }
 

@@ -11,6 +11,7 @@
 //!   live      QEMU, and the disks served to it                      ram    memory to and from layers
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
+//!   records   how sealed layers read                                 hashing making that, in the background
 //!   audit     what is wrong with the files
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
@@ -29,6 +30,7 @@ mod console;
 pub mod disks;
 pub mod files;
 pub mod garbage;
+pub mod hashing;
 pub mod job;
 pub mod keeper;
 pub mod ledger;
@@ -38,6 +40,7 @@ pub mod mark;
 pub mod ops;
 pub mod plan;
 pub mod ram;
+pub mod records;
 mod recover;
 pub mod request;
 pub mod reserve;
