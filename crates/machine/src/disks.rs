@@ -114,7 +114,7 @@ impl Disks {
     }
 
     /// The layers that are open for writing.
-    pub(crate) fn written(&self) -> BTreeSet<LayerId> {
+    pub fn written(&self) -> BTreeSet<LayerId> {
         let handles = self.open.values().flat_map(|open| &open.handles);
         handles.filter(|handle| handle.mode == Mode::Write).map(|handle| handle.id).collect()
     }

@@ -13,13 +13,13 @@ use machine::keeper::Keeper;
 use machine::ledger::Ledger;
 use machine::plan::Written;
 use machine::records::Recorded;
-use machine::request::ProblemKind;
+use machine::request::{Problem, ProblemKind};
 use machine::steps::Steps;
 use machine::tree::{JobId, LayerFormat, LayerId, LayerRow, Machine, Stats};
 use serde_json::Value;
 use std::path::Path;
-use store::Mode;
-use store::sim::Sim;
+use store::sim::{At, Crash, Sim, Times};
+use store::{ErrorKind, Mode};
 
 /// A machine with a base, two snapshots in a row, and Now.
 struct Lab {
@@ -127,6 +127,7 @@ fn a_file_that_nobody_knows_is_only_said() {
 
 /// A machine whose disks have content that differs from snapshot to snapshot: with bases of these formats, and memory.
 struct Deep {
+    sim: Sim,
     files: Files,
     keeper: Keeper,
     known: Known,
@@ -161,7 +162,7 @@ impl Deep {
         let keeper = Keeper::open(&files, Carries::new(Sim::new().root(), uuid::Uuid::nil()), Steps::default());
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let known = Known::default();
-        let mut deep = Self { files, keeper: keeper.expect("opens"), known, runtime, _outside: outside };
+        let mut deep = Self { sim, files, keeper: keeper.expect("opens"), known, runtime, _outside: outside };
         // Monday has all blocks but the last, Tuesday a sector of the first and all of the second, Wednesday nothing of its own.
         for (name, writes) in
             [("Monday", &[(0, 4 * BLOCK)][..]), ("Tuesday", &[(4096, 512), (BLOCK, BLOCK)]), ("Wednesday", &[])]
@@ -439,4 +440,60 @@ fn files_among_the_records_that_are_none_are_told_of_and_left() {
     assert!(lab.hash());
     let names = folder.list().expect("listed");
     assert!(names.contains(&"mine".to_owned()) && names.len() == 4, "{names:?}");
+}
+
+/// Every `try_at` of the operations that hashing makes of a disk, on a fresh machine.
+fn at_every_operation(mut try_at: impl FnMut(Deep, u64)) {
+    let mut whole = Deep::new(LayerFormat::Vhdx);
+    let first = whole.sim.counts().operations;
+    assert!(whole.hash());
+    // A folder, and for each record a file, its content, a sync, its name.
+    let operations = whole.sim.counts().operations - first;
+    assert!(operations >= 12, "{operations}");
+    for nth in 0..operations {
+        let lab = Deep::new(LayerFormat::Vhdx);
+        let at = lab.sim.counts().operations + nth;
+        try_at(lab, at);
+    }
+}
+
+/// All that is sealed is hashed by whoever comes next, and nothing else is left.
+fn goes_on(files: &Files, told: &str) -> Result<(), Problem> {
+    let keeper = Keeper::open(files, Carries::new(Sim::new().root(), uuid::Uuid::nil()), Steps::default())?;
+    let mut look = || Ok(Looked { machine: keeper.rows().machine.clone(), worker: false });
+    let (_, findings) = deep(files, &mut look, &mut |_, _| true)?;
+    let wrong = findings.iter().find(|found| !found.is_note() || found.what.contains("damaged"));
+    assert_eq!(wrong, None, "{told}");
+    assert!(keeper.hash(&mut Known::default(), &Manner::default(), &Cancel::default())?);
+    let (compared, findings) = deep(files, &mut look, &mut |_, _| true)?;
+    assert_eq!((compared.layers, findings), (3, Vec::new()), "{told}");
+    assert_eq!(files.folder().folder("hashes").and_then(|folder| folder.list()).expect("a folder").len(), 3, "{told}");
+    Ok(())
+}
+
+#[test]
+fn a_record_is_whole_or_not_there_wherever_the_power_goes() {
+    at_every_operation(|mut lab, at| {
+        lab.sim.cut(At::Operation(at));
+        let hashed = lab.keeper.hash(&mut lab.known, &Manner::default(), &Cancel::default());
+        assert!(hashed.is_err() && !lab.sim.powered(), "cut at {at}");
+        for crash in Crash::several(at, 8) {
+            let files = Files::new(lab.sim.after_crash(crash).root(), Path::new("/lab"));
+            goes_on(&files, &format!("cut at {at}, {crash:?}")).expect("recovered");
+        }
+    });
+}
+
+#[test]
+fn a_disk_that_fails_while_it_is_hashed_costs_a_record_at_most() {
+    for (kind, times) in [(ErrorKind::NoSpace, Times::Once), (ErrorKind::Io, Times::Forever)] {
+        at_every_operation(|mut lab, at| {
+            lab.sim.fail(At::Operation(at), kind, times);
+            // Whether it shows is another matter: what cannot be tidied away now is so later.
+            let _ = lab.keeper.hash(&mut lab.known, &Manner::default(), &Cancel::default());
+            lab.sim.heal();
+            drop(lab.keeper);
+            goes_on(&lab.files, &format!("{kind:?} {times:?} at {at}")).expect("it goes on");
+        });
+    }
 }

@@ -6,6 +6,7 @@ use machine::carry::Carries;
 use machine::collect::{Begin, Folded};
 use machine::disks::Disks;
 use machine::files::Files;
+use machine::hashing::{Known, Manner};
 use machine::job::{Cancel, Task};
 use machine::keeper::Keeper;
 use machine::ledger::Ledger;
@@ -158,6 +159,7 @@ pub(crate) struct World {
     files: Files,
     /// The worker.
     keeper: Option<Keeper>,
+    known: Known,
     /// While the guest runs.
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
@@ -200,6 +202,7 @@ impl World {
             runtime,
             files,
             keeper: Some(keeper),
+            known: Known::default(),
             disks: None,
             guest,
             snapshots: BTreeMap::new(),
@@ -497,7 +500,7 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else { return self.hash() };
         self.begin("fold");
         let stop = Cancel::default();
         if self.dice.one_in(6) {
@@ -507,6 +510,13 @@ impl World {
         self.folded(&folded)?;
         // What failed while it copied has had no answer; its guest would stand still now.
         self.guest().ask().map_err(|e| image(&e))
+    }
+
+    fn hash(&mut self) -> Result<()> {
+        self.begin("hash");
+        let written = self.disks.as_ref().map(Disks::written).unwrap_or_default();
+        let manner = Manner { written, ..Manner::default() };
+        self.keeper().hash(&mut self.known, &manner, &Cancel::default()).map(drop)
     }
 
     fn folded(&mut self, folded: &Folded) -> Result<()> {
@@ -525,6 +535,7 @@ impl World {
         self.guest().chains.clear();
         drop(self.disks.take());
         drop(self.keeper.take());
+        self.known = Known::default();
         self.disk.revive();
         self.runtime.revive();
         self.keeper = Some(Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?);
