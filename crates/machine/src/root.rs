@@ -10,7 +10,7 @@
 //! the worker notes it.
 
 use crate::files::{Files, file_problem, image_problem, qcow2_problem};
-use crate::ledger::{Ledger, State as Rows};
+use crate::ledger::{self, Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
@@ -185,7 +185,12 @@ impl Root {
             Err(e) if e.kind == store::ErrorKind::Locked => return Ok(None),
             Err(e) => return Err(file_problem(&e)),
         }
-        Ok(Some(Ledger::read(&folder).map_err(|e| e.problem(&self.machine_folder(id)))?))
+        match Ledger::read(&folder) {
+            Ok(rows) => Ok(Some(rows)),
+            // A worker that is on its way out has given up the one lock, and not yet the other.
+            Err(e) if e.kind == ledger::ErrorKind::Store(store::ErrorKind::Locked) => Ok(None),
+            Err(e) => Err(e.problem(&self.machine_folder(id))),
+        }
     }
 
     /// Holds the root's lock: names are given and changed under it.
