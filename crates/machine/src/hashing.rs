@@ -28,7 +28,7 @@ use tokio::task::JoinHandle;
 /// A long record is written down whenever so many bytes were read for it.
 const SAVE: u64 = 4 << 30;
 /// When it is stopped, it is written down if so many bytes were.
-const WORTH: u64 = 64 << 20;
+const WORTH: u64 = 16 << 20;
 /// Beside a guest it rests so many times as long as it read.
 const REST: u32 = 3;
 /// How often somebody who rests looks whether he is to stop.

@@ -18,6 +18,8 @@ use machine::steps::Steps;
 use machine::tree::{JobId, LayerFormat, LayerId, LayerRow, Machine, Stats};
 use serde_json::Value;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use store::sim::{At, Crash, Sim, Times};
 use store::{ErrorKind, Mode};
 
@@ -143,26 +145,7 @@ const SIZE: u64 = 4 * BLOCK + 4096;
 
 impl Deep {
     fn new(format: LayerFormat) -> Self {
-        let (sim, outside) = (Sim::new(), tempfile::tempdir().expect("a folder"));
-        let files = Files::new(sim.root(), Path::new("/lab"));
-        files.create_folders().expect("folders");
-        let mut machine = sample::machine(1);
-        for row in machine.layers.values_mut() {
-            (row.format, row.file) = (format, format!("disks/{}.{format}", row.id));
-            if format == LayerFormat::Raw {
-                let path = outside.path().join("base.raw");
-                std::fs::write(&path, vec![0; SIZE as usize]).expect("room");
-                (row.in_place, row.file) = (true, path.to_string_lossy().into_owned());
-            } else {
-                files.create_layer(row, SIZE, None, None).expect("a base").close().expect("closed");
-            }
-        }
-        files.sync_names().expect("names");
-        Ledger::create(files.folder(), &machine).expect("a ledger").close();
-        let keeper = Keeper::open(&files, Carries::new(Sim::new().root(), uuid::Uuid::nil()), Steps::default());
-        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let known = Known::default();
-        let mut deep = Self { sim, files, keeper: keeper.expect("opens"), known, runtime, _outside: outside };
+        let mut deep = Self::bare(format, SIZE, Steps::default());
         // Monday has all blocks but the last, Tuesday a sector of the first and all of the second, Wednesday nothing of its own.
         for (name, writes) in
             [("Monday", &[(0, 4 * BLOCK)][..]), ("Tuesday", &[(4096, 512), (BLOCK, BLOCK)]), ("Wednesday", &[])]
@@ -171,6 +154,30 @@ impl Deep {
             deep.snapshot(name);
         }
         deep
+    }
+
+    /// Without any content.
+    fn bare(format: LayerFormat, size: u64, steps: Steps) -> Self {
+        let (sim, outside) = (Sim::new(), tempfile::tempdir().expect("a folder"));
+        let files = Files::new(sim.root(), Path::new("/lab"));
+        files.create_folders().expect("folders");
+        let mut machine = sample::machine(1);
+        for row in machine.layers.values_mut() {
+            (row.format, row.file) = (format, format!("disks/{}.{format}", row.id));
+            if format == LayerFormat::Raw {
+                let path = outside.path().join("base.raw");
+                std::fs::write(&path, vec![0; size as usize]).expect("room");
+                (row.in_place, row.file) = (true, path.to_string_lossy().into_owned());
+            } else {
+                files.create_layer(row, size, None, None).expect("a base").close().expect("closed");
+            }
+        }
+        files.sync_names().expect("names");
+        Ledger::create(files.folder(), &machine).expect("a ledger").close();
+        let keeper = Keeper::open(&files, Carries::new(Sim::new().root(), uuid::Uuid::nil()), steps);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
+        let known = Known::default();
+        Self { sim, files, keeper: keeper.expect("opens"), known, runtime, _outside: outside }
     }
 
     fn machine(&self) -> Machine {
@@ -293,7 +300,9 @@ fn a_fold_keeps_the_records() {
         for gone in [&["Monday"][..], &["Tuesday"], &["Wednesday"], &["Tuesday", "Monday"]] {
             let mut lab = Deep::new(format);
             assert!(lab.hash());
-            gone.iter().for_each(|name| lab.delete(name));
+            for name in gone {
+                lab.delete(name);
+            }
             let (compared, findings) = lab.deep();
             let left = 3 - gone.len();
             assert_eq!((compared.layers, compared.sealed, findings), (left, left, Vec::new()), "{format} {gone:?}");
@@ -393,6 +402,27 @@ fn hashing_that_was_stopped_goes_on_and_gives_way() {
     assert_eq!(lab.files.record(row.id), Recorded::Nothing);
     assert!(lab.hash());
     assert_eq!(lab.deep().0.layers, 3);
+}
+
+#[test]
+fn a_large_layer_is_gone_on_with_where_it_was_left() {
+    let (stop, read) = (Arc::<Cancel>::default(), Arc::<AtomicU64>::default());
+    let (asked, count) = (Arc::clone(&stop), Arc::clone(&read));
+    let steps = Steps::watched(move |step| {
+        // In the tenth block somebody wants something else.
+        if step == "hash:reading" && count.fetch_add(1, Ordering::SeqCst) == 9 {
+            asked.ask();
+        }
+    });
+    let mut lab = Deep::bare(LayerFormat::Vhdx, 12 * BLOCK, steps);
+    lab.write(&[(0, 12 * BLOCK)], 7);
+    lab.snapshot("Monday");
+    assert!(!lab.keeper.hash(&mut lab.known, &Manner::default(), &stop).expect("stopped"));
+    let (compared, findings) = lab.deep();
+    assert_eq!((compared.layers, compared.bytes), (1, 10 * BLOCK), "{findings:?}");
+    assert!(findings.len() == 1 && findings[0].what.contains("first 20971520 of 25165824"), "{findings:?}");
+    assert!(lab.hash());
+    assert_eq!((read.load(Ordering::SeqCst), lab.deep().1), (12, Vec::new()));
 }
 
 #[test]
