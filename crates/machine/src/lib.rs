@@ -11,7 +11,7 @@
 //!   live      QEMU, and the disks served to it                      ram    memory to and from layers
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
-//!   records   how sealed layers read                                 hashing making that, in the background
+//!   records   how sealed layers read                               hashing making the records, in the background
 //!   audit     what is wrong with the files
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```

@@ -145,7 +145,11 @@ const SIZE: u64 = 4 * BLOCK + 4096;
 
 impl Deep {
     fn new(format: LayerFormat) -> Self {
-        let mut deep = Self::bare(format, SIZE, Steps::default());
+        Self::watched(format, Steps::default())
+    }
+
+    fn watched(format: LayerFormat, steps: Steps) -> Self {
+        let mut deep = Self::bare(format, SIZE, steps);
         // Monday has all blocks but the last, Tuesday a sector of the first and all of the second, Wednesday nothing of its own.
         for (name, writes) in
             [("Monday", &[(0, 4 * BLOCK)][..]), ("Tuesday", &[(4096, 512), (BLOCK, BLOCK)]), ("Wednesday", &[])]
@@ -376,6 +380,38 @@ fn what_a_worker_may_be_merging_is_not_read() {
     let (compared, findings) = deep(&lab.files, &mut look, &mut |_, _| true).expect("compared");
     assert_eq!((compared.layers, compared.sealed), (0, 2));
     assert!(findings.iter().all(|found| found.kind == "unread" && found.is_note()), "{findings:?}");
+}
+
+#[test]
+fn what_a_merge_has_begun_to_change_is_not_compared_and_what_stands_on_it_is_as_it_was() {
+    for format in FORMATS {
+        let stop = Arc::<Cancel>::default();
+        let (asked, pieces) = (Arc::clone(&stop), AtomicU64::new(0));
+        let steps = Steps::watched(move |step| {
+            if step == "merge:copying" && pieces.fetch_add(1, Ordering::SeqCst) == 2 {
+                asked.ask();
+            }
+        });
+        let mut lab = Deep::watched(format, steps);
+        assert!(lab.hash());
+        let base = lab.layer("Monday");
+        lab.keeper.delete(&lab.task("delete"), "Monday", false).expect("deleted");
+        let folding = lab.keeper.next_fold(None, Begin::default()).expect("begun").expect("a fold");
+        let folded = lab.keeper.fold(folding, &stop);
+        assert_eq!(lab.keeper.folded(&folded, None).expect_err("stopped").kind, ProblemKind::Cancelled);
+        let (compared, findings) = lab.deep();
+        assert_eq!((compared.layers, compared.sealed, findings), (2, 2, Vec::new()), "{format}");
+        // What it had begun to change is another thing than what was recorded.
+        let layer = lab.files.open_layer(&base, Mode::Read).expect("opens");
+        let mut byte = [0];
+        image::Chain::new(vec![layer], image::Access::Read)
+            .and_then(|chain| chain.read(&mut byte, 4096))
+            .expect("read");
+        assert_eq!(byte, *b"T", "{format}");
+        lab.known = Known::default();
+        assert!(lab.hash());
+        assert_eq!(lab.deep().1, Vec::new(), "{format}");
+    }
 }
 
 #[test]

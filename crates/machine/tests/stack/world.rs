@@ -500,7 +500,9 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else { return self.hash() };
+        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else {
+            return if self.dice.one_in(3) { self.hash() } else { Ok(()) };
+        };
         self.begin("fold");
         let stop = Cancel::default();
         if self.dice.one_in(6) {

@@ -137,7 +137,7 @@ pub(crate) fn audit(name: &str, audit: &Audit) -> String {
         let are = if audit.files == 1 { "is" } else { "are" };
         let compared = audit.compared.map(|compared| {
             let Compared { layers, sealed, bytes } = compared;
-            format!("; {layers} of {sealed} that are sealed read as recorded ({} read)", size(bytes))
+            format!("; {layers} of {sealed} sealed ones read as recorded ({} read)", size(bytes))
         });
         let line =
             format!("{}: {} {are} sound{}\n", plain(name), count(audit.files, "file"), compared.unwrap_or_default());
