@@ -59,7 +59,7 @@ impl Keeper {
         let machine = &rows.machine;
         self.files.tidy_records(machine)?;
         known.0.retain(|id| machine.layers.contains_key(id));
-        let mut opened = Opened::new(&self.files, machine);
+        let mut opened = Opened::new(&self.files, machine).until(stop);
         for row in sealed(machine) {
             if stop.asked() {
                 return Ok(false);
@@ -70,6 +70,7 @@ impl Keeper {
             match self.hash_layer(row, &mut opened, manner, stop) {
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
+                Err(Trouble::Reading(_)) if stop.asked() => return Ok(false),
                 Err(Trouble::Reading(problem)) => tracing::warn!("{} is not hashed: {problem}", row.file),
                 Err(Trouble::Writing(problem)) => return Err(problem),
             }

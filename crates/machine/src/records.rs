@@ -10,7 +10,8 @@
 
 use crate::files::{Files, file_problem};
 use crate::garbage::{from_the_base, garbage};
-use crate::request::Problem;
+use crate::job::Cancel;
+use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerRow, Machine, SnapshotState};
 use image::hashes::Record;
 use std::collections::BTreeSet;
@@ -150,11 +151,17 @@ pub(crate) struct Opened<'a> {
     files: &'a Files,
     machine: &'a Machine,
     layers: Vec<(LayerId, Arc<dyn image::Layer>)>,
+    stop: Option<&'a Cancel>,
 }
 
 impl<'a> Opened<'a> {
     pub(crate) fn new(files: &'a Files, machine: &'a Machine) -> Self {
-        Self { files, machine, layers: Vec::new() }
+        Self { files, machine, layers: Vec::new(), stop: None }
+    }
+
+    /// The same, which opens no more once it is to stop: a chain may have thousands of layers.
+    pub(crate) fn until(self, stop: &'a Cancel) -> Self {
+        Self { stop: Some(stop), ..self }
     }
 
     /// The layers up to this one, base first, open for reading.
@@ -163,6 +170,9 @@ impl<'a> Opened<'a> {
         let shared = self.layers.iter().zip(&ids).take_while(|((open, _), id)| open == *id).count();
         self.layers.truncate(shared);
         for id in &ids[shared..] {
+            if self.stop.is_some_and(Cancel::asked) {
+                return Err(Problem::new(ProblemKind::Cancelled, "stopped"));
+            }
             let row = self.machine.layers.get(id);
             let row = row.ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))?;
             let layer = self.files.open_layer(row, Mode::Read)?;
