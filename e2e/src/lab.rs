@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-use crate::{DEADLINE, Witness, guest, place, wait_for};
+use crate::{DEADLINE, SmallDisk, Witness, guest, place, wait_for};
 
 /// The name of the machine that [`Lab::with_base`] begins with.
 pub const BASE: &str = "Tenby";
@@ -197,7 +197,8 @@ impl Lab {
     /// If it cannot be opened.
     pub fn witness(&self, name: &str) -> Witness {
         let mut command = self.command(&["vm", "console", name]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let said = File::options().create(true).append(true).open(self.path("console.log")).expect("a file of ours");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(said);
         let mut console = command.spawn().expect("the program can be started");
         let (from, to): (ChildStdout, ChildStdin) =
             (console.stdout.take().expect("it is a pipe"), console.stdin.take().expect("it is a pipe"));
@@ -221,6 +222,19 @@ impl Lab {
     #[track_caller]
     pub fn tree(&self) -> Value {
         self.json(&["snapshot", "list", BASE])
+    }
+
+    /// Moves the root to a disk of this size (`256m`).
+    ///
+    /// # Panics
+    /// If that cannot be done.
+    pub fn on_a_small_disk(&self, size: &str) -> SmallDisk {
+        let (root, aside) = (self.root(), self.path("aside"));
+        std::fs::rename(&root, &aside).expect("it is ours");
+        let small = SmallDisk::mount(&root, size);
+        let copied = Command::new("cp").arg("-a").arg(aside.join(".")).arg(&root).status();
+        assert!(copied.expect("cp is there").success());
+        small
     }
 
     /// Waits until nothing is under way or pending, but for files that other files stand on.
@@ -349,8 +363,28 @@ impl Lab {
     }
 }
 
+impl Lab {
+    /// What the machines and the consoles noted, for the report of a test that failed.
+    fn tell(&self) {
+        let machines = std::fs::read_dir(self.root()).into_iter().flatten().filter_map(Result::ok);
+        let logs = machines.flat_map(|machine| {
+            ["machine.log", "worker.log", "qemu.log"].map(|log| machine.path().join("log").join(log))
+        });
+        for log in logs.chain([self.path("console.log")]) {
+            let text = std::fs::read(&log).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!("{}", log.display());
+            lines[lines.len().saturating_sub(30)..].iter().for_each(|line| eprintln!("  {line}"));
+        }
+    }
+}
+
 impl Drop for Lab {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.tell();
+        }
         // A worker may be starting a QEMU just now, so this is repeated until nothing is left.
         for _ in 0..100 {
             let left = self.processes();

@@ -5,6 +5,7 @@
 //!   Witness  the guest's first process, asked over the serial console (e2e/witness says what can be asked)
 //!   Screen   what a machine shows, over VNC
 //!   Bare     the same guest in a plain QEMU, without Tenby
+//!   Small    a disk that is soon full
 //! ```
 //!
 //! The guest, both versions of QEMU and the program are looked for in `target/` (`cargo xtask guest`, `cargo xtask qemu`,
@@ -17,12 +18,14 @@ mod bare;
 mod lab;
 mod place;
 mod screen;
+mod small;
 mod witness;
 
 pub use bare::Bare;
 pub use lab::{BASE, Lab, Output};
 pub use place::{Guest, guest, qemu_10, qemu_72};
 pub use screen::Screen;
+pub use small::SmallDisk;
 pub use witness::Witness;
 
 use std::time::{Duration, Instant};

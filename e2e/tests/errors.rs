@@ -1,9 +1,8 @@
 //! Bad input: the right exit code, words that name what is wrong, and nothing changed.
 
-use e2e::{BASE, Lab, wait_for};
+use e2e::{BASE, Lab, SmallDisk, wait_for};
 use serde_json::Value;
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
@@ -195,15 +194,18 @@ fn no_space() {
     }
     let lab = Lab::with_base();
     let small = SmallDisk::mount(&lab.path("small"), "24m");
-    let root = small.0.to_string_lossy().into_owned();
+    let root = small.path().to_string_lossy().into_owned();
     let big = lab.path("big.raw");
     fs::write(&big, vec![7; 64 << 20]).expect("there is room");
     let spec = format!("{},format=raw", big.display());
     let error = lab.fails(1, "", &["--root", &root, "vm", "create", "x", "--disk", &spec]);
     assert!(error["message"].as_str().unwrap_or_default().contains("no room for"), "{error}");
     assert_eq!(lab.json(&["--root", &root, "vm", "list"])["vms"], Value::Array(Vec::new()));
-    let left: Vec<_> =
-        fs::read_dir(&small.0).expect("it is mounted").filter_map(Result::ok).filter(|e| e.path().is_dir()).collect();
+    let left: Vec<_> = fs::read_dir(small.path())
+        .expect("it is mounted")
+        .filter_map(Result::ok)
+        .filter(|e| e.path().is_dir())
+        .collect();
     assert!(left.is_empty(), "{left:?}");
 }
 
@@ -241,9 +243,8 @@ fn flip(path: &Path, at: Option<usize>) -> usize {
     let mut bytes = fs::read(path).expect("it is there");
     let at = at.or_else(|| bytes.iter().rposition(|byte| *byte != 0)).expect("it holds something");
     bytes[at] = !bytes[at];
-    let mut file = fs::OpenOptions::new().write(true).open(path).expect("it is ours");
-    std::io::Seek::seek(&mut file, std::io::SeekFrom::Start(at as u64)).expect("a place in it");
-    file.write_all(&bytes[at..=at]).expect("it is ours");
+    let file = fs::OpenOptions::new().write(true).open(path).expect("it is ours");
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes[at..=at], at as u64).expect("it is ours");
     at
 }
 
@@ -307,11 +308,7 @@ fn what_a_machine_holds_is_compared_with_what_was_recorded() {
 #[test]
 fn a_full_disk_holds_work_up_and_loses_nothing() {
     let lab = Lab::with_base();
-    let (root, aside) = (lab.root(), lab.path("aside"));
-    fs::rename(&root, &aside).expect("it is ours");
-    let _small = SmallDisk::mount(&root, "256m");
-    let copied = std::process::Command::new("cp").arg("-a").arg(aside.join(".")).arg(&root).status();
-    assert!(copied.expect("cp is there").success());
+    let small = lab.on_a_small_disk("256m");
     let written = |at: &str, seed: u8| {
         lab.ok(&["vm", "start", BASE]);
         let mut witness = lab.witness(BASE);
@@ -324,8 +321,7 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     written("36M", 2);
     lab.snapshot("Tuesday");
 
-    let ballast = root.join("ballast");
-    fill_up(&ballast);
+    small.fill_up();
     lab.ok(&["snapshot", "delete", BASE, "Monday"]);
     let waiting = || {
         let mut jobs = lab.json(&["job", "list", BASE])["jobs"].take();
@@ -335,7 +331,7 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     let merge = wait_for("the merge to wait for room", waiting);
     // Paused, it does not go on when there is room; then it goes on as slowly as it is told.
     lab.ok(&["job", "pause", &merge]);
-    fs::remove_file(&ballast).expect("it is ours");
+    small.make_room();
     wait_for("the merge to find room", || {
         let job = lab.json(&["job", "show", &merge]);
         (job["state"] == "paused" && job["reason"].is_null()).then_some(())
@@ -348,7 +344,7 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     lab.ok(&["vm", "start", BASE]);
     let mut witness = lab.witness(BASE);
     witness.resync();
-    fill_up(&ballast);
+    small.fill_up();
     let asked = std::thread::spawn(move || {
         let answer = witness.ask("fill-disk vda 8M 24 3");
         (witness, answer)
@@ -358,7 +354,7 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
         let alert = machine["alert"].as_str().unwrap_or_default().to_owned();
         (machine["state"] == "paused" && alert.contains("disk is full")).then_some(())
     });
-    fs::remove_file(&ballast).expect("it is ours");
+    small.make_room();
     let (mut witness, _) = asked.join().expect("it was answered");
     assert_eq!(lab.state(BASE), "running");
     for (at, mib, seed) in [("8M", 24, 3), ("36M", 24, 2)] {
@@ -369,48 +365,19 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
 
     // One that is gone does not go on.
     lab.snapshot("Wednesday");
-    fill_up(&ballast);
+    small.fill_up();
     let asked = std::thread::spawn(move || {
         witness.try_ask("fill-disk vda 8M 24 4", std::time::Duration::from_secs(60)).is_err()
     });
     wait_for("the guest to stand still", || (lab.state(BASE) == "paused").then_some(()));
     lab.kill_qemu();
     wait_for("the machine to be off", || (lab.state(BASE) == "off").then_some(()));
-    fs::remove_file(&ballast).expect("it is ours");
+    small.make_room();
     for _ in 0..30 {
         assert_eq!(lab.state(BASE), "off");
         std::thread::sleep(std::time::Duration::from_millis(100));
     }
     assert!(asked.join().expect("it ended"), "nobody was there to answer");
-}
-
-/// Leaves no room at all.
-fn fill_up(ballast: &Path) {
-    let mut file = fs::File::create(ballast).expect("it is mounted");
-    for size in [1 << 20, 4096, 1] {
-        while file.write_all(&vec![7; size]).is_ok() {}
-    }
-}
-
-/// A file system in memory with a limit.
-struct SmallDisk(std::path::PathBuf);
-
-impl SmallDisk {
-    fn mount(at: &Path, size: &str) -> Self {
-        fs::create_dir(at).expect("it is ours");
-        let options = format!("size={size}");
-        let mut mount = std::process::Command::new("mount");
-        let status = mount.args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(at).status();
-        assert!(status.expect("mount is there").success());
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        // Even while something still looks at it.
-        let _ = std::process::Command::new("umount").arg("-l").arg(&self.0).status();
-    }
 }
 
 /// A running machine's leaf changes from moment to moment: it is neither read nor written by anybody else. What is sealed may be read.

@@ -145,6 +145,16 @@ fn delete_dies(mut scene: Scene, step: &str, name: &str) {
     scene.assert_whole();
 }
 
+fn undo_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    scene.lab.ok(&["vm", "set", BASE, "--undo-for", "1h"]);
+    scene.lab.ok(&["snapshot", "delete", BASE, "one", "--subtree"]);
+    scene.dies_at(step, &["vm", "undo", BASE]);
+    assert!(scene.has("one") && scene.has("two"), "what was committed is not undone");
+    assert_eq!(scene.day(), "now");
+    scene.assert_whole();
+}
+
 /// The layer of `two` and the guest's leaf, which holds 8 MiB, become one: in the file of whichever holds more that the other lacks.
 fn merge_dies_at(step: &str, mib: u64) {
     let (lab, witness) = Lab::running_on("vhdx");
@@ -221,6 +231,7 @@ steps! {
     apply_old_ended: apply_dies_at("apply:old-ended", false);
     delete_committed: delete_dies_at("delete:committed", "one");
     remove_committed: delete_dies_at("remove:committed", "two");
+    undo_committed: undo_dies_at("undo:committed");
     merge_copying_sealed: delete_dies_at("merge:copying", "one");
     merge_copying_up: merge_dies_at("merge:copying", 3);
     merge_copied_up: merge_dies_at("merge:copied", 3);

@@ -288,8 +288,7 @@ impl Owner {
         while !self.deleted {
             self.collect();
             self.hash();
-            let busy = self.folding.is_some() || self.starved.is_some() || self.hashing.is_under_way();
-            let (quiet, due) = (self.live.is_none() && !busy, self.due());
+            let (quiet, due) = (self.is_quiet(), self.due());
             let ask = tokio::select! {
                 biased;
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
@@ -318,6 +317,12 @@ impl Owner {
             crate::live::remove_run_dir(&Root::runtime_folder(self.shared.id));
         }
         self.shared.life.send_replace(Life::Ended);
+    }
+
+    /// Whether there is nothing left to do, now or later.
+    fn is_quiet(&self) -> bool {
+        let waits = self.starved.is_some() || !self.machine().machine.trash.is_empty();
+        self.live.is_none() && self.folding.is_none() && !self.hashing.is_under_way() && !waits
     }
 
     async fn carry_out(&mut self, task: &Task, request: Request) {
@@ -372,6 +377,7 @@ impl Owner {
                 self.apply(task, id, present, *start, *memory).await
             }
             Request::Delete { snapshot, subtree, .. } => self.keeper.delete(task, snapshot, *subtree),
+            Request::Undo { id } => self.keeper.take_back(task, id.as_deref()),
             Request::RenameSnapshot { snapshot, name } => self.rename_snapshot(task, snapshot, name),
             Request::NoteSnapshot { snapshot, note } => self.note_snapshot(task, snapshot, note),
             Request::Set(settings) => self.set(task, settings),

@@ -9,12 +9,26 @@
 //! | pause | refused: start | halted | *already* | refused: start |
 //! | resume | refused: start | *already* | goes on | refused: start |
 //! | restart | refused: start | reset | refused: resume | refused: start |
-//! | snapshot, apply, revert, delete, rename, note | yes | yes | yes | yes |
+//! | snapshot, apply, revert, delete, undo, rename, note | yes | yes | yes | yes |
+//! | undo of a removed disk | yes | refused: stop | refused: turn off | refused: turn off |
 //! | set of hardware | yes | refused: stop | refused: turn off | refused: turn off |
 //! | delete the machine | yes | refused: turn off | refused: turn off | yes |
 //!
-//! `starting`, `saving` and `stopping` are states of a request that is under way; requests are carried out one after the
-//! other, so none is admitted in them.
+//! # While another one is under way
+//!
+//! Requests are carried out one after the other, whoever asks; nobody ever has to unlock anything. What a second one gets is the answer of the
+//! table above in the state that the first one leads to. (`starting`, `saving` and `stopping` are states of a request that is under way, so
+//! none is admitted in them.)
+//!
+//! | under way | every request of the table | stop --turn-off | look, screenshot, console, cancel |
+//! | --- | --- | --- | --- |
+//! | any of the table | queued | queued | at once |
+//! | stop, waiting for the guest | queued | cuts it short: what waits is cancelled, the guest turned off | at once |
+//! | snapshot, save, apply: memory is written | queued; a snapshot that is not `ready` is neither applied nor deleted | queued | at once; cancelled, nothing has changed |
+//! | merge | stops it; it begins again afterwards, at its pace | the same | at once; cancelled, it rests until the tree changes |
+//! | merge that waits for room, or is paused | carried out at once | the same | at once |
+//!
+//! Two clients that delete the same snapshot: the second is told that there is none of that name. Every pair is tried in `e2e/tests/pairs.rs`.
 
 use crate::plan::quoted;
 use crate::request::{Problem, Request, Settings};
@@ -112,6 +126,7 @@ impl Request {
             | Self::DeleteMachine { .. } => true,
             Self::Snapshot { .. }
             | Self::Delete { .. }
+            | Self::Undo { .. }
             | Self::RenameSnapshot { .. }
             | Self::NoteSnapshot { .. }
             | Self::Rename { .. }
@@ -131,6 +146,7 @@ impl Request {
             Self::Snapshot { .. } => "snapshot",
             Self::Apply { .. } | Self::Revert { .. } => "apply",
             Self::Delete { .. } => "delete",
+            Self::Undo { .. } => "undo",
             Self::RenameSnapshot { .. } | Self::Rename { .. } => "rename",
             Self::NoteSnapshot { .. } => "note",
             Self::Set(_) => "set",
@@ -159,6 +175,7 @@ mod tests {
             (Request::Restart, "rgrr"),
             (Request::Snapshot { name: None, note: String::new() }, "gggg"),
             (Request::Delete { snapshot: "x".into(), subtree: false, wait: false }, "gggg"),
+            (Request::Undo { id: None }, "gggg"),
             (hardware(), "grrr"),
             (Request::Set(Box::default()), "gggg"),
             (Request::DeleteMachine { discard: false }, "grrg"),

@@ -11,8 +11,9 @@ impl Machine {
     /// - every parent exists, and nothing stands on itself; a layer stands on one of its kind;
     /// - no two layers share a file;
     /// - what a snapshot or Now names exists, is of the right kind, and matches the disks of its configuration;
-    /// - Now's leaves are Now's alone: no layer stands on one, no snapshot names one, no two disks share one. (Now writes them,
-    ///   and nothing else may ever change.)
+    /// - what can be taken back is as sound, and no snapshot is there twice;
+    /// - Now's leaves are Now's alone: no layer stands on one, no snapshot or trash names one, no two disks share one. (Now writes
+    ///   them, and nothing else may ever change.)
     pub fn check(&self) -> Result<(), String> {
         self.check_snapshots()?;
         self.check_layers()?;
@@ -21,6 +22,7 @@ impl Machine {
             self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
         }
         self.check_names("now", &self.now.config, &self.now.disks, self.now.memory)?;
+        self.check_trash()?;
         self.check_leaves()?;
         if self.now.state == State::Saved && self.now.memory.is_none() {
             return Err("now is saved without a memory".to_owned());
@@ -91,6 +93,28 @@ impl Machine {
         let shared = |snapshot: &&crate::tree::Snapshot| snapshot.disks.values().any(|layer| leaves.contains(layer));
         if let Some(snapshot) = self.snapshots.values().find(shared) {
             return Err(format!("snapshot {} names a leaf of now", snapshot.id));
+        }
+        let kept = |trash: &&crate::trash::Trash| trash.layers().any(|layer| leaves.contains(&layer));
+        if let Some(trash) = self.trash.values().find(kept) {
+            return Err(format!("trash {} names a leaf of now", trash.id));
+        }
+        Ok(())
+    }
+
+    fn check_trash(&self) -> Result<(), String> {
+        check_keys("trash", self.trash.iter().map(|(key, row)| (*key, row.id)))?;
+        let mut seen: BTreeSet<_> = self.snapshots.keys().collect();
+        for (id, trash) in &self.trash {
+            for snapshot in &trash.snapshots {
+                if !seen.insert(&snapshot.id) {
+                    return Err(format!("snapshot {} is there twice, once in trash {id}", snapshot.id));
+                }
+                let what = format!("snapshot {} of trash {id}", snapshot.id);
+                self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
+            }
+            if let Some(layer) = trash.layers().find(|layer| !self.layers.contains_key(layer)) {
+                return Err(format!("trash {id} names layer {layer}, which is not there"));
+            }
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use crate::live::Live;
 use crate::log;
 use crate::mark;
 use crate::request::{DeletePlan, Pending, Problem, ProblemKind};
-use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId};
+use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId, TrashId};
 use crate::views;
 use image::merge::{self, Direction, Outcome, Plan};
 use image::{Chain, Layer, ParentLink};
@@ -101,6 +101,7 @@ impl Underway {
 impl Owner {
     /// Does what little there is to do at once, and begins a fold if one is due.
     pub(crate) fn collect(&mut self) {
+        self.empty_trash();
         let waits = self.starved.as_ref().is_some_and(|(_, due)| *due > Instant::now());
         if self.folding.is_none() && !self.resting && !waits {
             if self.hashing.holds_up(&self.shared.rows().machine) {
@@ -197,6 +198,20 @@ impl Owner {
 }
 
 impl Keeper {
+    /// Gives up what can be taken back, of these; what it held is the collector's then.
+    pub fn give_up(&self, trash: &[TrashId], why: &str) -> Result<(), Problem> {
+        if trash.is_empty() {
+            return Ok(());
+        }
+        let rows = self.rows();
+        self.book.commit(|rows| trash.iter().for_each(|id| rows.machine.give_up(*id)))?;
+        self.steps.at("undo:given-up");
+        for given_up in trash.iter().filter_map(|id| rows.machine.trash.get(id)) {
+            log::write(&self.files, None, &format!("{}: cannot be taken back any more, {why}", given_up.what));
+        }
+        Ok(())
+    }
+
     /// Removes the files of layers that nothing names and nothing stands on. First the rows, then the files: a file without a row
     /// is harmless, and the journal knows it.
     pub fn remove_garbage(&self) -> Result<(), Problem> {
@@ -482,6 +497,7 @@ pub(crate) fn plan_delete(machine: &Machine, files: &Files, id: SnapshotId, subt
         bytes_moved: moved,
         bytes_freed: machine.layers.values().filter(gone).map(|row| files.allocated(row)).sum(),
         estimated_ms: views::merge_ms(moved),
+        undo_for: machine.policy.undo_for,
         files: pending,
     }
 }

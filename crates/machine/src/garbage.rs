@@ -1,6 +1,6 @@
 //! Which layers are still needed: what can be removed, what can be folded away, what has to wait. Pure.
 //!
-//! A layer is *named* if a snapshot or Now holds it. One that is not named is on its way out, and what stands on it decides how:
+//! A layer is *named* if a snapshot, Now or what can be taken back holds it. One that is not named is on its way out, and what stands on it decides how:
 //!
 //! ```text
 //!   nothing            its file is removed
@@ -15,6 +15,7 @@
 //! This is the seed's "works out when it can merge and/or delete AVHD files". Nothing is remembered: after a crash the same rows
 //! give the same answer.
 
+use crate::trash::Trash;
 use crate::tree::{LayerId, Machine, Now, Snapshot};
 use image::merge::Direction;
 use std::collections::{BTreeMap, BTreeSet};
@@ -85,11 +86,12 @@ pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Dire
     machine.now.memory_base = machine.now.memory_base.filter(|base| *base != into);
 }
 
-/// The layers that a snapshot or Now holds. (`memory_base` holds nothing: it is a hint.)
+/// The layers that a snapshot, Now or the trash holds. (`memory_base` holds nothing: it is a hint.)
 fn named(machine: &Machine) -> BTreeSet<LayerId> {
     let Now { disks, memory, .. } = &machine.now;
-    let snapshots = machine.snapshots.values().flat_map(|Snapshot { disks, memory, .. }| disks.values().chain(memory));
-    disks.values().chain(memory).chain(snapshots).copied().collect()
+    let snapshots = machine.snapshots.values().flat_map(Snapshot::layers);
+    let trash = machine.trash.values().flat_map(Trash::layers);
+    disks.values().chain(memory).copied().chain(snapshots).chain(trash).collect()
 }
 
 /// The unnamed layers without children, then those that are left without by their going, and so on. Takes them out of `children`.

@@ -7,12 +7,12 @@
 //! ```
 //!
 //! The file is a `redb` database on our own [`Store`], so that the simulated disk cuts it like any other file. Its tables hold
-//! JSON: `ledger` (what there is once: `format`, `machine`, `now`), and by id `snapshots`, `layers`, `jobs`, `journal`.
+//! JSON: `ledger` (what there is once: `format`, `machine`, `now`), and by id `snapshots`, `trash`, `layers`, `jobs`, `journal`.
+//!
+//! A ledger of an older format is read as it is, and rewritten in the present one when it is opened for writing; what it was is kept beside it as
+//! `ledger.format-N`.
 //!
 //! # When a commit fails
-//!
-//! For want of room: the reserve is given up ([`crate::reserve`]), and the file is written anew with the change in it. Otherwise, and if there
-//! is no reserve:
 //!
 //! For want of room: the reserve is given up ([`crate::reserve`]), and the file is written anew with the change in it. Otherwise, or if there
 //! is no reserve, nothing has changed in memory, and the file is written anew from memory at once, beside the old one and renamed over it:
@@ -22,6 +22,7 @@
 
 use crate::request::{Job, Problem};
 use crate::reserve;
+use crate::trash::Trash;
 use crate::tree::{JobId, LayerRow, Machine, MachineId, Now, Policy, Snapshot};
 use jiff::Timestamp;
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
@@ -42,7 +43,8 @@ pub const NAME: &str = "ledger";
 const NEW: &str = "ledger.new";
 
 /// The version of the rows that is written, and the newest that is read.
-const FORMAT: u32 = 1;
+/// 2: what can be taken back.
+const FORMAT: u32 = 2;
 
 /// The largest ledger that is read into memory, bytes: thousands of snapshots take a hundredth of it.
 const MAX_LEN: u64 = 1 << 29;
@@ -54,6 +56,7 @@ type Table = TableDefinition<'static, &'static str, &'static [u8]>;
 
 const LEDGER: Table = Table::new("ledger");
 const SNAPSHOTS: Table = Table::new("snapshots");
+const TRASH: Table = Table::new("trash");
 const LAYERS: Table = Table::new("layers");
 const JOBS: Table = Table::new("jobs");
 const JOURNAL: Table = Table::new("journal");
@@ -151,11 +154,17 @@ impl Ledger {
         Ok(Self { folder: Arc::clone(folder), state: Arc::new(state), file: Some(file) })
     }
 
-    /// Opens a ledger, repairing it if its last writer was interrupted.
+    /// Opens a ledger, repairing it if its last writer was interrupted, and bringing it up to the present format.
     pub fn open(folder: &Arc<dyn Folder>) -> Result<Self> {
         let store = folder.open(NAME, Mode::Write)?;
         store.lock(Lock::Exclusive)?;
-        let (file, state) = File::open(Medium::Store(store))?;
+        let (mut file, state, format) = File::open(Medium::Store(Arc::clone(&store)))?;
+        if format < FORMAT {
+            file.close();
+            keep_copy(&**folder, &*store, &format!("{NAME}.format-{format}"))?;
+            drop(store);
+            file = File::create(folder, &state)?;
+        }
         // What a creation that died has left; in nobody's way if it cannot be removed.
         let _ = folder.unlink(NEW);
         Ok(Self { folder: Arc::clone(folder), state: Arc::new(state), file: Some(file) })
@@ -173,7 +182,7 @@ impl Ledger {
         let mut bytes = vec![0; len as usize];
         store.read_at(&mut bytes, 0)?;
         drop(store);
-        let (file, state) = File::open(Medium::Copy(Arc::new(Mutex::new(bytes))))?;
+        let (file, state, _) = File::open(Medium::Copy(Arc::new(Mutex::new(bytes))))?;
         file.close();
         Ok(state)
     }
@@ -253,6 +262,21 @@ impl Drop for Ledger {
     }
 }
 
+/// Keeps a ledger as it is under another name, durable when this returns.
+fn keep_copy(folder: &dyn Folder, ledger: &dyn Store, name: &str) -> Result<()> {
+    let mut bytes = vec![0; ledger.len()?.min(MAX_LEN) as usize];
+    ledger.read_at(&mut bytes, 0)?;
+    match folder.unlink(name) {
+        // What an attempt that died has left.
+        Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let copy = folder.create(name)?;
+    copy.write_at(&bytes, 0)?;
+    copy.sync()?;
+    Ok(folder.sync()?)
+}
+
 fn check(state: &State) -> std::result::Result<(), String> {
     state.machine.check()
 }
@@ -295,7 +319,8 @@ impl File {
         }
     }
 
-    fn open(medium: Medium) -> Result<(Self, State)> {
+    /// Opens a ledger's file, and reads its rows and their format.
+    fn open(medium: Medium) -> Result<(Self, State, u32)> {
         // To redb an empty file is a database to be made.
         if medium.len()? == 0 {
             return Err(Error::damaged("it is empty"));
@@ -303,7 +328,7 @@ impl File {
         let database = guarded(|| Ok(builder().set_check_integrity_on_open(true).create_with_backend(medium)?))?;
         let file = Self { database };
         match file.read() {
-            Ok(state) => Ok((file, state)),
+            Ok((state, format)) => Ok((file, state, format)),
             Err(error) => {
                 file.close();
                 Err(error)
@@ -311,7 +336,7 @@ impl File {
         }
     }
 
-    fn read(&self) -> Result<State> {
+    fn read(&self) -> Result<(State, u32)> {
         guarded(|| {
             let rows = self.database.begin_read()?;
             let once = |key: &str| -> Result<Option<Vec<u8>>> {
@@ -329,13 +354,14 @@ impl File {
             let Head { id, name, note, created, policy, next_disk } = parse("machine", once("machine")?)?;
             let now: Now = parse("now", once("now")?)?;
             let snapshots = read_table(&rows, SNAPSHOTS, |row: &Snapshot| row.id)?;
+            let trash = read_table(&rows, TRASH, |row: &Trash| row.id)?;
             let layers = read_table(&rows, LAYERS, |row: &LayerRow| row.id)?;
             let jobs = read_table(&rows, JOBS, |row: &Job| row.id)?;
             let journal = read_table(&rows, JOURNAL, |row: &Journal| row.job)?;
-            let machine = Machine { id, name, note, created, policy, next_disk, now, snapshots, layers };
+            let machine = Machine { id, name, note, created, policy, next_disk, now, snapshots, trash, layers };
             let state = State { machine, jobs, journal };
             check(&state).map_err(Error::damaged)?;
-            Ok(state)
+            Ok((state, format))
         })
     }
 
@@ -390,7 +416,7 @@ struct Head {
 impl Head {
     fn of(machine: &Machine) -> Self {
         // Taken apart by name, so that a new part of a machine cannot be forgotten here.
-        let Machine { id, name, note, created, policy, next_disk, now: _, snapshots: _, layers: _ } = machine;
+        let Machine { id, name, note, created, policy, next_disk, now: _, snapshots: _, trash: _, layers: _ } = machine;
         Self {
             id: *id,
             name: name.clone(),
@@ -421,6 +447,7 @@ impl Rows {
         rows.once("machine", old.map(|old| Head::of(&old.machine)).as_ref(), &Head::of(&new.machine))?;
         rows.once("now", old.map(|old| &old.machine.now), &new.machine.now)?;
         rows.table(SNAPSHOTS, old.map(|old| &old.machine.snapshots), &new.machine.snapshots)?;
+        rows.table(TRASH, old.map(|old| &old.machine.trash), &new.machine.trash)?;
         rows.table(LAYERS, old.map(|old| &old.machine.layers), &new.machine.layers)?;
         rows.table(JOBS, old.map(|old| &old.jobs), &new.jobs)?;
         rows.table(JOURNAL, old.map(|old| &old.journal), &new.journal)?;

@@ -3,6 +3,7 @@
 //! ```text
 //!   tree      the rows: pure values           plan      what each request does to them: pure
 //!   admit     which request in which state    garbage   what no row names: pure
+//!   trash     what can be taken back: pure
 //!   ledger    the rows on disk, by transaction                      book   the way to change them, and to read them
 //!   reserve   room for the ledger on a full disk                    room   what waits for room
 //!   keeper    files and rows in step, without QEMU                  files  the machine's folder
@@ -47,5 +48,6 @@ pub mod reserve;
 mod room;
 pub mod root;
 pub mod steps;
+pub mod trash;
 pub mod tree;
 pub mod views;

@@ -14,3 +14,4 @@ mod settings;
 pub mod snapshot;
 mod start;
 mod stop;
+mod undo;

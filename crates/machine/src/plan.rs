@@ -145,15 +145,17 @@ impl Machine {
         self.snapshots.insert(id, snapshot);
         self.set_leaves(leaves);
         self.now.parent = Some(id);
+        self.now.under = None;
         self.now.touched = false;
     }
 
-    fn snapshot_of_now(&self, take: Take) -> Snapshot {
+    pub(crate) fn snapshot_of_now(&self, take: Take) -> Snapshot {
         Snapshot {
             id: take.id,
             name: take.name,
             note: take.note,
             parent: self.now.parent,
+            under: self.now.under,
             created: take.created,
             state: take.state,
             vm_state: take.vm_state,
@@ -232,6 +234,7 @@ impl Machine {
         self.set_leaves(leaves);
         let memory = snapshot.memory.filter(|_| memory);
         self.now.parent = Some(id);
+        self.now.under = None;
         self.now.config = snapshot.config;
         self.now.state = if memory.is_some() { State::Saved } else { State::Off };
         self.now.memory = memory;

@@ -2,8 +2,8 @@
 //! them as they are.
 
 use crate::tree::{
-    Accel, Boot, Bus, Config, DiskId, Firmware, JobId, LayerFormat, MachineId, NetMode, OnHostStop, Publish,
-    SnapshotId, SnapshotState, State,
+    Accel, Boot, Bus, Config, DiskId, Firmware, JobId, LayerFormat, MachineId, NetMode, OnHostStop, Policy, Publish,
+    SnapshotId, SnapshotState, State, TrashId,
 };
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -156,6 +156,11 @@ pub enum Request {
         #[serde(default)]
         wait: bool,
     },
+    /// Takes back what was deleted or discarded.
+    Undo {
+        /// Which: an id, a unique prefix of one, or the name of a snapshot that was deleted; without it, the latest.
+        id: Option<String>,
+    },
     /// Renames a snapshot.
     RenameSnapshot {
         /// Which.
@@ -226,6 +231,8 @@ pub struct Settings {
     pub autostart: Option<bool>,
     /// What happens when the host stops.
     pub on_host_stop: Option<OnHostStop>,
+    /// How long what is deleted or discarded can be taken back, seconds.
+    pub undo_for: Option<u64>,
 }
 
 /// A job: one request and how it goes.
@@ -402,6 +409,9 @@ pub struct View {
     pub disks: Vec<DiskView>,
     /// The whole configuration.
     pub config: Config,
+    /// What stays over an apply.
+    #[serde(default)]
+    pub policy: Policy,
     /// The network's mode, address and ports.
     pub net: crate::tree::Net,
     /// The serial console's, VNC's sockets, if QEMU runs.
@@ -451,8 +461,8 @@ pub struct TreeView {
     pub snapshots: Vec<SnapshotView>,
     /// What the collector has still to do.
     pub pending: Vec<Pending>,
-    /// What can be taken back (none yet).
-    pub undo: Vec<serde_json::Value>,
+    /// What can be taken back, oldest first.
+    pub undo: Vec<Undo>,
 }
 
 /// The present in the tree.
@@ -561,6 +571,19 @@ pub struct Pending {
     pub reason: Option<String>,
 }
 
+/// Something that can be taken back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Undo {
+    /// Who it is.
+    pub id: TrashId,
+    /// What was done: `deleted Monday`.
+    pub what: String,
+    /// Until when it can be taken back.
+    pub until: Timestamp,
+    /// Bytes that are kept on the host for it alone.
+    pub bytes: u64,
+}
+
 /// What a delete would do. The contract's `--dry-run`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeletePlan {
@@ -574,4 +597,7 @@ pub struct DeletePlan {
     pub bytes_freed: u64,
     /// How long it takes, milliseconds, by this host's measured or assumed speed.
     pub estimated_ms: u64,
+    /// How long it can be taken back, seconds; only then anything happens to the files.
+    #[serde(default)]
+    pub undo_for: u64,
 }

@@ -1,4 +1,5 @@
-//! A disk without room: merges wait for some, and a guest that had to stand still goes on when there is some.
+//! A disk without room: merges wait for some, and a guest that had to stand still goes on when there is some. What could be taken back is
+//! given up first, the oldest of it at a time.
 
 use crate::actor::Owner;
 use crate::job::Task;
@@ -17,10 +18,26 @@ const ENOUGH: u64 = 16 << 20;
 const PLENTY: u64 = 4 * reserve::SIZE;
 
 impl Owner {
-    /// When it is to be looked for room again, if anything waits for some.
+    /// When it is to be looked for room again, if anything waits for some, or may have to make some.
     pub(crate) fn due(&self) -> Option<Instant> {
         let starved = self.starved.as_ref().filter(|_| self.folding.is_none() && !self.resting).map(|(_, due)| *due);
-        starved.into_iter().chain(self.out_of_room).min()
+        let trash = (!self.machine().machine.trash.is_empty()).then(|| Instant::now() + LOOK);
+        starved.into_iter().chain(self.out_of_room).chain(trash).min()
+    }
+
+    /// Gives up what can be taken back when its time is over, and the oldest of it when the disk is full.
+    pub(crate) fn empty_trash(&mut self) {
+        let rows = self.machine();
+        let machine = &rows.machine;
+        let mut given_up = self.keeper.give_up(&machine.expired(jiff::Timestamp::now()), "its time is over");
+        if self.room() < ENOUGH
+            && let Some(oldest) = machine.trash_by_time().first()
+        {
+            given_up = given_up.and_then(|()| self.keeper.give_up(&[oldest.id], "the disk is full"));
+        }
+        if let Err(problem) = given_up {
+            log::write(&self.keeper.files, None, &format!("what could be taken back stays for now: {problem}"));
+        }
     }
 
     /// A merge found no room. It begins again at once in what the reserve leaves, or later.

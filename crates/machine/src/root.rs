@@ -478,6 +478,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
         next_disk: 0,
         now: Now {
             parent: None,
+            under: None,
             state: State::Off,
             config,
             disks: BTreeMap::new(),
@@ -488,6 +489,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
             run: None,
         },
         snapshots: BTreeMap::new(),
+        trash: BTreeMap::new(),
         layers: BTreeMap::<LayerId, LayerRow>::new(),
     }
 }

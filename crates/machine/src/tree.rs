@@ -3,13 +3,15 @@
 //! ```text
 //!   Machine ─┬─ snapshots ── Snapshot ─┬─ disks:  DiskId → LayerId      Layer ── file, parent
 //!            │                         └─ memory: LayerId                 ▲
-//!            ├─ now ─────── Now ───────┬─ disks, memory (the same) ───────┘
+//!            ├─ now ─────── Now ───────┬─ disks, memory (the same) ───────┤
+//!            ├─ trash ───── Trash ─────┴─ snapshots that were, a disk ────┘
 //!            └─ layers: every file there is
 //! ```
 //!
 //! Nothing but a row refers to a file. A *sealed* layer never changes as read through a chain; only the leaf of Now is written.
 //! Deleting a snapshot is deleting its row; what that leaves without a name is [`garbage`](crate::garbage).
 
+use crate::trash::Trash;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -52,6 +54,10 @@ id!(
     LayerId
 );
 id!(
+    /// Something that can be taken back.
+    TrashId
+);
+id!(
     /// A job: one request and how it went. Chosen by the client, so that a request repeated after a lost answer is the same request.
     JobId
 );
@@ -86,6 +92,8 @@ pub struct Machine {
     pub now: Now,
     /// The snapshots.
     pub snapshots: BTreeMap<SnapshotId, Snapshot>,
+    /// What was deleted or discarded and can still be taken back.
+    pub trash: BTreeMap<TrashId, Trash>,
     /// The layers: every file that the machine knows.
     pub layers: BTreeMap<LayerId, LayerRow>,
 }
@@ -99,6 +107,9 @@ pub struct Policy {
     /// What happens when the host stops.
     #[serde(default)]
     pub on_host_stop: OnHostStop,
+    /// How long what is deleted or discarded can be taken back, seconds; 0: not at all.
+    #[serde(default)]
+    pub undo_for: u64,
 }
 
 /// What happens to a running machine when its host stops.
@@ -272,6 +283,9 @@ pub enum State {
 pub struct Now {
     /// The snapshot that the present stands on.
     pub parent: Option<SnapshotId>,
+    /// The one that it stood on, if that was deleted and can be taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub under: Option<SnapshotId>,
     /// As last committed: `off`, `running`, `paused` or `saved`.
     pub state: State,
     /// The configuration.
@@ -315,6 +329,9 @@ pub struct Snapshot {
     pub note: String,
     /// The snapshot it stands on.
     pub parent: Option<SnapshotId>,
+    /// The one that it stood on, if that was deleted and can be taken back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub under: Option<SnapshotId>,
     /// When it was asked for.
     pub created: Timestamp,
     /// Whether it can be applied yet.
@@ -329,6 +346,18 @@ pub struct Snapshot {
     pub memory: Option<LayerId>,
     /// How taking it went.
     pub stats: Stats,
+}
+
+impl Snapshot {
+    /// What it stood on when it was taken, as far as that is there or can be taken back.
+    pub(crate) fn stood_on(&self) -> Option<SnapshotId> {
+        self.under.or(self.parent)
+    }
+
+    /// The layers that it holds.
+    pub fn layers(&self) -> impl Iterator<Item = LayerId> {
+        self.disks.values().chain(&self.memory).copied()
+    }
 }
 
 /// Whether a snapshot can be applied.

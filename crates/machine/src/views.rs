@@ -4,10 +4,11 @@ use crate::collect::{Merge, foresee};
 use crate::files::Files;
 use crate::garbage::garbage;
 use crate::request::f64_ms::Millis;
-use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, View};
+use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, Undo, View};
+use crate::trash::Trash;
 use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Snapshot, State};
 use image::Source;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use store::Mode;
 
 /// What is not in the rows: what the worker knows of the moment.
@@ -40,6 +41,7 @@ pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
         memory: config.memory,
         cpus: config.cpus,
         disks: disks(machine, files, config, &machine.now.disks),
+        policy: machine.policy.clone(),
         net: config.net.clone(),
         config: config.clone(),
         sockets: live.sockets.clone(),
@@ -61,7 +63,7 @@ pub fn tree(machine: &Machine, files: &Files, state: State) -> TreeView {
         now: NowView { parent: now.parent, state, changed: changed(machine, files), disk_bytes, disks: now_disks },
         snapshots: snapshots.into_iter().map(|s| snapshot(machine, files, s)).collect(),
         pending: pending(machine, files),
-        undo: Vec::new(),
+        undo: undo(machine, files),
     }
 }
 
@@ -126,6 +128,34 @@ pub fn written(machine: &Machine, files: &Files, leaf: LayerId) -> u64 {
         Some(runs.iter().filter(|run| run.source != Source::Absent).map(|run| run.len).sum())
     };
     held().unwrap_or(u64::MAX)
+}
+
+/// What can be taken back. Bytes are those of the files that nothing else names.
+fn undo(machine: &Machine, files: &Files) -> Vec<Undo> {
+    let now = machine.now.disks.values().chain(&machine.now.memory).copied();
+    let snapshots = machine.snapshots.values().flat_map(Snapshot::layers);
+    let elsewhere: BTreeSet<LayerId> = now.chain(snapshots).collect();
+    let mut times: BTreeMap<LayerId, u32> = BTreeMap::new();
+    for trash in machine.trash.values() {
+        for layer in trash.layers().collect::<BTreeSet<_>>() {
+            *times.entry(layer).or_default() += 1;
+        }
+    }
+    let own = |layer: &LayerId| !elsewhere.contains(layer) && times.get(layer) == Some(&1);
+    let view = |trash: &Trash| Undo {
+        id: trash.id,
+        what: trash.what.clone(),
+        until: machine.until(trash),
+        bytes: trash
+            .layers()
+            .collect::<BTreeSet<_>>()
+            .iter()
+            .filter(|l| own(l))
+            .map(|l| bytes(machine, files, *l))
+            .sum(),
+    };
+    let expired = machine.expired(jiff::Timestamp::now());
+    machine.trash_by_time().into_iter().filter(|trash| !expired.contains(&trash.id)).map(view).collect()
 }
 
 /// What a merge is assumed to move in a millisecond, bytes.

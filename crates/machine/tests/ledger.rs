@@ -304,6 +304,56 @@ fn what_is_no_ledger_is_refused() {
     }
 }
 
+/// A ledger's file as the first format had it.
+fn of_format_1(machine: &Machine) -> Vec<u8> {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let folder: Arc<dyn Folder> = Arc::new(HostFolder::open(place.path()).expect("open"));
+    Ledger::create(&folder, machine).expect("create").close();
+    let path = place.path().join("ledger");
+    let database = redb::Database::open(&path).expect("open");
+    let transaction = database.begin_write().expect("begin");
+    let table: redb::TableDefinition<&str, &[u8]> = redb::TableDefinition::new("ledger");
+    transaction.open_table(table).expect("table").insert("format", &b"1"[..]).expect("insert");
+    transaction.commit().expect("commit");
+    drop(database);
+    std::fs::read(path).expect("read")
+}
+
+#[test]
+fn an_older_ledger_is_brought_up_to_date_and_kept() {
+    let machine = sample::machine(2);
+    let old = of_format_1(&machine);
+    let laid_down = || {
+        let sim = Sim::new();
+        let folder = sim.root();
+        let store = folder.create("ledger").expect("create");
+        store.write_at(&old, 0).and_then(|()| store.sync()).and_then(|()| folder.sync()).expect("written");
+        sim
+    };
+    let sim = laid_down();
+    assert_eq!(Ledger::read(&sim.root()).expect("read").machine, machine, "it is read as it is");
+    assert_eq!(sim.root().list().expect("list"), ["ledger"], "and nothing is written");
+    let began = sim.counts().operations;
+    Ledger::open(&sim.root()).expect("open").close();
+    let operations = began..sim.counts().operations;
+    assert_eq!(sim.root().list().expect("list"), ["ledger", "ledger.format-1"]);
+    assert_eq!(Ledger::read(&sim.root()).expect("read").machine, machine);
+
+    for at in operations {
+        let sim = laid_down();
+        sim.cut(At::Operation(at));
+        drop(Ledger::open(&sim.root()));
+        assert!(!sim.powered(), "cut at {at}");
+        for crash in Crash::several(at, 8) {
+            let after = sim.after_crash(crash);
+            let ledger = Ledger::open(&after.root()).expect("open");
+            assert_eq!(ledger.state().machine, machine, "cut at {at}, {crash:?}");
+            ledger.close();
+            assert_eq!(after.root().list().expect("list"), ["ledger", "ledger.format-1"], "cut at {at}, {crash:?}");
+        }
+    }
+}
+
 #[test]
 fn a_newer_ledger_is_refused() {
     let place = tempfile::tempdir().expect("a temporary folder");
@@ -325,7 +375,7 @@ fn a_newer_ledger_is_refused() {
     set("format", Some(b"7"));
     let error = Ledger::open(&folder).expect_err("newer");
     assert_eq!(error.kind, ErrorKind::Newer);
-    assert!(error.message.contains("format 7") && error.message.contains("formats up to 1"), "{error}");
+    assert!(error.message.contains("format 7") && error.message.contains("formats up to 2"), "{error}");
     assert_eq!(Ledger::read(&folder).expect_err("newer").kind, ErrorKind::Newer);
     for (key, value, words) in [
         ("format", Some(&b"1"[..]), ""),

@@ -48,7 +48,8 @@ const READ: Load = Load {
 };
 const READ_ON: Load =
     Load { rw: "read", block: "1m", depth: 8, bandwidth: true, more: &["--time_based", "--runtime=3"] };
-const WRITE_ON: Load = Load { rw: "write", more: &[], ..READ_ON };
+// With the flush that makes it durable: without, it would be measured how soon the page cache is full.
+const WRITE_ON: Load = Load { rw: "write", more: &["--end_fsync=1"], ..READ_ON };
 
 impl Load {
     fn unit(self) -> &'static str {

@@ -20,11 +20,30 @@ use serde_json::{Value, json};
 struct Plan {
     to: SnapshotId,
     leaves: Leaves,
-    /// The present as a snapshot of its own, and its memory if that must be written first.
-    keep: Option<(Take, Option<LayerRow>)>,
+    present: Fate,
     memory: bool,
     run: bool,
     was_running: bool,
+}
+
+/// What becomes of the present.
+enum Fate {
+    /// It becomes a snapshot of its own; its memory must be written first, if there is a layer for it.
+    Kept(Take, Option<LayerRow>),
+    /// It can be taken back.
+    ThrownAway,
+    Forgotten,
+}
+
+impl Fate {
+    fn kept(&self) -> Option<&Take> {
+        if let Self::Kept(take, _) = self { Some(take) } else { None }
+    }
+
+    /// The layer that the present's memory goes to.
+    fn memory(&self) -> Option<&LayerRow> {
+        if let Self::Kept(_, memory) = self { memory.as_ref() } else { None }
+    }
 }
 
 impl Keeper {
@@ -73,11 +92,12 @@ impl Owner {
     ) -> Result<Value, Problem> {
         self.doing("applying");
         let plan = self.plan_apply(to, present, start, memory)?;
-        let memory_kept = plan.keep.as_ref().and_then(|(_, row)| row.as_ref());
         let disks = self.live.as_mut().map(Live::disks);
-        self.keeper.begin_apply(task, &plan.leaves, memory_kept, disks.as_deref()).await?;
-        let (name, kept) = (self.name_of(to), plan.keep.as_ref().map(|(take, _)| (take.id, take.name.clone())));
-        let result = json!({ "snapshot": to, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
+        self.keeper.begin_apply(task, &plan.leaves, plan.present.memory(), disks.as_deref()).await?;
+        let (name, kept) = (self.name_of(to), plan.present.kept().map(|take| (take.id, take.name.clone())));
+        let undo_for =
+            if matches!(plan.present, Fate::ThrownAway) { self.machine().machine.policy.undo_for } else { 0 };
+        let result = json!({ "snapshot": to, "undo_for": undo_for, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
         let was_running = plan.was_running;
         let applied = self.carry_out_apply(task, plan, &result).await;
         // Still journalled: not committed, so the old QEMU is the machine's, and goes on.
@@ -108,7 +128,8 @@ impl Owner {
         }
         let was_running = machine.now.state == State::Running;
         let live = matches!(machine.now.state, State::Running | State::Paused);
-        let keep = match present {
+        let undoable = || machine.policy.undo_for > 0 && views::changed(machine, &self.keeper.files);
+        let present = match present {
             Present::Keep { name } => {
                 let created = jiff::Timestamp::now();
                 let take = Take {
@@ -120,21 +141,24 @@ impl Owner {
                     memory: machine.now.memory,
                     state: SnapshotState::Ready,
                 };
-                Some((take, live.then(|| self.keeper.memory_row())))
+                Fate::Kept(take, live.then(|| self.keeper.memory_row()))
             }
-            Present::Discard | Present::IfUnchanged => None,
+            Present::Discard if undoable() => Fate::ThrownAway,
+            Present::Discard | Present::IfUnchanged => Fate::Forgotten,
         };
         let leaves = self.keeper.leaf_rows(&snapshot.disks);
-        Ok(Plan { to, leaves, keep, memory, run: start.unwrap_or(was_running), was_running })
+        Ok(Plan { to, leaves, present, memory, run: start.unwrap_or(was_running), was_running })
     }
 
     async fn carry_out_apply(&mut self, task: &Task, plan: Plan, result: &Value) -> Result<(), Problem> {
         let written = self.leave_present(task, &plan).await?;
         self.keeper.steps.at("apply:kept");
         let mut next = self.machine().machine.clone();
-        let Plan { to, leaves, keep, memory, run, .. } = plan;
-        if let Some((take, _)) = keep {
-            next.keep(take, written);
+        let Plan { to, leaves, present, memory, run, .. } = plan;
+        match present {
+            Fate::Kept(take, _) => next.keep(take, written),
+            Fate::ThrownAway => next.note_discarded(to, jiff::Timestamp::now()),
+            Fate::Forgotten => {}
         }
         next.apply(to, leaves, memory);
         let live = match run {
@@ -154,7 +178,7 @@ impl Owner {
     /// Halts the guest, and writes its memory if the present is kept.
     async fn leave_present(&self, task: &Task, plan: &Plan) -> Result<Option<Written>, Problem> {
         let Some(live) = &self.live else { return Ok(None) };
-        if let Some((_, Some(row))) = &plan.keep {
+        if let Some(row) = plan.present.memory() {
             return self.save_memory(task, row.clone()).await.map(Some);
         }
         live.qemu.pause().await.map_err(|e| qemu_problem(&self.shared.name(), &e))?;

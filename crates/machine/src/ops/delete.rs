@@ -27,9 +27,9 @@ impl Keeper {
             return Err(Problem::refused(format!("{name} is still being written"))
                 .hint(format!("tenby job list {}", quoted(&rows.machine.name))));
         }
-        let result = json!({ "deleted": gone });
+        let result = json!({ "deleted": gone, "undo_for": rows.machine.policy.undo_for });
         self.settle(task, &result, |machine| {
-            machine.delete(id, subtree);
+            machine.throw_away(id, subtree, jiff::Timestamp::now());
         })?;
         self.steps.at("delete:committed");
         log::write(&self.files, Some(task.id()), &format!("deleted {}", names.join(", ")));
@@ -65,6 +65,10 @@ impl Owner {
         let rows = self.machine();
         let roots: Vec<_> = rows.machine.snapshots.values().filter(|s| s.parent.is_none()).map(|s| s.id).collect();
         self.keeper.book.commit(|rows| {
+            let trash: Vec<_> = rows.machine.trash.keys().copied().collect();
+            for id in trash {
+                rows.machine.give_up(id);
+            }
             for root in roots {
                 rows.machine.delete(root, true);
             }

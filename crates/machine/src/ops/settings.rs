@@ -5,7 +5,7 @@ use crate::job::Task;
 use crate::plan::{check_name, shorten};
 use crate::request::{Problem, Settings};
 use crate::root::{TakenIn, add_disk, check_disk_size, check_hardware, note_name, take_in};
-use crate::tree::{DiskId, LayerId, LayerKind, Machine};
+use crate::tree::{DiskId, LayerKind, Machine};
 use serde_json::{Value, json};
 
 impl Owner {
@@ -123,11 +123,21 @@ fn change(machine: &mut Machine, settings: &Settings) {
     if let Some(publish) = &settings.publish {
         config.net.publish.clone_from(publish);
     }
-    config.disks.retain(|disk| !settings.remove_disks.contains(&disk.id));
-    now.disks.retain(|id, _: &mut LayerId| !settings.remove_disks.contains(id));
     if let Some(note) = &settings.note {
         machine.note.clone_from(note);
     }
     machine.policy.autostart = settings.autostart.unwrap_or(machine.policy.autostart);
+    machine.policy.undo_for = settings.undo_for.unwrap_or(machine.policy.undo_for);
+    for disk in &settings.remove_disks {
+        remove_disk(machine, disk);
+    }
     machine.policy.on_host_stop = settings.on_host_stop.unwrap_or(machine.policy.on_host_stop);
+}
+
+fn remove_disk(machine: &mut Machine, id: &DiskId) {
+    let disk = machine.now.config.disk(id).cloned();
+    if let (Some(disk), Some(leaf)) = (disk, machine.now.disks.remove(id)) {
+        machine.now.config.disks.retain(|disk| &disk.id != id);
+        machine.note_removed(&disk, leaf, jiff::Timestamp::now());
+    }
 }

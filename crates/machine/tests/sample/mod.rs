@@ -20,6 +20,7 @@ pub(crate) fn machine(disks: u32) -> Machine {
         next_disk: disks,
         now: Now {
             parent: None,
+            under: None,
             state: State::Off,
             config: config(disks),
             disks: BTreeMap::new(),
@@ -30,6 +31,7 @@ pub(crate) fn machine(disks: u32) -> Machine {
             run: None,
         },
         snapshots: BTreeMap::new(),
+        trash: BTreeMap::new(),
         layers: BTreeMap::new(),
     };
     for disk in machine.now.config.disks.clone() {

@@ -3,7 +3,7 @@
 use image::{Access, Chain, RunKind};
 use machine::files::Files;
 use machine::ledger::State as Rows;
-use machine::tree::{DiskId, LayerId, SnapshotId};
+use machine::tree::{DiskId, LayerId, Snapshot, SnapshotId};
 use memory::stream::{Event, PAGE, Parser};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -72,6 +72,8 @@ pub(crate) struct Content {
 #[derive(Debug, Clone)]
 pub(crate) struct Model {
     pub(crate) snapshots: BTreeMap<SnapshotId, Content>,
+    /// What can be taken back.
+    pub(crate) trash: BTreeMap<SnapshotId, Content>,
     pub(crate) disks: BTreeMap<DiskId, Written>,
     /// The memory of a machine that is saved.
     pub(crate) saved: Option<Vec<u32>>,
@@ -86,13 +88,15 @@ impl Model {
             return Err(format!("{} snapshots, not {}", machine.snapshots.len(), self.snapshots.len()));
         }
         for (id, content) in &self.snapshots {
-            let found = &machine.snapshots[id];
-            let told = |error| format!("snapshot {}: {error}", found.name);
-            for (disk, sectors) in &content.disks {
-                let leaf = found.disks.get(disk).ok_or_else(|| told("a disk is missing".to_owned()))?;
-                check_disk(rows, files, *leaf, |sector, version| sectors[sector as usize] == version).map_err(told)?;
-            }
-            check_memory(rows, files, found.memory, content.memory.as_deref()).map_err(told)?;
+            check_snapshot(rows, files, &machine.snapshots[id], content)?;
+        }
+        let trash: BTreeMap<SnapshotId, &Snapshot> =
+            machine.trash.values().flat_map(|trash| &trash.snapshots).map(|snapshot| (snapshot.id, snapshot)).collect();
+        if !trash.keys().eq(self.trash.keys()) {
+            return Err(format!("{} snapshots to take back, not {}", trash.len(), self.trash.len()));
+        }
+        for (id, content) in &self.trash {
+            check_snapshot(rows, files, trash[id], content).map_err(|error| format!("in the trash: {error}"))?;
         }
         for (disk, written) in &self.disks {
             let leaf = machine.now.disks.get(disk).ok_or("a disk of Now is missing")?;
@@ -105,6 +109,15 @@ impl Model {
         }
         check_memory(rows, files, machine.now.memory, self.saved.as_deref()).map_err(|error| format!("Now: {error}"))
     }
+}
+
+fn check_snapshot(rows: &Rows, files: &Files, found: &Snapshot, content: &Content) -> Checked {
+    let told = |error| format!("snapshot {}: {error}", found.name);
+    for (disk, sectors) in &content.disks {
+        let leaf = found.disks.get(disk).ok_or_else(|| told("a disk is missing".to_owned()))?;
+        check_disk(rows, files, *leaf, |sector, version| sectors[sector as usize] == version).map_err(told)?;
+    }
+    check_memory(rows, files, found.memory, content.memory.as_deref()).map_err(told)
 }
 
 fn check_disk(rows: &Rows, files: &Files, leaf: LayerId, allows: impl Fn(u64, u32) -> bool) -> Checked {

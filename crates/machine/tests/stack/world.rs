@@ -9,13 +9,13 @@ use machine::files::Files;
 use machine::hashing::{Known, Manner};
 use machine::job::{Cancel, Task};
 use machine::keeper::Keeper;
-use machine::ledger::Ledger;
+use machine::ledger::{Ledger, State as Rows};
 use machine::ops::snapshot::{Leaves, Made};
 use machine::plan::{Take, Written as Memory};
 use machine::ram;
 use machine::request::{JobState, Problem, ProblemKind};
 use machine::steps::Steps;
-use machine::tree::{DiskId, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats};
+use machine::tree::{DiskId, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats, TrashId};
 use memory::stream::{Block, DeviceState, Emitter, PAGE};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -145,12 +145,30 @@ pub(crate) fn carries(runtime: &Sim) -> Carries {
 /// What the request under way makes of the machine, once it is committed.
 #[derive(Debug, Clone)]
 struct Next {
-    job: JobId,
+    /// Its request; of what is given up, that.
+    by: By,
     snapshots: BTreeMap<SnapshotId, Content>,
+    trash: BTreeMap<SnapshotId, Content>,
     saved: Option<Vec<u32>>,
     /// Of Now, if that becomes another.
     disks: Option<BTreeMap<DiskId, Written>>,
     ram: Option<Vec<u32>>,
+}
+
+/// How it is seen whether something was committed.
+#[derive(Debug, Clone, Copy)]
+enum By {
+    Job(JobId),
+    GivingUp(TrashId),
+}
+
+impl By {
+    fn committed(self, rows: &Rows) -> bool {
+        match self {
+            Self::Job(job) => rows.job(job).is_some_and(|job| job.state == JobState::Completed),
+            Self::GivingUp(trash) => !rows.machine.trash.contains_key(&trash),
+        }
+    }
 }
 
 pub(crate) struct World {
@@ -166,6 +184,7 @@ pub(crate) struct World {
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
     snapshots: BTreeMap<SnapshotId, Content>,
+    trash: BTreeMap<SnapshotId, Content>,
     /// In the order in which they were taken.
     order: Vec<SnapshotId>,
     saved: Option<Vec<u32>>,
@@ -185,6 +204,8 @@ impl World {
         let files = files(&disk);
         files.create_folders().expect("folders");
         let mut machine = machine.clone();
+        // Every other machine keeps what is deleted or discarded.
+        machine.policy.undo_for = (seed % 2) * 3600;
         for (row, size) in machine.layers.values_mut().zip(SIZES) {
             row.file = format!("disks/{}.vhdx", row.id);
             files.create_layer(row, size, None, None).expect("a base").close().expect("closed");
@@ -209,6 +230,7 @@ impl World {
             disks: None,
             guest,
             snapshots: BTreeMap::new(),
+            trash: BTreeMap::new(),
             order: Vec::new(),
             saved: None,
             next: None,
@@ -224,23 +246,29 @@ impl World {
         let disks = self.guest().disks.clone();
         let next = self.next.clone().map(|next| Model {
             snapshots: next.snapshots,
+            trash: next.trash,
             disks: next.disks.unwrap_or_else(|| disks.clone()),
             saved: next.saved,
         });
-        let now = Model { snapshots: self.snapshots.clone(), disks, saved: self.saved.clone() };
+        let (snapshots, trash) = (self.snapshots.clone(), self.trash.clone());
+        let now = Model { snapshots, trash, disks, saved: self.saved.clone() };
         std::iter::once(now).chain(next).collect()
     }
 
     /// The request of this task will change nothing but what is changed in what this returns.
     fn will(&mut self, task: &Task) -> &mut Next {
-        let (job, snapshots, saved) = (task.id(), self.snapshots.clone(), self.saved.clone());
-        self.next.insert(Next { job, snapshots, saved, disks: None, ram: None })
+        self.will_by(By::Job(task.id()))
+    }
+
+    fn will_by(&mut self, by: By) -> &mut Next {
+        let (snapshots, trash, saved) = (self.snapshots.clone(), self.trash.clone(), self.saved.clone());
+        self.next.insert(Next { by, snapshots, trash, saved, disks: None, ram: None })
     }
 
     /// The request under way was committed.
     fn has(&mut self) {
         let Some(next) = self.next.take() else { return };
-        (self.snapshots, self.saved) = (next.snapshots, next.saved);
+        (self.snapshots, self.trash, self.saved) = (next.snapshots, next.trash, next.saved);
         self.order.retain(|id| self.snapshots.contains_key(id));
         let new: Vec<_> = self.snapshots.keys().filter(|id| !self.order.contains(id)).copied().collect();
         self.order.extend(new);
@@ -286,6 +314,8 @@ impl World {
             7..=11 => self.request("snapshot").await,
             12..=14 if !self.order.is_empty() => self.request("apply").await,
             15..=17 if !self.order.is_empty() => self.request("delete").await,
+            18 if !self.trash.is_empty() => self.request("undo").await,
+            19 if !self.trash.is_empty() => self.give_up(),
             _ => self.collect(),
         }
     }
@@ -307,6 +337,7 @@ impl World {
         let outcome = match kind {
             "snapshot" => self.snapshot(&task).await,
             "apply" => self.apply(&task).await,
+            "undo" => self.undo(&task),
             _ => self.delete(&task),
         };
         if outcome.is_err() {
@@ -464,12 +495,21 @@ impl World {
         let ram = memory.as_ref().map(|_| self.guest().ram.clone()).or(self.saved.clone());
         let written = memory.map(|row| self.write_memory(row, ram.as_deref().expect("it runs"))).transpose()?;
         let mut next = self.keeper().rows().machine.clone();
-        let (present, content) = (self.guest().content(ram), self.snapshots[&to].clone());
-        let will = self.will(task);
+        let content = self.snapshots[&to].clone();
         if let Some((take, _)) = kept {
-            will.snapshots.insert(take.id, present);
+            let present = self.guest().content(ram);
+            self.will(task).snapshots.insert(take.id, present);
             next.keep(take, written);
+        } else if next.policy.undo_for > 0 {
+            let present = self.guest().content(self.saved.clone());
+            let known: Vec<TrashId> = next.trash.keys().copied().collect();
+            next.note_discarded(to, jiff::Timestamp::now());
+            let new = next.trash.values().find(|trash| !known.contains(&trash.id)).expect("it was noted");
+            self.will(task).trash.insert(new.snapshots[0].id, present);
+        } else {
+            self.will(task);
         }
+        let will = self.next.as_mut().expect("it was said above");
         will.disks = Some(content.disks.into_iter().map(|(id, sectors)| (id, Written::new(sectors))).collect());
         will.ram = Some(content.memory.clone().unwrap_or_else(|| vec![0; PAGES]));
         will.saved = content.memory.filter(|_| !run_on);
@@ -492,11 +532,47 @@ impl World {
     fn delete(&mut self, task: &Task) -> Result<Value> {
         let id = self.order[self.dice.below(self.order.len() as u64) as usize];
         let subtree = self.dice.one_in(5);
-        let gone = self.keeper().rows().machine.below(id, subtree);
-        self.will(task).snapshots.retain(|id, _| !gone.contains(id));
+        let rows = self.keeper().rows();
+        let gone = rows.machine.below(id, subtree);
+        let will = self.will(task);
+        for id in gone {
+            let content = will.snapshots.remove(&id).expect("it is there");
+            if rows.machine.policy.undo_for > 0 {
+                will.trash.insert(id, content);
+            }
+        }
         self.keeper().delete(task, &id.to_string(), subtree)?;
         self.has();
         Ok(Value::Null)
+    }
+
+    fn undo(&mut self, task: &Task) -> Result<Value> {
+        let (trash, back) = self.any_trash();
+        let will = self.will(task);
+        for id in back {
+            let content = will.trash.remove(&id).expect("it is there");
+            will.snapshots.insert(id, content);
+        }
+        self.keeper().take_back(task, Some(&trash.to_string()))?;
+        self.has();
+        Ok(Value::Null)
+    }
+
+    fn give_up(&mut self) -> Result<()> {
+        self.begin("undo");
+        let (trash, gone) = self.any_trash();
+        self.will_by(By::GivingUp(trash)).trash.retain(|id, _| !gone.contains(id));
+        self.keeper().give_up(&[trash], "its time is over")?;
+        self.has();
+        Ok(())
+    }
+
+    /// Something that can be taken back, and its snapshots.
+    fn any_trash(&mut self) -> (TrashId, Vec<SnapshotId>) {
+        let rows = self.keeper().rows();
+        let all = &rows.machine.trash_by_time();
+        let one = all[self.dice.below(all.len() as u64) as usize];
+        (one.id, one.snapshots.iter().map(|snapshot| snapshot.id).collect())
     }
 
     fn collect(&mut self) -> Result<()> {
@@ -557,8 +633,7 @@ impl World {
         }
         let keeper = self.keeper();
         keeper.undo_unfinished(self.disks.as_mut())?;
-        let job = |next: &Next| keeper.rows().job(next.job).is_some_and(|job| job.state == JobState::Completed);
-        if self.next.as_ref().is_some_and(job) {
+        if self.next.as_ref().is_some_and(|next| next.by.committed(&keeper.rows())) {
             self.has();
         }
         self.next = None;

@@ -210,7 +210,8 @@ async fn list(session: &Session, vm: &Vm) -> Result<(), Problem> {
     let (tree, view) = (reader.tree().await?, reader.view().await?);
     session.out.show(&tree, |look| {
         let pending = draw::pending(&tree.pending).map(|work| format!("\n{work}\n")).unwrap_or_default();
-        format!("{}{pending}", draw::tree(&tree, &view.doing, look))
+        let undo = draw::undo(&tree.undo, look).map(|undo| format!("\n{undo}")).unwrap_or_default();
+        format!("{}{pending}{undo}", draw::tree(&tree, &view.doing, look))
     });
     Ok(())
 }

@@ -110,13 +110,17 @@ pub(crate) enum Verb {
         #[arg(long)]
         deep: bool,
     },
-    /// Take back what was deleted or discarded (not there yet)
-    #[command(after_help = "Example:\n  tenby vm undo web")]
+    /// Take back what was deleted or discarded, as long as `vm set --undo-for` keeps it
+    #[command(
+        after_help = "Examples:\n  tenby vm set web --undo-for 1h      (from then on)\n  tenby vm undo web\n  tenby vm undo web Monday"
+    )]
     Undo {
         #[command(flatten)]
         vm: Name,
-        /// What to take back
+        /// What to take back: an id (`snapshot list` has them), or the name of a snapshot that was deleted [default: the latest]
         id: Option<String>,
+        #[command(flatten)]
+        waiting: Waiting,
     },
     /// Copy what a machine shares with others (not there yet)
     #[command(after_help = "Example:\n  tenby vm detach web")]
@@ -258,9 +262,9 @@ pub(crate) struct SetArgs {
     /// The host ports that lead into the guest: these, and no others; `none` for none
     #[arg(long, value_parser = publish_or_none, value_name = "[ADDR:]HOSTPORT:GUESTPORT")]
     publish: Vec<PublishArg>,
-    /// How long what is deleted or discarded may be taken back (not there yet)
-    #[arg(long, value_name = "TIME")]
-    undo_for: Option<String>,
+    /// How long what is deleted or discarded can be taken back: 30m, 1h, 7d; 0: not at all. Counts for what is kept already, too
+    #[arg(long, value_parser = words::undo_time, value_name = "TIME")]
+    undo_for: Option<u64>,
     /// Start it with the host
     #[arg(long, value_parser = words::on_off, value_name = "on|off")]
     autostart: Option<bool>,
@@ -399,7 +403,7 @@ impl Verb {
                 Ok(())
             }
             Self::Check { vm, deep } => crate::audit::run(session, &session.find(&vm.name)?, deep).await,
-            Self::Undo { .. } => Err(later("`tenby vm undo`")),
+            Self::Undo { vm, id, waiting } => carry_out(session, &vm, Request::Undo { id }, waiting).await,
             Self::Detach(_) => Err(later("`tenby vm detach`")),
             Self::Rescue { .. } => Err(later("`tenby vm rescue`")),
             Self::Import { .. } => Err(later("`tenby vm import`")),
@@ -495,9 +499,6 @@ async fn list(session: &Session) -> Result<(), Problem> {
 }
 
 async fn set(session: &Session, args: SetArgs) -> Result<(), Problem> {
-    if args.undo_for.is_some() {
-        return Err(later("`--undo-for`"));
-    }
     let publish = match args.publish.as_slice() {
         [] => None,
         ports => Some(ports.iter().filter_map(|port| port.0.clone()).collect()),
@@ -519,6 +520,7 @@ async fn set(session: &Session, args: SetArgs) -> Result<(), Problem> {
         publish,
         autostart: args.autostart,
         on_host_stop: args.on_host_stop.map(Into::into),
+        undo_for: args.undo_for,
     };
     if settings == Settings::default() {
         return Err(Problem::usage("nothing to change was named").hint("tenby vm set --help"));

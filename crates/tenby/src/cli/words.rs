@@ -51,6 +51,22 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "a week at most".to_owned())
 }
 
+/// How long something can be taken back, in seconds: `0`, `30m`, `1h`, `7d`; a year at most.
+pub(crate) fn undo_time(text: &str) -> Result<u64, String> {
+    let wrong = || "a time is a number and s, m, h or d: 30m, 1h, 7d; 0 for not at all".to_owned();
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    let seconds = match unit {
+        "" | "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    number.checked_mul(seconds).filter(|all| *all <= 366 * 86_400).ok_or_else(|| "a year at most".to_owned())
+}
+
 /// A name for something new: 1 to 100 characters, no `/`, `@`, control characters or leading `-`.
 pub(crate) fn new_name(text: &str) -> Result<String, String> {
     if text.is_empty() || text.chars().count() > 100 {
@@ -241,6 +257,18 @@ mod tests {
         assert_eq!(duration("2m"), Ok(Duration::from_secs(120)));
         for wrong in ["", "s", "1d", "-1s", "99999999999999999999h"] {
             assert!(duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn times_to_take_something_back() {
+        for (text, seconds) in
+            [("0", 0), ("90", 90), ("30m", 1800), ("1h", 3600), ("7d", 604_800), ("366d", 31_622_400)]
+        {
+            assert_eq!(undo_time(text), Ok(seconds), "{text}");
+        }
+        for wrong in ["", "h", "1w", "-1h", "1.5h", "367d", "99999999999999999999h", "9999999999999999h"] {
+            assert!(undo_time(wrong).is_err(), "{wrong}");
         }
     }
 

@@ -1,7 +1,9 @@
 //! Jobs: a line each.
 
+use super::vm::seconds;
 use super::{Align, Look, Table, duration, plain, short, size};
 use jiff::Timestamp;
+use machine::plan::quoted;
 use machine::request::{Job, JobState};
 
 /// A job's state, exactly the contract's word.
@@ -45,20 +47,25 @@ pub(crate) fn done(job: &Job, now: Timestamp) -> String {
         ("snapshot", _, Some(name)) => format!("{vm}: snapshot \"{name}\" is taken"),
         ("apply" | "revert", ..) => {
             let kept = word("kept_name").map(|name| format!("; what was is kept as \"{name}\"")).unwrap_or_default();
-            format!("{vm}: the snapshot is applied{kept}")
+            format!("{vm}: the snapshot is applied{kept}{}", undoable(job))
         }
         ("delete", ..) => {
             let gone = job.result.as_ref().and_then(|result| result.get("deleted")?.as_array()).map_or(1, Vec::len);
-            format!(
-                "{vm}: {} deleted",
-                if gone == 1 { "the snapshot is".to_owned() } else { format!("{gone} snapshots are") }
-            )
+            let what = if gone == 1 { "the snapshot is".to_owned() } else { format!("{gone} snapshots are") };
+            format!("{vm}: {what} deleted{}", undoable(job))
         }
         ("delete-machine", ..) => format!("{vm} is deleted"),
         ("rename", _, Some(name)) => format!("{vm} is now named {name}"),
         (_, Some(state), _) => format!("{vm} is {state}"),
         _ => describe(job, now),
     }
+}
+
+/// How long what a job deleted or discarded can be taken back, and how.
+fn undoable(job: &Job) -> String {
+    let time = job.result.as_ref().and_then(|result| result.get("undo_for")?.as_u64()).filter(|time| *time > 0);
+    let told = |time| format!("; for {} that can be taken back: tenby vm undo {}", seconds(time), quoted(&job.vm));
+    time.map(told).unwrap_or_default()
 }
 
 /// The time from one moment to another.

@@ -10,7 +10,7 @@ mod vm;
 pub(crate) use job::{describe as job_line, done, jobs};
 pub(crate) use problem::{named_by, problem};
 pub(crate) use table::{Align, Table};
-pub(crate) use tree::{pending, snapshot, tree};
+pub(crate) use tree::{pending, snapshot, tree, undo};
 pub(crate) use vm::{audit, home, machine, machines, plan};
 
 use jiff::Timestamp;

@@ -2,7 +2,7 @@
 
 use super::{COLUMNS, Look, count, duration, plain, short, size, state_word, with_doing};
 use anstyle::Style;
-use machine::request::{Pending, SnapshotView, TreeView, View};
+use machine::request::{Pending, SnapshotView, TreeView, Undo, View};
 use machine::tree::{Config, SnapshotId, SnapshotState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -187,6 +187,16 @@ pub(crate) fn pending(pending: &[Pending]) -> Option<String> {
         }
     }
     (!parts.is_empty()).then(|| parts.join(", "))
+}
+
+/// What can be taken back, a line each, or nothing.
+pub(crate) fn undo(undo: &[Undo], look: &Look) -> Option<String> {
+    let line = |what: &Undo| {
+        let figures = format!("{}, until {}", size(what.bytes), look.date(what.until).trim());
+        let room = COLUMNS.saturating_sub(16 + width(&figures));
+        format!("undo  {}  {} ({figures})\n", short(what.id), look.cut(&plain(&what.what), room))
+    };
+    (!undo.is_empty()).then(|| undo.iter().map(line).collect())
 }
 
 /// One snapshot: what it holds, its configuration, and how that differs from Now's.
@@ -469,6 +479,22 @@ mod tests {
     }
 
     #[test]
+    fn what_can_be_taken_back() {
+        let row = |n: u64, what: &str| Undo {
+            id: machine::tree::TrashId(Uuid::from_u128(u128::from(n) << 96)),
+            what: what.to_owned(),
+            until: "2026-11-26T15:03:00Z".parse().unwrap(),
+            bytes: n * MEGA,
+        };
+        assert_eq!(undo(&[], &look()), None);
+        let rows = [row(31, "deleted Monday, Tuesday and 3 more"), row(4, &format!("deleted {}", "x".repeat(100)))];
+        insta::assert_snapshot!(undo(&rows, &look()).unwrap(), @r"
+        undo  0000001f  deleted Monday, Tuesday and 3 more (31M, until 26 Nov 15:03)
+        undo  00000004  deleted xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx… (4M, until 26 Nov 15:03)
+        ");
+    }
+
+    #[test]
     fn one_snapshot_and_how_now_differs() {
         let week = week();
         let mut tuesday = week.snapshots[1].clone();
@@ -495,6 +521,7 @@ mod tests {
             cpus: 2,
             disks: Vec::new(),
             config: Config { memory: 1 << 30, cpus: 2, ..config() },
+            policy: machine::tree::Policy::default(),
             net: config().net,
             sockets: None,
             worker: None,

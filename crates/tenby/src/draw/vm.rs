@@ -76,6 +76,9 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
     let kind = view.config.machine_type.as_deref().unwrap_or("chosen at the first start");
     say("machine", &format!("{kind}, boots from {}, acceleration {}", boots(view), word(view.config.accel)));
     say("made", look.date(view.created).trim());
+    if view.policy.undo_for > 0 {
+        say("undo", &format!("what is deleted or discarded can be taken back for {}", seconds(view.policy.undo_for)));
+    }
     if let Some(pid) = view.worker {
         say("worker", &format!("process {pid}{}", view.qemu.map(|pid| format!(", QEMU {pid}")).unwrap_or_default()));
     }
@@ -120,7 +123,17 @@ pub(crate) fn plan(plan: &DeletePlan, tree: &TreeView, look: &Look) -> String {
     }
     let time = if plan.bytes_moved > 0 { format!(", about {}", duration(plan.estimated_ms)) } else { String::new() };
     say(format!("{} to move, {} become free{time}", size(plan.bytes_moved), size(plan.bytes_freed)));
+    if plan.undo_for > 0 {
+        say(format!("all that when it cannot be taken back any more: {} later", seconds(plan.undo_for)));
+    }
     out
+}
+
+/// A setting in the unit that it was given in: `90 minutes`, `1 day`.
+pub(super) fn seconds(seconds: u64) -> String {
+    let units = [(86_400, "day"), (3600, "hour"), (60, "minute"), (1, "second")];
+    let (length, unit) = units.into_iter().find(|(length, _)| seconds.is_multiple_of(*length)).unwrap_or((1, "second"));
+    count((seconds / length) as usize, unit)
 }
 
 /// What is wrong with a machine's files.
