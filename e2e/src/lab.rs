@@ -250,6 +250,19 @@ impl Lab {
         });
     }
 
+    /// Waits until all that is sealed of [`BASE`] was hashed, and reads it: it is as it was. What the check says.
+    ///
+    /// # Panics
+    /// If that does not come, or something is not as it was.
+    pub fn wait_hashed(&self) -> Value {
+        wait_for("all that is sealed to be hashed", || {
+            let audit = self.json(&["vm", "check", BASE, "--deep"]);
+            let findings = audit["findings"].as_array().expect("findings");
+            let unhashed = findings.iter().any(|finding| finding["kind"] == "unhashed");
+            (audit["compared"]["layers"] == audit["compared"]["sealed"] && !unhashed).then_some(audit)
+        })
+    }
+
     /// Every snapshot can be applied, and the folder holds the files that the ledger names, no more and no fewer.
     ///
     /// # Panics

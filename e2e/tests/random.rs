@@ -283,6 +283,7 @@ impl Run {
         self.witness = None;
         self.lab.settle();
         self.lab.assert_tidy();
+        self.lab.wait_hashed();
     }
 }
 

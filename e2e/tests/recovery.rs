@@ -108,6 +108,7 @@ impl Scene {
         }
         self.lab.settle();
         self.lab.assert_tidy();
+        self.lab.wait_hashed();
     }
 }
 
@@ -192,6 +193,21 @@ fn start_dies_at(step: &str) {
     scene.assert_whole();
 }
 
+/// The worker is killed while it hashes what a snapshot has sealed; the next one goes on.
+fn hash_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    scene.arm(step);
+    let armed = scene.lab.worker();
+    scene.lab.ok(&["snapshot", "create", BASE, "three"]);
+    if let Some(worker) = armed {
+        scene.lab.wait_gone(worker);
+    }
+    assert_eq!(scene.day(), "now");
+    let audit = scene.lab.wait_hashed();
+    assert_eq!(audit["compared"]["layers"], 9, "{audit}");
+    scene.assert_whole();
+}
+
 /// One test a step, named after it.
 macro_rules! steps {
     ($($name:ident: $test:ident($($argument:expr),+);)+) => {
@@ -229,6 +245,8 @@ steps! {
     save_committed: save_dies_at("save:committed");
     start_up: start_dies_at("start:up");
     start_committed: start_dies_at("start:committed");
+    hash_reading: hash_dies_at("hash:reading");
+    hash_written: hash_dies_at("hash:written");
 }
 
 /// VHD keeps no log: what a worker that died leaves of its files must be whole at every moment all the same.

@@ -65,6 +65,8 @@ const PARSERS: &[&str] = &[
     "crates/image/src/vhdx/units.rs",
     "crates/image/src/vhd/",
     "crates/image/src/gate.rs",
+    "crates/image/src/hashes.rs",
+    "crates/image/src/hashes/",
     "crates/image/src/open.rs",
     "crates/image/src/raw.rs",
     "crates/memory/src/stream/",

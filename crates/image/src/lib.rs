@@ -14,6 +14,7 @@
 //! [`gate::check_link`]) → [`Chain::new`] → reads, writes, zeroes and flushes from any number of threads; [`Chain::push`] for a
 //! snapshot, [`merge`] for its deletion → [`Chain::close`]. [`siblings`] says what stands on an image, [`reconnect`] mends a link.
 //! New files come from [`vhdx::create`], [`vhd::create`] and [`raw::create`]; what is wrong with one is said, and mended, by [`check`].
+//! Whether a layer still reads as it did say [`hashes`].
 //!
 //! Rules:
 //! - Everything that an image file says is checked when it is opened, and every length is bounded: a hostile file yields an error.
@@ -28,6 +29,7 @@ pub mod compact;
 pub mod compare;
 pub mod convert;
 pub mod gate;
+pub mod hashes;
 pub mod layer;
 pub mod merge;
 pub mod open;

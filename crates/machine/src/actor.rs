@@ -4,7 +4,7 @@
 //!   Handle ──ask──► queue ──► Owner: one request after the other        Handle ──read──► Shared: rows as last committed,
 //!                               │   commit ─► ledger ─► publish ─────────────────────►           jobs, what is under way
 //!                               ├─ QEMU's events (the guest powered off, QEMU died)
-//!                               └─ nothing asked: the collector removes and folds
+//!                               └─ nothing asked: the collector removes and folds; then what is sealed is hashed
 //! ```
 //!
 //! Everything that happens to a machine is done by its owner's task, in the process that holds the machine's lock (invariant 9).
@@ -16,6 +16,7 @@ use crate::book::Book;
 use crate::carry::Carries;
 use crate::collect::Underway;
 use crate::files::{Files, file_problem};
+use crate::hashing::Hashing;
 use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
 use crate::label::Labelled;
@@ -100,6 +101,8 @@ pub(crate) struct Owner {
     pub(crate) live: Option<Live>,
     /// A fold under way.
     pub(crate) folding: Option<Underway>,
+    /// Hashing of what is sealed.
+    pub(crate) hashing: Hashing,
     /// That of a merge which was stopped for a request, for the one that begins again.
     pub(crate) merge_pace: Arc<Pace>,
     /// A merge that waits for room on the disk, and when it is to look again.
@@ -151,6 +154,7 @@ impl Handle {
             keeper,
             live: None,
             folding: None,
+            hashing: Hashing::default(),
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
@@ -287,11 +291,13 @@ impl Owner {
         while !self.deleted {
             self.label();
             self.collect();
+            self.hash();
             let (quiet, due) = (self.is_quiet(), self.due());
             let ask = tokio::select! {
                 biased;
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
                 folded = Underway::next(&mut self.folding) => { self.folded(&folded); continue }
+                () = self.hashing.ended() => continue,
                 event = Live::next(&mut self.live) => { self.react(event).await; continue }
                 () = until(due) => { self.look_for_room().await; continue }
                 () = tokio::time::sleep(LINGER), if quiet => {
@@ -320,7 +326,7 @@ impl Owner {
     /// Whether there is nothing left to do, now or later.
     fn is_quiet(&self) -> bool {
         let waits = self.starved.is_some() || !self.machine().machine.trash.is_empty();
-        self.live.is_none() && self.folding.is_none() && !waits
+        self.live.is_none() && self.folding.is_none() && !self.hashing.is_under_way() && !waits
     }
 
     /// The files say what the rows say of them. What is being folded will say so at its end.

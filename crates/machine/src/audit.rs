@@ -1,5 +1,9 @@
 //! What is wrong with a machine's files: each that the ledger names is there, opens, stands on the one below it and is sound; and no other is
-//! there. Nothing is written.
+//! there. Nothing is written. With [`deep`], what is sealed reads as was recorded, too.
+
+mod deep;
+
+pub use deep::{Compared, Looked, deep};
 
 use crate::files::Files;
 use crate::garbage::garbage;
@@ -23,6 +27,9 @@ pub struct Audit {
     pub clean: bool,
     /// How many files were looked at.
     pub files: usize,
+    /// How much was compared with what was recorded, if that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compared: Option<Compared>,
     /// What there is to say of them.
     pub findings: Vec<Finding>,
 }
@@ -30,7 +37,8 @@ pub struct Audit {
 /// One thing about one file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// `missing`, `damaged`, `parent`, `unknown`, or `unread`: not looked into, for it is being written.
+    /// `missing`, `damaged`, `parent`, `changed`: not as recorded; `unknown`, `unread`: not looked into, for it is being written; `unhashed`: not
+    /// compared, for nothing is recorded.
     pub kind: &'static str,
     /// The file.
     #[serde(rename = "where")]
@@ -43,10 +51,19 @@ pub struct Finding {
     pub repair: String,
 }
 
+impl Audit {
+    /// Adds what a deep look has found.
+    pub fn deepen(&mut self, compared: Compared, findings: Vec<Finding>) {
+        self.compared = Some(compared);
+        self.findings.extend(findings);
+        self.clean = self.findings.iter().all(Finding::is_note);
+    }
+}
+
 impl Finding {
     /// Whether it is only said, and nothing is wrong.
     pub fn is_note(&self) -> bool {
-        matches!(self.kind, "unknown" | "unread")
+        matches!(self.kind, "unknown" | "unread" | "unhashed")
     }
 }
 
@@ -68,15 +85,20 @@ pub fn audit(machine: &Machine, files: &Files, worker: bool, journalled: &[Strin
         });
     }
     let findings = audit.findings;
-    Ok(Audit { clean: findings.iter().all(Finding::is_note), files: machine.layers.len(), findings })
+    Ok(Audit { clean: findings.iter().all(Finding::is_note), files: machine.layers.len(), compared: None, findings })
 }
 
 /// The layers that a worker writes: the leaves of a guest that runs, and what it merges.
 fn written(machine: &Machine, worker: bool) -> BTreeSet<LayerId> {
     let running = matches!(machine.now.state, State::Running | State::Paused);
     let leaves = machine.now.disks.values().filter(|_| running).copied();
-    let folds = garbage(machine).fold.into_iter().filter(|_| worker).flat_map(|fold| [fold.into, fold.child]);
+    let folds = if worker { fold_members(machine) } else { BTreeSet::new() };
     leaves.chain(folds).collect()
+}
+
+/// The layers that are to be merged, and may be just now.
+fn fold_members(machine: &Machine) -> BTreeSet<LayerId> {
+    garbage(machine).fold.into_iter().flat_map(|fold| [fold.into, fold.child]).collect()
 }
 
 /// Parents before their children.
@@ -130,7 +152,7 @@ impl Auditor<'_> {
 
     fn damage(&mut self, row: &LayerRow, kind: &'static str, what: String) {
         let place = self.files.layer_path(row).display().to_string();
-        let needed = self.needed_by(row.id);
+        let needed = names_of(self.machine, row.id, |_| true);
         let effect = match needed.as_slice() {
             [] => "none: nothing needs it any more".to_owned(),
             names => format!("{} cannot be relied on", names.join(", ")),
@@ -151,15 +173,14 @@ impl Auditor<'_> {
             repair: "ask again when the machine is off and nothing is merged".to_owned(),
         });
     }
+}
 
-    /// The snapshots whose disks or memory stand on a layer, and Now.
-    fn needed_by(&self, layer: LayerId) -> Vec<String> {
-        let machine = self.machine;
-        let stands = |id: &LayerId| machine.chain(*id).contains(&layer);
-        let mut snapshots: Vec<_> =
-            machine.snapshots.values().filter(|s| s.disks.values().chain(&s.memory).any(stands)).collect();
-        snapshots.sort_by_cached_key(|s| (s.created, s.name.clone()));
-        let now = machine.now.disks.values().chain(&machine.now.memory).any(stands).then(|| "Now".to_owned());
-        snapshots.into_iter().map(|s| s.name.clone()).chain(now).collect()
-    }
+/// The snapshots whose disks or memory stand on a layer, and Now, as far as `concerned` says so of the topmost layer.
+fn names_of(machine: &Machine, layer: LayerId, mut concerned: impl FnMut(LayerId) -> bool) -> Vec<String> {
+    let mut stands = |id: &LayerId| machine.chain(*id).contains(&layer) && concerned(*id);
+    let mut snapshots: Vec<_> =
+        machine.snapshots.values().filter(|s| s.disks.values().chain(&s.memory).any(&mut stands)).collect();
+    snapshots.sort_by_cached_key(|s| (s.created, s.name.clone()));
+    let now = machine.now.disks.values().chain(&machine.now.memory).any(&mut stands).then(|| "Now".to_owned());
+    snapshots.into_iter().map(|s| s.name.clone()).chain(now).collect()
 }

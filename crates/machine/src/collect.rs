@@ -104,6 +104,9 @@ impl Owner {
         self.empty_trash();
         let waits = self.starved.as_ref().is_some_and(|(_, due)| *due > Instant::now());
         if self.folding.is_none() && !self.resting && !waits {
+            if self.hashing.holds_up(&self.shared.rows().machine) {
+                return;
+            }
             let begun = self.keeper.remove_garbage().and_then(|()| self.begin_next_fold());
             if let Err(problem) = begun {
                 self.rest(&problem);
@@ -162,8 +165,9 @@ impl Owner {
         }
     }
 
-    /// Stops a fold under way, for a request that wants the tree to itself. It begins again afterwards.
+    /// Stops a fold or hashing under way, for a request that wants the tree to itself. It goes on afterwards.
     pub(crate) async fn stop_folding(&mut self) {
+        self.hashing.stop().await;
         if let Some(folding) = &self.folding {
             folding.cancel.ask();
             let ended = Underway::next(&mut self.folding).await;

@@ -7,7 +7,7 @@ use crate::request::Problem;
 use crate::tree::{DiskId, LayerId, LayerRow, Machine};
 use image::merge::Direction;
 use image::{Access, Chain, Layer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use store::Mode;
 
@@ -111,6 +111,12 @@ impl Disks {
     pub(crate) fn chain_of(&self, machine: &Machine, layer: LayerId) -> Option<Arc<Chain>> {
         let (disk, _) = machine.now.disks.iter().find(|(_, leaf)| machine.chain(**leaf).contains(&layer))?;
         self.chain(disk).cloned()
+    }
+
+    /// The layers that are open for writing.
+    pub fn written(&self) -> BTreeSet<LayerId> {
+        let handles = self.open.values().flat_map(|open| &open.handles);
+        handles.filter(|handle| handle.mode == Mode::Write).map(|handle| handle.id).collect()
     }
 
     /// The leaf of a disk, as it is open: what a new leaf stands on.

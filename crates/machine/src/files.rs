@@ -5,6 +5,7 @@
 //!               lock            held by the worker
 //!               disks/          <layer>.vhdx, <layer>.avhdx
 //!               memory/         <layer>.vhdx, <layer>.avhdx
+//!               hashes/         <layer>: how a sealed layer reads (see records.rs)
 //!               boot/           kernel and initrd, copied in
 //!               log/            worker.log, qemu.log, serial.log, machine.log
 //! ```
@@ -24,7 +25,7 @@ use std::time::{Duration, Instant};
 use store::{Folder, Lock, Mode, Store};
 
 /// The folders of a machine.
-const FOLDERS: [&str; 4] = ["disks", "memory", "boot", "log"];
+const FOLDERS: [&str; 5] = ["disks", "memory", "hashes", "boot", "log"];
 
 /// The folders that hold layers.
 pub(crate) const LAYER_FOLDERS: [&str; 2] = ["disks", "memory"];
@@ -212,9 +213,9 @@ impl Files {
         self.sync_names()
     }
 
-    /// Bytes that a layer's file occupies; 0 if it cannot be opened.
+    /// Bytes that a layer's file occupies, and its record of hashes; 0 for what cannot be opened.
     pub fn allocated(&self, row: &LayerRow) -> u64 {
-        self.find(row).and_then(|store| store.allocated()).unwrap_or(0)
+        self.find(row).and_then(|store| store.allocated()).unwrap_or(0) + self.allocated_by_record(row.id)
     }
 
     /// Whether a layer's file is not there.
@@ -229,7 +230,7 @@ impl Files {
         }
     }
 
-    /// Files in the layers' folders that no row names, relative to the machine's folder.
+    /// Files in the layers' folders that no row names, and files among the records that are none, relative to the machine's folder.
     pub fn unknown(&self, machine: &Machine) -> Result<Vec<String>, Problem> {
         let known: BTreeSet<&str> = machine.layers.values().map(|row| row.file.as_str()).collect();
         let mut unknown = Vec::new();
@@ -237,6 +238,7 @@ impl Files {
             let names = self.folder.folder(folder).and_then(|f| f.list()).map_err(|e| file_problem(&e))?;
             unknown.extend(names.into_iter().map(|n| format!("{folder}/{n}")).filter(|f| !known.contains(f.as_str())));
         }
+        unknown.extend(self.unknown_records()?);
         Ok(unknown)
     }
 
@@ -335,6 +337,12 @@ pub fn qcow2_problem(error: &qcow2::Error) -> Problem {
         qcow2::Error::Image(error) => image_problem(error),
         qcow2::Error::Serve(export::Error { source, .. }) => Problem::failed(format!("{error}: {source}")),
         qcow2::Error::Tool(_) | qcow2::Error::System(..) => Problem::failed(error.to_string()),
+    }
+}
+
+impl From<image::Error> for Problem {
+    fn from(error: image::Error) -> Self {
+        image_problem(&error)
     }
 }
 

@@ -120,7 +120,7 @@ fn removable(
 
 /// All layers, each after the one that it stands on, and right after it where that is possible: the folds of a run are neighbours
 /// (see [`Garbage::runs`]), and go from its base upwards.
-fn from_the_base(machine: &Machine) -> Vec<LayerId> {
+pub(crate) fn from_the_base(machine: &Machine) -> Vec<LayerId> {
     let children = machine.children();
     let mut order = Vec::new();
     let mut open: Vec<LayerId> = machine.layers.values().filter(|row| row.parent.is_none()).map(|row| row.id).collect();

@@ -14,6 +14,7 @@
 //!   collect   removing and folding, in the background               recover what a new worker does first
 //!   audit     what is wrong with the files          label    what a layer's file says of itself
 //!   rescue    the rows made again from that, when the ledger is lost
+//!   records   how sealed layers read                               hashing making the records, in the background
 //!   root      the folder of all machines                           views  the rows as users see them
 //! ```
 //!
@@ -31,6 +32,7 @@ mod console;
 pub mod disks;
 pub mod files;
 pub mod garbage;
+pub mod hashing;
 pub mod job;
 pub mod keeper;
 pub mod label;
@@ -41,6 +43,7 @@ pub mod mark;
 pub mod ops;
 pub mod plan;
 pub mod ram;
+pub mod records;
 mod recover;
 pub mod request;
 pub mod rescue;

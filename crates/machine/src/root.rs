@@ -187,9 +187,10 @@ impl Root {
             Err(e) => return Err(file_problem(&e)),
         }
         match Ledger::read(&folder) {
-            // A worker on its way out has let go of its lock a moment before.
+            Ok(rows) => Ok(Some(rows)),
+            // A worker that is on its way out has given up the one lock, and not yet the other.
             Err(e) if e.kind == ledger::ErrorKind::Store(store::ErrorKind::Locked) => Ok(None),
-            read => read.map(Some).map_err(|e| e.problem(&self.machine_folder(id))),
+            Err(e) => Err(e.problem(&self.machine_folder(id))),
         }
     }
 

@@ -4,6 +4,7 @@ mod sample;
 
 use machine::ledger::{ErrorKind, Journal, Ledger, State};
 use machine::request::JobState;
+use machine::root::Root;
 use machine::tree::{JobId, Machine, SnapshotId};
 use proptest::prelude::*;
 use sample::{job, leaves, take};
@@ -511,4 +512,17 @@ fn a_reserve_is_there_as_a_whole_or_not_at_all() {
 
 fn allocated(folder: &dyn Folder, name: &str) -> u64 {
     folder.open(name, Mode::Read).and_then(|file| file.allocated()).expect("a file")
+}
+
+/// A worker gives up its lock and its ledger one after the other.
+#[test]
+fn a_ledger_that_a_worker_still_has_is_not_looked_at() {
+    let (place, machine) = (tempfile::tempdir().expect("a folder"), sample::machine(1));
+    let root = Root::open(place.path()).expect("a root");
+    let folder: Arc<dyn Folder> = Arc::new(HostFolder::create(&root.machine_folder(machine.id)).expect("a folder"));
+    folder.create("lock").expect("a lock");
+    let ledger = Ledger::create(&folder, &machine).expect("a ledger");
+    assert!(root.peek(machine.id).expect("no failure").is_none());
+    ledger.close();
+    assert!(root.peek(machine.id).expect("it is read").is_some());
 }

@@ -17,8 +17,11 @@ mod skips;
 #[path = "stack/world.rs"]
 mod world;
 
+use machine::audit::{Finding, Looked, deep};
 use machine::collect::Begin;
+use machine::files::Files;
 use machine::garbage::garbage;
+use machine::hashing::{Known, Manner};
 use machine::job::Cancel;
 use machine::keeper::Keeper;
 use machine::request::Problem;
@@ -118,8 +121,14 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
         let all: Vec<String> = results.into_iter().filter_map(Result::err).collect();
         return Err(all.join("; or "));
     };
-    if !Dice::new(seed).one_in(3) {
+    let mut dice = Dice::new(seed);
+    if !dice.one_in(3) {
         return Ok(());
+    }
+    // Hashing everything takes as long as all the rest.
+    let deeply = dice.one_in(4);
+    if deeply {
+        check_recorded(&keeper, &files)?;
     }
     collect_all(&keeper)?;
     models[right].check(&keeper.rows(), &files, None).map_err(|error| format!("after collecting: {error}"))?;
@@ -127,9 +136,31 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
     if !(left.remove.is_empty() && left.fold.is_empty()) {
         return Err(format!("left to do: {left:?}"));
     }
+    if deeply {
+        check_hashing(&keeper, &files)?;
+    }
     match files.unknown(&keeper.rows().machine).map_err(|e| e.to_string())?.as_slice() {
         [] => Ok(()),
         unknown => Err(format!("nobody knows {unknown:?}")),
+    }
+}
+
+/// What is sealed reads as was recorded, and no record is damaged. What is said besides.
+fn check_recorded(keeper: &Keeper, files: &Files) -> std::result::Result<Vec<Finding>, String> {
+    let mut look = || Ok(Looked { machine: keeper.rows().machine.clone(), worker: false });
+    let (_, findings) = deep(files, &mut look, &mut |_, _| true).map_err(|e| e.to_string())?;
+    match findings.iter().find(|found| !found.is_note() || found.what.contains("damaged")) {
+        Some(wrong) => Err(format!("not as recorded: {wrong:?}")),
+        None => Ok(findings),
+    }
+}
+
+/// What is not hashed yet is hashed, and then everything is as recorded.
+fn check_hashing(keeper: &Keeper, files: &Files) -> Checked {
+    keeper.hash(&mut Known::default(), &Manner::default(), &Cancel::default()).map_err(|e| e.to_string())?;
+    match check_recorded(keeper, files)?.as_slice() {
+        [] => Ok(()),
+        notes => Err(format!("not hashed: {notes:?}")),
     }
 }
 

@@ -2,8 +2,8 @@
 
 use crate::draw;
 use crate::session::Session;
-use crate::work::look;
-use machine::audit::{Audit, Finding, audit};
+use crate::work::{interruptible, look};
+use machine::audit::{Audit, Finding, Looked, audit, deep};
 use machine::request::Problem;
 use machine::root::Found;
 use machine::tree::Machine;
@@ -11,9 +11,12 @@ use machine::tree::Machine;
 /// How often it is looked again because files came and went meanwhile.
 const LOOKS: usize = 5;
 
-/// Looks at all files of a machine; nothing is written.
-pub(crate) async fn run(session: &Session, found: &Found) -> Result<(), Problem> {
-    let audit = settled(session, found).await?;
+/// Looks at all files of a machine; nothing is written. With `deeply`, reads what is sealed and compares it with what was recorded.
+pub(crate) async fn run(session: &Session, found: &Found, deeply: bool) -> Result<(), Problem> {
+    let mut audit = settled(session, found).await?;
+    if deeply {
+        deepen(session, found, &mut audit).await?;
+    }
     session.out.show(&audit, |_| draw::audit(&found.name, &audit));
     if !audit.clean {
         // The document is the report, also with `--json`; what is left is a line for people, and the code.
@@ -40,6 +43,28 @@ async fn settled(session: &Session, found: &Found) -> Result<Audit, Problem> {
     }
     Err(Problem::refused(format!("the files of {} change too often just now to be checked", found.name))
         .hint(format!("tenby job list {}", crate::cli::quoted(&found.name))))
+}
+
+/// Adds to an audit what reading all that is sealed comes to.
+async fn deepen(session: &Session, found: &Found, audit: &mut Audit) -> Result<(), Problem> {
+    let files = session.root.files(found.id)?;
+    let (own, its, runtime) = (session.clone(), found.clone(), tokio::runtime::Handle::current());
+    let (compared, findings) = interruptible(&session.out, format!("reading {}", found.name), move |progress| {
+        let mut look = || {
+            let Rows { machine, worker, .. } = runtime.block_on(Rows::read(&own, &its))?;
+            Ok(Looked { machine, worker })
+        };
+        deep(&files, &mut look, progress)
+    })
+    .await?;
+    if findings.iter().any(|finding| finding.kind == "unhashed") {
+        // A worker makes what is missing; where none runs, one is started for that. If it cannot be, the next one does it.
+        if let Err(problem) = session.worker(found).await {
+            tracing::warn!("no worker to make the missing hashes: {problem}");
+        }
+    }
+    audit.deepen(compared, findings);
+    Ok(())
 }
 
 /// What a machine's ledger says.

@@ -5,7 +5,7 @@ use crate::session::cancelled;
 use machine::request::Problem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// From here on people want to see that something is being done.
@@ -19,12 +19,14 @@ pub(crate) async fn interruptible<T: Send + 'static>(
 ) -> Result<T, Problem> {
     let mut interrupt = interrupts()?;
     let stopped = Arc::new(AtomicBool::new(false));
-    let bar = out.progress();
+    let (bar, began) = (out.progress(), Instant::now());
     let mut working = {
         let stopped = Arc::clone(&stopped);
         tokio::task::spawn_blocking(move || {
             work(&mut |done, total| {
-                bar.bytes(&what, done, total);
+                if began.elapsed() >= LONG {
+                    bar.bytes(&what, done, total);
+                }
                 !stopped.load(Ordering::Relaxed)
             })
         })

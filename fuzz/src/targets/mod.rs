@@ -5,6 +5,7 @@ mod chain;
 mod check;
 mod disk;
 mod handshake;
+mod hashes;
 mod memory;
 mod nbd;
 mod probe;
@@ -33,6 +34,7 @@ pub const ALL: &[Target] = &[
     check::TARGET,
     undo::TARGET,
     carry::TARGET,
+    hashes::TARGET,
     probe::TARGET,
     stream::TARGET,
     memory::TARGET,

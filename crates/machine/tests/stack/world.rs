@@ -6,6 +6,7 @@ use machine::carry::Carries;
 use machine::collect::{Begin, Folded};
 use machine::disks::Disks;
 use machine::files::Files;
+use machine::hashing::{Known, Manner};
 use machine::job::{Cancel, Task};
 use machine::keeper::Keeper;
 use machine::label::Labelled;
@@ -178,6 +179,9 @@ pub(crate) struct World {
     /// The worker.
     keeper: Option<Keeper>,
     labelled: Labelled,
+    known: Known,
+    /// How often there was nothing to collect.
+    idle: u32,
     /// While the guest runs.
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
@@ -224,6 +228,8 @@ impl World {
             files,
             keeper: Some(keeper),
             labelled: Labelled::default(),
+            known: Known::default(),
+            idle: 0,
             disks: None,
             guest,
             snapshots: BTreeMap::new(),
@@ -618,7 +624,9 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else { return Ok(()) };
+        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else {
+            return self.hash();
+        };
         self.begin("fold");
         let stop = Cancel::default();
         if self.dice.one_in(6) {
@@ -628,6 +636,18 @@ impl World {
         self.folded(&folded)?;
         // What failed while it copied has had no answer; its guest would stand still now.
         self.guest().ask().map_err(|e| image(&e))
+    }
+
+    /// Each third time: it takes longer than all the rest.
+    fn hash(&mut self) -> Result<()> {
+        self.idle += 1;
+        if !self.idle.is_multiple_of(3) {
+            return Ok(());
+        }
+        self.begin("hash");
+        let written = self.disks.as_ref().map(Disks::written).unwrap_or_default();
+        let manner = Manner { written, ..Manner::default() };
+        self.keeper().hash(&mut self.known, &manner, &Cancel::default()).map(drop)
     }
 
     fn folded(&mut self, folded: &Folded) -> Result<()> {
@@ -647,6 +667,7 @@ impl World {
         drop(self.disks.take());
         drop(self.keeper.take());
         self.labelled = Labelled::default();
+        self.known = Known::default();
         self.disk.revive();
         self.runtime.revive();
         self.keeper = Some(Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?);

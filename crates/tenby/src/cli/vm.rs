@@ -102,11 +102,11 @@ pub(crate) enum Verb {
     #[command(after_help = "Example:\n  tenby vm ledger web")]
     Ledger(Name),
     /// Check a machine's files: that all are there, open, stand on each other and are sound
-    #[command(after_help = "Example:\n  tenby vm check web")]
+    #[command(after_help = "Examples:\n  tenby vm check web\n  tenby vm check web --deep")]
     Check {
         #[command(flatten)]
         vm: Name,
-        /// Read everything, and compare it with what was recorded (not there yet)
+        /// Read all that snapshots hold, and compare it with the hashes that were recorded when it was sealed
         #[arg(long)]
         deep: bool,
     },
@@ -407,8 +407,7 @@ impl Verb {
                 session.out.document(&ledger);
                 Ok(())
             }
-            Self::Check { deep: true, .. } => Err(later("`tenby vm check --deep`")),
-            Self::Check { vm, .. } => crate::audit::run(session, &session.find(&vm.name)?).await,
+            Self::Check { vm, deep } => crate::audit::run(session, &session.find(&vm.name)?, deep).await,
             Self::Undo { vm, id, waiting } => carry_out(session, &vm, Request::Undo { id }, waiting).await,
             Self::Detach(_) => Err(later("`tenby vm detach`")),
             Self::Rescue { folder, named } => crate::rescue::run(session, folder, &named).await,

@@ -1,7 +1,7 @@
 //! Machines: the list, one of them, and what a deletion would do.
 
 use super::{Align, Look, Table, count, duration, pending, plain, size, with_doing};
-use machine::audit::{Audit, Finding};
+use machine::audit::{Audit, Compared, Finding};
 use machine::request::{DeletePlan, TreeView, View};
 use machine::rescue::Rescued;
 use std::fmt::Write;
@@ -169,7 +169,12 @@ pub(crate) fn audit(name: &str, audit: &Audit) -> String {
     }
     if audit.clean {
         let are = if audit.files == 1 { "is" } else { "are" };
-        let line = format!("{}: {} {are} sound\n", plain(name), count(audit.files, "file"));
+        let compared = audit.compared.map(|compared| {
+            let Compared { layers, sealed, bytes } = compared;
+            format!("; {layers} of {sealed} sealed ones read as recorded ({} read)", size(bytes))
+        });
+        let line =
+            format!("{}: {} {are} sound{}\n", plain(name), count(audit.files, "file"), compared.unwrap_or_default());
         text.push_str(&line);
     }
     text

@@ -1,0 +1,201 @@
+//! The records of hashes of a machine's sealed layers (see [`image::hashes`]): a small file each, named after its layer.
+//!
+//! ```text
+//!   hashes/<layer>        how the layer reads through its chain, whatever file it lives in: a fold leaves it right
+//!          <layer>.new    while it is being written
+//! ```
+//!
+//! No row names them and no journal: a record is made from its layer at any time, and is good for nothing without it. One that is damaged, or
+//! whose layer has no row any more, is nobody's loss; the worker removes it or makes it anew ([`crate::hashing`]).
+
+use crate::files::{Files, file_problem};
+use crate::garbage::{from_the_base, garbage};
+use crate::job::Cancel;
+use crate::request::{Problem, ProblemKind};
+use crate::tree::{LayerId, LayerRow, Machine, SnapshotState};
+use image::hashes::Record;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use store::{Folder, Mode};
+use uuid::Uuid;
+
+/// The folder of the records.
+const FOLDER: &str = "hashes";
+/// How a record's name ends while it is being written.
+const NEW: &str = ".new";
+
+/// What is recorded of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recorded {
+    /// Nothing yet.
+    Nothing,
+    /// There is a record, which is no use: why.
+    Damaged(String),
+    /// This.
+    Record(Record),
+}
+
+impl Recorded {
+    /// The record, if there is one.
+    pub fn record(self) -> Option<Record> {
+        match self {
+            Self::Record(record) => Some(record),
+            Self::Nothing | Self::Damaged(_) => None,
+        }
+    }
+}
+
+impl Files {
+    /// What is recorded of a layer.
+    pub fn record(&self, id: LayerId) -> Recorded {
+        let open = || self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read);
+        let store = match open() {
+            Ok(store) => store,
+            Err(error) if error.kind == store::ErrorKind::NotFound => return Recorded::Nothing,
+            Err(error) => return Recorded::Damaged(error.to_string()),
+        };
+        match Record::read(&*store) {
+            Ok(record) if record.layer() == id.0 => Recorded::Record(record),
+            Ok(_) => Recorded::Damaged("it is another layer's".to_owned()),
+            Err(error) => Recorded::Damaged(error.message),
+        }
+    }
+
+    /// Puts a record in the place of the one that is there, if any. Whole and durable, or not at all; that it is there may be forgotten by a
+    /// power cut.
+    pub(crate) fn write_record(&self, record: &Record, at: impl FnOnce()) -> Result<(), Problem> {
+        let folder = self.records_folder().map_err(|e| file_problem(&e))?;
+        let name = LayerId(record.layer()).to_string();
+        let new = format!("{name}{NEW}");
+        let write = || {
+            match folder.unlink(&new) {
+                Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let store = folder.create(&new)?;
+            store.write_at(&record.encode(), 0)?;
+            store.sync()?;
+            at();
+            folder.rename(&new, &name)
+        };
+        let written = write();
+        if written.is_err() {
+            // If it stays, the next tidying takes it.
+            let _ = folder.unlink(&new);
+        }
+        written.map_err(|e| file_problem(&e))
+    }
+
+    fn records_folder(&self) -> store::Result<Arc<dyn Folder>> {
+        match self.folder().folder(FOLDER) {
+            Err(error) if error.kind == store::ErrorKind::NotFound => self.folder().create_folder(FOLDER),
+            folder => folder,
+        }
+    }
+
+    /// Removes records whose layers are gone, and what was left half-written. Nobody else may write records meanwhile.
+    pub fn tidy_records(&self, machine: &Machine) -> Result<(), Problem> {
+        for name in self.record_names()? {
+            let of = owner(&name);
+            if of.is_some_and(|(id, whole)| !(whole && machine.layers.contains_key(&id))) {
+                let removed = self.folder().folder(FOLDER).and_then(|folder| folder.unlink(&name));
+                removed.map_err(|e| file_problem(&e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Files among the records that are none, relative to the machine's folder.
+    pub(crate) fn unknown_records(&self) -> Result<impl Iterator<Item = String>, Problem> {
+        Ok(self.record_names()?.into_iter().filter(|name| owner(name).is_none()).map(|name| format!("{FOLDER}/{name}")))
+    }
+
+    fn record_names(&self) -> Result<Vec<String>, Problem> {
+        match self.folder().folder(FOLDER).and_then(|folder| folder.list()) {
+            // None was ever made.
+            Err(error) if error.kind == store::ErrorKind::NotFound => Ok(Vec::new()),
+            names => names.map_err(|e| file_problem(&e)),
+        }
+    }
+
+    /// Bytes that the record of a layer occupies.
+    pub(crate) fn allocated_by_record(&self, id: LayerId) -> u64 {
+        let open = || self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read);
+        open().and_then(|store| store.allocated()).unwrap_or(0)
+    }
+}
+
+/// Whose record has this name, and whether it is whole. `None` for files that are not ours.
+fn owner(name: &str) -> Option<(LayerId, bool)> {
+    let (id, whole) = name.strip_suffix(NEW).map_or((name, true), |id| (id, false));
+    let id = LayerId(Uuid::try_parse(id).ok()?);
+    // The id as we write it, and no other way to write it.
+    (name.strip_prefix(&id.to_string())? == if whole { "" } else { NEW }).then_some((id, whole))
+}
+
+/// The layers whose content stays as it is as long as they are there, each after the one that it stands on: all but Now's leaves, what is
+/// still being written for a snapshot, and what is on its way out (a fold may have begun to change it).
+pub fn sealed(machine: &Machine) -> Vec<&LayerRow> {
+    let out = garbage(machine);
+    let leaves = machine.now.disks.values();
+    let creating = machine.snapshots.values().filter(|snapshot| snapshot.state == SnapshotState::Creating);
+    let written = creating.flat_map(|snapshot| snapshot.disks.values().chain(&snapshot.memory));
+    let open: BTreeSet<&LayerId> =
+        leaves.chain(written).chain(&out.remove).chain(out.fold.iter().map(|fold| &fold.into)).collect();
+    from_the_base(machine).iter().filter(|id| !open.contains(id)).filter_map(|id| machine.layers.get(id)).collect()
+}
+
+/// The layers of chains that are looked at one after the other: what the next one shares with the last is not opened again.
+#[derive(Debug)]
+pub(crate) struct Opened<'a> {
+    files: &'a Files,
+    machine: &'a Machine,
+    layers: Vec<(LayerId, Arc<dyn image::Layer>)>,
+    stop: Option<&'a Cancel>,
+}
+
+impl<'a> Opened<'a> {
+    pub(crate) fn new(files: &'a Files, machine: &'a Machine) -> Self {
+        Self { files, machine, layers: Vec::new(), stop: None }
+    }
+
+    /// The same, which opens no more once it is to stop: a chain may have thousands of layers.
+    pub(crate) fn until(self, stop: &'a Cancel) -> Self {
+        Self { stop: Some(stop), ..self }
+    }
+
+    /// The layers up to this one, base first, open for reading.
+    pub(crate) fn chain(&mut self, top: LayerId) -> Result<Vec<Arc<dyn image::Layer>>, Problem> {
+        let ids = self.machine.chain(top);
+        let shared = self.layers.iter().zip(&ids).take_while(|((open, _), id)| open == *id).count();
+        self.layers.truncate(shared);
+        for id in &ids[shared..] {
+            if self.stop.is_some_and(Cancel::asked) {
+                return Err(Problem::new(ProblemKind::Cancelled, "stopped"));
+            }
+            let row = self.machine.layers.get(id);
+            let row = row.ok_or_else(|| Problem::damaged(format!("layer {id} is not in the ledger")))?;
+            let layer = self.files.open_layer(row, Mode::Read)?;
+            if let Some((_, parent)) = self.layers.last() {
+                image::gate::check_link(&*layer, &**parent)?;
+            }
+            self.layers.push((*id, layer));
+        }
+        Ok(self.layers.iter().map(|(_, layer)| Arc::clone(layer)).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_that_we_write() {
+        let id = LayerId(Uuid::from_u128(0xabc));
+        let name = id.to_string();
+        assert_eq!(owner(&name), Some((id, true)));
+        assert_eq!(owner(&format!("{name}.new")), Some((id, false)));
+        let others = [name.to_uppercase(), id.0.hyphenated().to_string(), format!("{name}.new.new"), "x".to_owned()];
+        assert!(others.iter().all(|name| owner(name).is_none()), "{others:?}");
+    }
+}
