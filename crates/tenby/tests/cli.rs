@@ -52,8 +52,6 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
     for words in [
         &["vm", "create", "new", "--from", "web@Monday"][..],
         &["vm", "create", "new", "--firmware", "uefi"],
-        &["vm", "set", "web", "--undo-for", "1d"],
-        &["vm", "undo", "web"],
         &["vm", "detach", "web"],
         &["vm", "import", "folder"],
         &["vm", "export", "web", "Monday", "--to", "folder"],
