@@ -18,7 +18,7 @@ const ROUNDS: usize = 5;
 const MANY: u64 = 1000;
 const REWRITTEN: u64 = 8;
 /// What each writes where every second is deleted, MiB.
-const OWN: u64 = 2;
+const OWN: u64 = 4;
 
 /// What the example `fold` measured in a new root.
 fn fold(folder: &Path, words: &[&str]) -> Result<Value> {
