@@ -175,12 +175,14 @@ impl Auditor<'_> {
     }
 }
 
-/// The snapshots whose disks or memory stand on a layer, and Now, as far as `concerned` says so of the topmost layer.
+/// The snapshots whose disks or memory stand on a layer, Now, and what can be taken back, as far as `concerned` says so of the topmost layer.
 fn names_of(machine: &Machine, layer: LayerId, mut concerned: impl FnMut(LayerId) -> bool) -> Vec<String> {
     let mut stands = |id: &LayerId| machine.chain(*id).contains(&layer) && concerned(*id);
     let mut snapshots: Vec<_> =
         machine.snapshots.values().filter(|s| s.disks.values().chain(&s.memory).any(&mut stands)).collect();
     snapshots.sort_by_cached_key(|s| (s.created, s.name.clone()));
     let now = machine.now.disks.values().chain(&machine.now.memory).any(&mut stands).then(|| "Now".to_owned());
-    snapshots.into_iter().map(|s| s.name.clone()).chain(now).collect()
+    let trash = machine.trash_by_time().into_iter().filter(|trash| trash.layers().any(|id| stands(&id)));
+    let trash = trash.map(|trash| format!("what can be taken back ({})", trash.what));
+    snapshots.into_iter().map(|s| s.name.clone()).chain(now).chain(trash).collect()
 }

@@ -90,6 +90,18 @@ fn a_file_that_is_gone_concerns_what_stands_on_it() {
 }
 
 #[test]
+fn a_file_that_is_gone_concerns_what_can_be_taken_back() {
+    let mut lab = Lab::new();
+    let (folder, name) = lab.file(lab.chain()[0]);
+    folder.unlink(&name).expect("removed");
+    let monday = lab.machine.resolve("Monday").expect("it is there");
+    lab.machine.policy.undo_for = 60;
+    lab.machine.throw_away(monday, true, jiff::Timestamp::UNIX_EPOCH);
+    let words = "Now, what can be taken back (deleted Monday and Tuesday) cannot be relied on";
+    assert_eq!(told(&lab.audit()), [("missing", words)]);
+}
+
+#[test]
 fn a_file_that_is_cut_or_overwritten_is_damaged() {
     for harm in [
         |store: &dyn store::Store| store.set_len(100 << 10),

@@ -31,7 +31,8 @@ impl Looked {
     /// Whether the files of both are the same, and nobody has begun to change them.
     fn is_like(&self, other: &Self) -> bool {
         let (a, b) = (&self.machine, &other.machine);
-        self.worker == other.worker && a.layers == b.layers && a.snapshots == b.snapshots && a.now.disks == b.now.disks
+        let named = a.snapshots == b.snapshots && a.trash == b.trash && a.now.disks == b.now.disks;
+        self.worker == other.worker && a.layers == b.layers && named
     }
 }
 
