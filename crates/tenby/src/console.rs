@@ -247,7 +247,7 @@ async fn join(session: &Session, found: &Found) -> Result<Option<UnixStream>, Pr
     loop {
         let view = match session.sure_reader(found).await {
             // A worker that dies between two questions: the next one answers.
-            Ok(reader @ Reader::Worker(..)) => reader.view().await.ok(),
+            Ok(reader @ Reader::Worker { .. }) => reader.view().await.ok(),
             Ok(reader @ Reader::Ledger(_)) => Some(reader.view().await?),
             Err(problem) => return Err(problem),
         };

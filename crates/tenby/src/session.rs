@@ -7,6 +7,11 @@ use machine::request::{Job, Problem, ProblemKind, TreeView, View};
 use machine::root::{Found, LogLine, Peek, Root};
 use machine::tree::{MachineId, State};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How often it is looked again for a worker that is on its way out, and how long between.
+const LEAVING: u32 = 50;
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What every command works with.
 #[derive(Debug, Clone)]
@@ -35,17 +40,21 @@ impl Session {
     pub(crate) async fn reader(&self, found: &Found) -> Result<Reader, Problem> {
         // A worker may end between the two questions; then the ledger can be read.
         let mut last = None;
-        for _ in 0..50 {
+        for _ in 0..LEAVING {
             if let Some(peek) = self.root.peek(found.id)? {
                 return Ok(Reader::Ledger(Box::new(peek)));
             }
             match connect::answering(found).await {
-                Ok(client) => return Ok(Reader::Worker(client, found.id)),
+                Ok(client) => return Ok(self.by_worker(client, found)),
                 Err(problem) => last = Some(problem),
             }
-            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            tokio::time::sleep(PAUSE).await;
         }
         Err(last.unwrap_or_else(|| Problem::failed(format!("{} cannot be read", found.name))))
+    }
+
+    fn by_worker(&self, client: Client, found: &Found) -> Reader {
+        Reader::Worker { root: self.root.clone(), client, id: found.id }
     }
 
     /// Asks every machine. One that cannot be asked is told of on standard error, and does not keep the others from being shown.
@@ -71,7 +80,7 @@ impl Session {
     pub(crate) async fn sure_reader(&self, found: &Found) -> Result<Reader, Problem> {
         match self.reader(found).await? {
             Reader::Ledger(peek) if !matches!(peek.view.state, State::Off | State::Saved) => {
-                Ok(Reader::Worker(self.worker(found).await?, found.id))
+                Ok(self.by_worker(self.worker(found).await?, found))
             }
             reader => Ok(reader),
         }
@@ -98,43 +107,52 @@ pub(crate) enum Reader {
     /// Its ledger, as it was read.
     Ledger(Box<Peek>),
     /// Its worker.
-    Worker(Client, MachineId),
+    Worker { root: Root, client: Client, id: MachineId },
 }
 
 impl Reader {
     pub(crate) async fn view(&self) -> Result<View, Problem> {
-        match self {
-            Self::Ledger(peek) => Ok(peek.view.clone()),
-            Self::Worker(client, id) => client.view(*id).await.map_err(problem),
-        }
+        self.ask(|peek| &peek.view, Client::view).await
     }
 
     pub(crate) async fn tree(&self) -> Result<TreeView, Problem> {
-        match self {
-            Self::Ledger(peek) => Ok(peek.tree.clone()),
-            Self::Worker(client, id) => client.tree(*id).await.map_err(problem),
-        }
+        self.ask(|peek| &peek.tree, Client::tree).await
     }
 
     pub(crate) async fn jobs(&self) -> Result<Vec<Job>, Problem> {
-        match self {
-            Self::Ledger(peek) => Ok(peek.jobs.clone()),
-            Self::Worker(client, _) => client.jobs().await.map_err(problem),
-        }
+        self.ask(|peek| &peek.jobs, async |client: &Client, _| client.jobs().await).await
     }
 
     pub(crate) async fn ledger(&self) -> Result<serde_json::Value, Problem> {
-        match self {
-            Self::Ledger(peek) => Ok(peek.ledger.clone()),
-            Self::Worker(client, id) => client.ledger(*id).await.map_err(problem),
-        }
+        self.ask(|peek| &peek.ledger, Client::ledger).await
     }
 
     pub(crate) async fn log(&self) -> Result<Vec<LogLine>, Problem> {
-        match self {
-            Self::Ledger(peek) => Ok(peek.log.clone()),
-            Self::Worker(client, id) => client.log(*id).await.map_err(problem),
+        self.ask(|peek| &peek.log, Client::log).await
+    }
+
+    /// What the ledger held, or what the worker says. One that had said hello may have been on its way out: then its ledger can be read.
+    async fn ask<T: Clone>(
+        &self,
+        of_ledger: impl Fn(&Peek) -> &T,
+        of_worker: impl AsyncFn(&Client, MachineId) -> Result<T, api::Error>,
+    ) -> Result<T, Problem> {
+        let (root, client, id) = match self {
+            Self::Ledger(peek) => return Ok(of_ledger(peek).clone()),
+            Self::Worker { root, client, id } => (root, client, *id),
+        };
+        let mut last = None;
+        for _ in 0..LEAVING {
+            match of_worker(client, id).await {
+                Err(gone @ api::Error::Gone(_)) => last = Some(problem(gone)),
+                answer => return answer.map_err(problem),
+            }
+            if let Some(peek) = root.peek(id)? {
+                return Ok(of_ledger(&peek).clone());
+            }
+            tokio::time::sleep(PAUSE).await;
         }
+        Err(last.unwrap_or_else(|| Problem::failed("the worker does not answer")))
     }
 }
 

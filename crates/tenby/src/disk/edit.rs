@@ -37,7 +37,7 @@ pub(super) async fn check_still(path: &Path, out: &Out) -> Result<(), Problem> {
     let Some(Owner { root, machine }) = machine::mark::owner(path) else { return Ok(()) };
     let session = Session { root, out: out.clone() };
     // Without a worker nobody writes; and what cannot be asked must not keep anybody from saving a disk.
-    let Ok(reader @ Reader::Worker(..)) = session.reader(&machine).await else { return Ok(()) };
+    let Ok(reader @ Reader::Worker { .. }) = session.reader(&machine).await else { return Ok(()) };
     let Ok(view) = reader.view().await else { return Ok(()) };
     let (file, name) = (path.display(), &machine.name);
     if view.doing.iter().any(|what| what == "merging") {
