@@ -109,6 +109,8 @@ pub(crate) struct Owner {
     pub(crate) starved: Option<(Task, tokio::time::Instant)>,
     /// The guest stands still because the disk is full; when to look whether it can go on.
     pub(crate) out_of_room: Option<tokio::time::Instant>,
+    /// QEMU is gone, and the ledger could not say so yet.
+    pub(crate) off_unsaid: bool,
     /// The reserve is being made.
     pub(crate) reserving: Option<tokio::task::JoinHandle<()>>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
@@ -158,6 +160,7 @@ impl Handle {
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
+            off_unsaid: false,
             reserving: None,
             resting: false,
             waiting: Vec::new(),
@@ -289,6 +292,7 @@ impl Owner {
     async fn work(mut self, mut queue: mpsc::UnboundedReceiver<Ask>) {
         self.keep_reserve();
         while !self.deleted {
+            self.say_off();
             self.label();
             self.collect();
             self.hash();
@@ -325,7 +329,7 @@ impl Owner {
 
     /// Whether there is nothing left to do, now or later.
     fn is_quiet(&self) -> bool {
-        let waits = self.starved.is_some() || !self.machine().machine.trash.is_empty();
+        let waits = self.off_unsaid || self.starved.is_some() || !self.machine().machine.trash.is_empty();
         self.live.is_none() && self.folding.is_none() && !self.hashing.is_under_way() && !waits
     }
 
@@ -337,6 +341,7 @@ impl Owner {
     }
 
     async fn carry_out(&mut self, task: &Task, request: Request) {
+        self.say_off();
         let rows = self.shared.rows();
         let machine = &rows.machine;
         task.running();

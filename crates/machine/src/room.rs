@@ -10,10 +10,10 @@ use tokio::time::{Duration, Instant};
 
 /// How often it is looked whether there is room.
 const LOOK: Duration = Duration::from_secs(2);
-/// With less than this the disk is full, bytes: a block of an image and what goes with it.
-const SCARCE: u64 = 8 << 20;
-/// With this a guest goes on, bytes.
-const ENOUGH: u64 = 16 << 20;
+/// With less than this the disk is full, bytes: a block of an image and what goes with it, beside what was the reserve a moment ago.
+const SCARCE: u64 = reserve::SIZE + (8 << 20);
+/// With this a guest goes on, bytes. More than the reserve: when that is given up, it is not the guest's.
+const ENOUGH: u64 = 2 * reserve::SIZE;
 /// With this there is room for a reserve.
 const PLENTY: u64 = 4 * reserve::SIZE;
 
@@ -21,8 +21,9 @@ impl Owner {
     /// When it is to be looked for room again, if anything waits for some, or may have to make some.
     pub(crate) fn due(&self) -> Option<Instant> {
         let starved = self.starved.as_ref().filter(|_| self.folding.is_none() && !self.resting).map(|(_, due)| *due);
-        let trash = (!self.machine().machine.trash.is_empty()).then(|| Instant::now() + LOOK);
-        starved.into_iter().chain(self.out_of_room).chain(trash).min()
+        let looks = self.off_unsaid || !self.machine().machine.trash.is_empty();
+        let look = looks.then(|| Instant::now() + LOOK);
+        starved.into_iter().chain(self.out_of_room).chain(look).min()
     }
 
     /// Gives up what can be taken back when its time is over, and the oldest of it when the disk is full.

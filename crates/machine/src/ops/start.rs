@@ -200,8 +200,25 @@ impl Owner {
             self.end(live).await;
         }
         log::write(&self.keeper.files, None, why);
-        if let Err(problem) = self.keeper.book.commit(|rows| rows.machine.turn_off()) {
-            tracing::error!("{problem}; the next worker finds QEMU gone and says the same");
+        self.off_unsaid = true;
+        self.say_off();
+    }
+
+    /// The ledger says that the machine is off. If it cannot be written (the disk is full), that is tried again; what is shown is true at once,
+    /// and another worker would find QEMU gone.
+    pub(crate) fn say_off(&mut self) {
+        if !self.off_unsaid {
+            return;
+        }
+        match self.keeper.book.commit(|rows| rows.machine.turn_off()) {
+            Ok(()) => {
+                self.off_unsaid = false;
+                self.shared.set_moment(|moment| moment.state = None);
+            }
+            Err(problem) => {
+                tracing::error!("{problem}; it is tried again");
+                self.shared.set_moment(|moment| moment.state = Some(State::Off));
+            }
         }
     }
 }
