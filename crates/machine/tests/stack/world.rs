@@ -334,6 +334,15 @@ impl World {
         Ok(())
     }
 
+    /// Deletes a snapshot that can be taken back.
+    pub(crate) fn throw_away(&mut self, name: &str) -> Result<()> {
+        let task = self.task("set");
+        self.keeper().settle(&task, &Value::Null, |machine| machine.policy.undo_for = 3600)?;
+        self.keeper().delete(&self.task("delete"), name, false)?;
+        self.label();
+        Ok(())
+    }
+
     /// The worker ends.
     pub(crate) fn leave(&mut self) {
         drop(self.keeper.take());
