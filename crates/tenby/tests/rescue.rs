@@ -49,8 +49,10 @@ fn a_name_that_is_taken_gets_a_number_and_a_damaged_ledger_is_kept() {
     let (place, folder) = week();
     place.tenby(&["vm", "rename", "web", "old"]).well();
     place.tenby(&["vm", "rename", "old", "web"]).well();
+    // It waits for the worker, which would write to the ledger once more as it leaves.
+    place.tenby(&["vm", "rescue", text(&folder)]).with(3);
     std::fs::write(folder.join("ledger"), "no ledger").unwrap();
-    // Its worker knows its name for a few seconds more.
+    // Its worker's note of the name may be there a moment longer.
     eventually("another machine of the name", || place.tenby(&["vm", "create", "web", "--disk", "new:8M"]).code == 0);
     let said = place.tenby(&["vm", "rescue", text(&folder), "--json"]).well().json();
     assert_eq!((&said["name"], &said["aside"]), (&Value::from("web (2)"), &Value::from("ledger.damaged")));

@@ -112,7 +112,7 @@ pub(crate) enum Verb {
     },
     /// Take back what was deleted or discarded, as long as `vm set --undo-for` keeps it
     #[command(
-        after_help = "Examples:\n  tenby vm set web --undo-for 1h      (from then on)\n  tenby vm undo web\n  tenby vm undo web Monday"
+        after_help = "Examples:\n  tenby vm set web --undo-for 1h\n  tenby vm undo web\n  tenby vm undo web Monday"
     )]
     Undo {
         #[command(flatten)]
