@@ -109,8 +109,6 @@ pub(crate) struct Owner {
     pub(crate) starved: Option<(Task, tokio::time::Instant)>,
     /// The guest stands still because the disk is full; when to look whether it can go on.
     pub(crate) out_of_room: Option<tokio::time::Instant>,
-    /// QEMU is gone, and the ledger could not say so yet.
-    pub(crate) off_unsaid: bool,
     /// The reserve is being made.
     pub(crate) reserving: Option<tokio::task::JoinHandle<()>>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
@@ -160,7 +158,6 @@ impl Handle {
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
-            off_unsaid: false,
             reserving: None,
             resting: false,
             waiting: Vec::new(),
@@ -329,13 +326,13 @@ impl Owner {
 
     /// Whether there is nothing left to do, now or later.
     fn is_quiet(&self) -> bool {
-        let waits = self.off_unsaid || self.starved.is_some() || !self.machine().machine.trash.is_empty();
+        let waits = self.is_off_unsaid() || self.starved.is_some() || !self.machine().machine.trash.is_empty();
         self.live.is_none() && self.folding.is_none() && !self.hashing.is_under_way() && !waits
     }
 
-    /// The files say what the rows say of them. What is being folded will say so at its end.
+    /// The files say what the rows say of them. What is being folded will say so at its end, and what is being read when that has ended.
     fn label(&mut self) {
-        if self.folding.is_none() {
+        if self.folding.is_none() && !self.hashing.is_under_way() {
             self.keeper.label(&mut self.labelled, self.live.as_mut().map(Live::disks));
         }
     }

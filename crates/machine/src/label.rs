@@ -14,6 +14,7 @@ use crate::disks::Disks;
 use crate::files::{Files, image_problem};
 use crate::garbage::garbage;
 use crate::keeper::Keeper;
+use crate::ledger::State as Rows;
 use crate::log;
 use crate::request::Problem;
 use crate::tree::{
@@ -24,6 +25,7 @@ use image::{Layer, MAX_NOTE};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use store::Mode;
 use uuid::Uuid;
 
@@ -240,7 +242,7 @@ impl<'a> Names<'a> {
 
 /// The rows that the files were last labelled after.
 #[derive(Debug, Default)]
-pub struct Labelled(Option<Machine>);
+pub struct Labelled(Option<Arc<Rows>>);
 
 impl Labelled {
     /// The labels that the files do not have yet. Of rows that an earlier worker has committed: only those of the present and of what it
@@ -248,7 +250,7 @@ impl Labelled {
     fn due(&self, machine: &Machine) -> Vec<Label> {
         let labels = labels(machine).into_values();
         match &self.0 {
-            Some(before) => labels.filter(changed(machine, before)).collect(),
+            Some(before) => labels.filter(changed(machine, &before.machine)).collect(),
             None => labels.filter(|label| is_near(machine, label.layer)).collect(),
         }
     }
@@ -280,17 +282,20 @@ impl Keeper {
     /// Sees to it that the files say what the rows say of them. `disks` are those of a guest that runs. What cannot be written is done
     /// without: it would be missed only with the ledger.
     pub fn label(&self, labelled: &mut Labelled, mut disks: Option<&mut Disks>) {
-        let machine = &self.rows().machine;
-        if labelled.0.as_ref() == Some(machine) {
+        let rows = self.rows();
+        let machine = &rows.machine;
+        if labelled.0.as_ref().is_some_and(|before| Arc::ptr_eq(before, &rows)) {
             return;
         }
-        for label in labelled.due(machine) {
+        // Most transactions only end a job.
+        let due = labelled.0.as_ref().is_none_or(|before| before.machine != *machine);
+        for label in due.then(|| labelled.due(machine)).into_iter().flatten() {
             self.put_label(machine, label, disks.as_deref_mut());
         }
         if let Some(Err(problem)) = disks.map(|disks| disks.seal(machine)) {
             tracing::error!("{problem}");
         }
-        labelled.0 = Some(machine.clone());
+        labelled.0 = Some(rows);
     }
 
     /// The file of a layer that has come to live in another says so.

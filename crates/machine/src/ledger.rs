@@ -270,19 +270,22 @@ impl Drop for Ledger {
     }
 }
 
-/// Keeps a ledger as it is under another name, durable when this returns.
-fn keep_copy(folder: &dyn Folder, ledger: &dyn Store, name: &str) -> Result<()> {
-    let mut bytes = vec![0; ledger.len()?.min(MAX_LEN) as usize];
-    ledger.read_at(&mut bytes, 0)?;
+/// Copies a ledger's file as it is to another name, durable when this returns. What an attempt that died has left there is replaced.
+pub(crate) fn keep_copy(folder: &dyn Folder, ledger: &dyn Store, name: &str) -> store::Result<()> {
     match folder.unlink(name) {
-        // What an attempt that died has left.
-        Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error.into()),
+        Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
     let copy = folder.create(name)?;
-    copy.write_at(&bytes, 0)?;
+    let (len, mut at, mut buffer) = (ledger.len()?, 0, vec![0; 1 << 20]);
+    while at < len {
+        let piece = (len - at).min(buffer.len() as u64);
+        ledger.read_at(&mut buffer[..piece as usize], at)?;
+        copy.write_at(&buffer[..piece as usize], at)?;
+        at += piece;
+    }
     copy.sync()?;
-    Ok(folder.sync()?)
+    folder.sync()
 }
 
 fn check(state: &State) -> std::result::Result<(), String> {

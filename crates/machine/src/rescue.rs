@@ -261,21 +261,8 @@ fn keep_aside(folder: &Arc<dyn Folder>) -> Result<Option<String>, Problem> {
     let numbered = (2u32..).map(|n| format!("{ASIDE}-{n}"));
     let name = std::iter::once(ASIDE.to_owned()).chain(numbered).find(|name| !taken.contains(name));
     let name = name.ok_or_else(|| Problem::failed("no name is free for the damaged ledger"))?;
-    copy(&*damaged, folder, &name).map_err(|e| file_problem(&e))?;
+    ledger::keep_copy(&**folder, &*damaged, &name).map_err(|e| file_problem(&e))?;
     Ok(Some(name))
-}
-
-fn copy(from: &dyn Store, folder: &Arc<dyn Folder>, name: &str) -> store::Result<()> {
-    let to = folder.create(name)?;
-    let (len, mut at, mut buffer) = (from.len()?, 0, vec![0; 1 << 20]);
-    while at < len {
-        let piece = (len - at).min(buffer.len() as u64);
-        from.read_at(&mut buffer[..piece as usize], at)?;
-        to.write_at(&buffer[..piece as usize], at)?;
-        at += piece;
-    }
-    to.sync()?;
-    folder.sync()
 }
 
 /// For the next worker: this layer names its parent, and no other.

@@ -21,21 +21,24 @@ impl Owner {
     /// When it is to be looked for room again, if anything waits for some, or may have to make some.
     pub(crate) fn due(&self) -> Option<Instant> {
         let starved = self.starved.as_ref().filter(|_| self.folding.is_none() && !self.resting).map(|(_, due)| *due);
-        let looks = self.off_unsaid || !self.machine().machine.trash.is_empty();
+        let looks = self.is_off_unsaid() || !self.machine().machine.trash.is_empty();
         let look = looks.then(|| Instant::now() + LOOK);
         starved.into_iter().chain(self.out_of_room).chain(look).min()
     }
 
     /// Gives up what can be taken back when its time is over, and the oldest of it when the disk is full.
     pub(crate) fn empty_trash(&mut self) {
-        let rows = self.machine();
-        let machine = &rows.machine;
-        let mut given_up = self.keeper.give_up(&machine.expired(jiff::Timestamp::now()), "its time is over");
-        if self.room() < ENOUGH
-            && let Some(oldest) = machine.trash_by_time().first()
-        {
-            given_up = given_up.and_then(|()| self.keeper.give_up(&[oldest.id], "the disk is full"));
+        if self.machine().machine.trash.is_empty() {
+            return;
         }
+        let expired = self.machine().machine.expired(jiff::Timestamp::now());
+        let given_up = self.keeper.give_up(&expired, "its time is over").and_then(|()| {
+            let rows = self.machine();
+            match rows.machine.trash_by_time().first() {
+                Some(oldest) if self.room() < ENOUGH => self.keeper.give_up(&[oldest.id], "the disk is full"),
+                _ => Ok(()),
+            }
+        });
         if let Err(problem) = given_up {
             log::write(&self.keeper.files, None, &format!("what could be taken back stays for now: {problem}"));
         }

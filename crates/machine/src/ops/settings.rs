@@ -127,11 +127,12 @@ fn change(machine: &mut Machine, settings: &Settings) {
         machine.note.clone_from(note);
     }
     machine.policy.autostart = settings.autostart.unwrap_or(machine.policy.autostart);
+    machine.policy.on_host_stop = settings.on_host_stop.unwrap_or(machine.policy.on_host_stop);
     machine.policy.undo_for = settings.undo_for.unwrap_or(machine.policy.undo_for);
+    // By the new setting, a disk that is removed by the same request can be taken back.
     for disk in &settings.remove_disks {
         remove_disk(machine, disk);
     }
-    machine.policy.on_host_stop = settings.on_host_stop.unwrap_or(machine.policy.on_host_stop);
 }
 
 fn remove_disk(machine: &mut Machine, id: &DiskId) {

@@ -200,25 +200,25 @@ impl Owner {
             self.end(live).await;
         }
         log::write(&self.keeper.files, None, why);
-        self.off_unsaid = true;
         self.say_off();
     }
 
-    /// The ledger says that the machine is off. If it cannot be written (the disk is full), that is tried again; what is shown is true at once,
+    /// Whether QEMU is gone and the ledger could not say so yet, as on a full disk.
+    pub(crate) fn is_off_unsaid(&self) -> bool {
+        self.live.is_none() && matches!(self.machine().machine.now.state, State::Running | State::Paused)
+    }
+
+    /// The ledger says that the machine is off, if it does not yet. If it cannot be written, that is tried again; what is shown is true at once,
     /// and another worker would find QEMU gone.
     pub(crate) fn say_off(&mut self) {
-        if !self.off_unsaid {
+        if !self.is_off_unsaid() {
             return;
         }
-        match self.keeper.book.commit(|rows| rows.machine.turn_off()) {
-            Ok(()) => {
-                self.off_unsaid = false;
-                self.shared.set_moment(|moment| moment.state = None);
-            }
-            Err(problem) => {
-                tracing::error!("{problem}; it is tried again");
-                self.shared.set_moment(|moment| moment.state = Some(State::Off));
-            }
+        let said = self.keeper.book.commit(|rows| rows.machine.turn_off());
+        let shown = said.is_err().then_some(State::Off);
+        self.shared.set_moment(|moment| moment.state = shown);
+        if let Err(problem) = said {
+            tracing::error!("{problem}; it is tried again");
         }
     }
 }
