@@ -33,38 +33,26 @@ pub(crate) fn some_size(text: &str) -> Result<u64, String> {
 
 /// A time: `60s`, `500ms`, `2m`, `1h`; a bare number is seconds.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
-    let wrong = || "a time is a number and s, ms, m or h: 60s, 2m".to_owned();
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let ms = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" | "min" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err(wrong()),
-    };
-    number
-        .checked_mul(ms)
-        .filter(|ms| *ms <= 7 * 86_400_000)
-        .map(Duration::from_millis)
-        .ok_or_else(|| "a week at most".to_owned())
+    const UNITS: [(&str, u64); 6] =
+        [("ms", 1), ("", 1000), ("s", 1000), ("m", 60_000), ("min", 60_000), ("h", 3_600_000)];
+    let ms = in_units(text, &UNITS).ok_or("a time is a number and s, ms, m or h: 60s, 2m")?;
+    if ms <= 7 * 86_400_000 { Ok(Duration::from_millis(ms)) } else { Err("a week at most".to_owned()) }
 }
 
 /// How long something can be taken back, in seconds: `0`, `30m`, `1h`, `7d`; a year at most.
 pub(crate) fn undo_time(text: &str) -> Result<u64, String> {
-    let wrong = || "a time is a number and s, m, h or d: 30m, 1h, 7d; 0 for not at all".to_owned();
+    const UNITS: [(&str, u64); 6] = [("", 1), ("s", 1), ("m", 60), ("min", 60), ("h", 3600), ("d", 86_400)];
+    let wrong = "a time is a number and s, m, h or d: 30m, 1h, 7d; 0 for not at all";
+    let seconds = in_units(text, &UNITS).ok_or(wrong)?;
+    if seconds <= 366 * 86_400 { Ok(seconds) } else { Err("a year at most".to_owned()) }
+}
+
+/// A number and a unit of these, as so many times the number; what is too much is as much as there is.
+fn in_units(text: &str, units: &[(&str, u64)]) -> Option<u64> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, unit) = text.split_at(digits);
-    let number: u64 = number.parse().map_err(|_| wrong())?;
-    let seconds = match unit {
-        "" | "s" => 1,
-        "m" | "min" => 60,
-        "h" => 3600,
-        "d" => 86_400,
-        _ => return Err(wrong()),
-    };
-    number.checked_mul(seconds).filter(|all| *all <= 366 * 86_400).ok_or_else(|| "a year at most".to_owned())
+    let (_, times) = units.iter().find(|(name, _)| *name == unit)?;
+    Some(number.parse::<u64>().ok()?.saturating_mul(*times))
 }
 
 /// A name for something new: 1 to 100 characters, no `/`, `@`, control characters or leading `-`.
