@@ -553,16 +553,17 @@ impl<'a> Rebuild<'a> {
         }
     }
 
-    /// Where the snapshot that a snapshot stood on is gone, the nearest one below.
+    /// Where the snapshot that a snapshot stood on is gone, the nearest one below. What could be taken back is there again.
     fn set_parents(&mut self) {
         let ids: Vec<SnapshotId> = self.snapshots.keys().copied().collect();
         for id in ids {
             let snapshot = &self.snapshots[&id];
-            let told = snapshot.parent.filter(|parent| self.snapshots.contains_key(parent) && *parent != id);
+            let mut told = snapshot.under.into_iter().chain(snapshot.parent);
+            let told = told.find(|parent| self.snapshots.contains_key(parent) && *parent != id);
             let below = if snapshot.disks.is_empty() { None } else { self.below(&snapshot.disks, Some(id)) };
             let parent = told.or(below);
             if let Some(snapshot) = self.snapshots.get_mut(&id) {
-                snapshot.parent = parent;
+                (snapshot.parent, snapshot.under) = (parent, None);
             }
         }
         // What files say may be anything.
