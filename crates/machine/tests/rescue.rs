@@ -172,7 +172,8 @@ fn and_of_one_with_vhds() {
     all_comes_back(LayerFormat::Vhd, 100..130);
 }
 
-/// Of a power cut that takes the ledger as well: whatever comes back under its own name holds what it held.
+/// Of a power cut that takes the ledger as well: whatever comes back under its own name holds what it held. What does not is the one snapshot
+/// whose files had no time to say what they are.
 #[test]
 fn nothing_that_comes_back_is_something_else() {
     let (mut seen, mut known, mut lost) = (0, 0, 0);
@@ -204,14 +205,24 @@ fn nothing_that_comes_back_is_something_else() {
                     assert!(fine, "{what}: {}: {holds:?}; {:?}", snapshot.name, rescued.unknown);
                     known += usize::from(!holds.is_empty());
                 }
-                let missing = before.machine.snapshots.values().filter(|s| s.state == SnapshotState::Ready);
-                lost += missing.filter(|s| !after.machine.snapshots.contains_key(&s.id)).count();
+                let ready = before.machine.snapshots.values().filter(|s| s.state == SnapshotState::Ready);
+                for missing in ready.filter(|s| !after.machine.snapshots.contains_key(&s.id)) {
+                    let newest = before.machine.snapshots.values().all(|s| nth(s) <= nth(missing));
+                    let unlabelled = newest && matches!(world.doing, "label" | "snapshot" | "apply");
+                    assert!(unlabelled, "{what}: {} is lost: {:?}", missing.name, rescued.unknown);
+                    lost += 1;
+                }
                 seen += 1;
             }
         }
     }
     println!("{seen} states, {known} snapshots known, {lost} not known by their names any more");
-    assert!(seen > 80 && known > 150 && lost * 20 < known, "{seen} {known} {lost}");
+    assert!(seen > 80 && known > 150, "{seen} {known} {lost}");
+}
+
+/// The how-manieth snapshot of its world it is.
+fn nth(snapshot: &Snapshot) -> u32 {
+    snapshot.name.strip_prefix('s').and_then(|number| number.parse().ok()).expect("a name of the world's")
 }
 
 /// Whether a snapshot that a model knows holds what it ought to; a part of it may be missing.

@@ -98,6 +98,8 @@ fn cuts(diary: &[(u64, &'static str)], seed: u64, sparse: u64) -> Vec<u64> {
         let stride = match doing {
             "fold" => 2,
             "snapshot" | "apply" | "save" => 13,
+            // Much of it, and the same again and again; each by itself is cut at every operation elsewhere.
+            "label" | "hash" => 41,
             _ => 7,
         };
         stretch.filter(move |at| (at + seed).is_multiple_of(stride * sparse))

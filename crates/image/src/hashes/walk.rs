@@ -95,7 +95,9 @@ impl<'a, E: From<Error>> Walk<'a, E> {
         if runs.iter().all(|run| run.kind != RunKind::Data) {
             return Ok((None, 0));
         }
-        self.buffer.resize(BLOCK as usize, 0);
+        if self.buffer.is_empty() {
+            self.buffer = vec![0; BLOCK as usize];
+        }
         chain.read(&mut self.buffer[..len], start)?;
         self.buffer[len..].fill(0);
         let zeros = self.buffer.chunks(ZEROS.len()).all(|piece| piece == ZEROS);

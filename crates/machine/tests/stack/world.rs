@@ -375,6 +375,10 @@ impl World {
     }
 
     fn begin(&mut self, what: &'static str) {
+        // The power may have gone while labels were written: they are done without.
+        if !self.disk.powered() {
+            return;
+        }
         self.doing = what;
         self.diary.push((self.disk.counts().operations, what));
     }
