@@ -25,7 +25,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use store::sim::{At, Crash, Sim};
 use store::{Folder, Mode};
-use world::{Dice, World, files};
+use world::{Dice, Moment, World, files};
 
 /// How much a life does.
 const LIFE: u32 = 60;
@@ -44,7 +44,7 @@ fn machine(format: LayerFormat) -> Machine {
 /// A life to its end, its guest off or saved.
 fn lived(format: LayerFormat, seed: u64) -> World {
     let mut world = World::new(&machine(format), seed);
-    assert!(live(&mut world), "seed {seed}: {}", world.doing);
+    assert!(live(&mut world), "seed {seed}: {}", world.doing());
     world.rest().expect("it comes to rest");
     world
 }
@@ -172,33 +172,29 @@ fn and_of_one_with_vhds() {
     all_comes_back(LayerFormat::Vhd, 100..130);
 }
 
+/// The life of this seed, as it was every now and then.
+fn moments(format: LayerFormat, seed: u64) -> Vec<Moment> {
+    let mut world = World::new(&machine(format), seed);
+    let moments = world.moments((200..20_000).step_by(101));
+    assert!(live(&mut world), "seed {seed}");
+    moments.take()
+}
+
 /// Of a power cut that takes the ledger as well: whatever comes back under its own name holds what it held. What does not is the one snapshot
 /// whose files had no time to say what they are.
 #[test]
 fn nothing_that_comes_back_is_something_else() {
     let (mut seen, mut known, mut lost) = (0, 0, 0);
     for (seed, format) in (200..212).zip([LayerFormat::Vhdx, LayerFormat::Vhdx, LayerFormat::Vhd].into_iter().cycle()) {
-        let end = {
-            let mut world = World::new(&machine(format), seed);
-            assert!(live(&mut world), "seed {seed}");
-            world.disk.counts().operations
-        };
-        for cut in (200..end).step_by(211) {
-            let mut world = World::new(&machine(format), seed);
-            world.disk.cut(At::Operation(cut));
-            if live(&mut world) {
-                continue;
-            }
-            for crash in Crash::several(seed ^ cut, 3) {
-                let disk = world.disk.after_crash(crash);
-                let files = files(&disk);
+        for Moment { at, disk, doing, models } in moments(format, seed) {
+            for crash in Crash::several(seed ^ at, 3) {
+                let files = files(&disk.after_crash(crash));
                 let Ok(before) = Ledger::read(files.folder()) else { continue };
                 files.folder().unlink(ledger::NAME).expect("it was there");
-                let what = format!("seed {seed}, cut at {cut} while {}, {crash:?}", world.doing);
+                let what = format!("seed {seed}, cut at {at} while {doing}, {crash:?}");
                 let rescued = rescue(&files, before.machine.id).unwrap_or_else(|problem| panic!("{what}: {problem}"));
                 let after = rows(&files);
                 for (id, snapshot) in &after.machine.snapshots {
-                    let models = world.models();
                     let holds = models.iter().filter_map(|model| check_one(&after, &files, *id, model));
                     let holds: Vec<_> = holds.collect();
                     let fine = holds.is_empty() || holds.iter().any(Result::is_ok);
@@ -208,7 +204,7 @@ fn nothing_that_comes_back_is_something_else() {
                 let ready = before.machine.snapshots.values().filter(|s| s.state == SnapshotState::Ready);
                 for missing in ready.filter(|s| !after.machine.snapshots.contains_key(&s.id)) {
                     let newest = before.machine.snapshots.values().all(|s| nth(s) <= nth(missing));
-                    let unlabelled = newest && matches!(world.doing, "label" | "snapshot" | "apply");
+                    let unlabelled = newest && matches!(doing, "label" | "snapshot" | "apply");
                     assert!(unlabelled, "{what}: {} is lost: {:?}", missing.name, rescued.unknown);
                     lost += 1;
                 }

@@ -33,15 +33,12 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use store::ErrorKind;
 use store::sim::{At, Crash, Sim, Times};
-use world::{Dice, World, carries, files};
+use world::{Dice, Moment, World, carries, files};
 
 /// How much a life does.
 const LIFE: u32 = 50;
 /// States that are looked at, at each cut.
 const STATES: u64 = 16;
-
-/// The distinct states that were seen, by what was under way.
-type Seen = BTreeMap<&'static str, HashSet<u64>>;
 
 fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().build().expect("a runtime")
@@ -53,11 +50,11 @@ fn live(world: &mut World, runtime: &tokio::runtime::Runtime) -> bool {
     match lived {
         Ok(Ok(())) => true,
         Ok(Err(problem)) => {
-            assert!(!world.disk.powered(), "while {}: {problem}", world.doing);
+            assert!(!world.disk.powered(), "while {}: {problem}", world.doing());
             false
         }
         Err(panic) => {
-            assert!(gave_up(&*panic) && !world.disk.powered(), "while {}: {panic:?}", world.doing);
+            assert!(gave_up(&*panic) && !world.disk.powered(), "while {}: {panic:?}", world.doing());
             false
         }
     }
@@ -68,24 +65,48 @@ fn gave_up(panic: &(dyn std::any::Any + Send)) -> bool {
     panic.is::<Problem>()
 }
 
-/// Cuts the life of this seed at every few operations, more often during folds.
-fn cut_everywhere(seed: u64, seen: &Mutex<Seen>) -> Checked {
-    let (machine, runtime) = (sample::machine(2), runtime());
-    let mut whole = World::new(&machine, seed);
-    assert!(live(&mut whole, &runtime), "seed {seed}");
-    for at in cuts(&whole.diary, seed, 1) {
-        let mut world = World::new(&machine, seed);
-        world.disk.cut(At::Operation(at));
-        if live(&mut world, &runtime) {
-            // Ids differ from life to life, and with them a little of what the ledger writes.
-            continue;
+/// The life of this seed, as it was every few operations, more often during folds.
+fn moments(seed: u64, runtime: &tokio::runtime::Runtime) -> Vec<Moment> {
+    let machine = sample::machine(2);
+    let mut once = World::new(&machine, seed);
+    assert!(live(&mut once, runtime), "seed {seed}");
+    let mut world = World::new(&machine, seed);
+    // Ids differ from life to life, and with them a little of what the ledger writes.
+    let moments = world.moments(cuts(&once.diary, seed, 1));
+    assert!(live(&mut world, runtime), "seed {seed}");
+    moments.take()
+}
+
+/// The distinct states that were seen, by what was under way, and how many are wanted.
+struct Seen {
+    states: Mutex<BTreeMap<&'static str, HashSet<u64>>>,
+    wanted: usize,
+}
+
+impl Seen {
+    fn note(&self, doing: &'static str, digest: u64) {
+        self.states.lock().expect("not poisoned").entry(doing).or_default().insert(digest);
+    }
+
+    /// As many as are wanted, and a third of them during folds.
+    fn enough(&self) -> bool {
+        let states = self.states.lock().expect("not poisoned");
+        let all: usize = states.values().map(HashSet::len).sum();
+        all >= self.wanted && states.get("fold").map_or(0, HashSet::len) * 3 >= all
+    }
+}
+
+/// Cuts the life of this seed at every few operations, until enough was seen.
+fn cut_everywhere(seed: u64, seen: &Seen) -> Checked {
+    for Moment { at, disk, doing, models } in moments(seed, &runtime()) {
+        if seen.enough() {
+            break;
         }
-        let models = world.models();
         for crash in Crash::several(at, STATES) {
-            let disk = world.disk.after_crash(crash);
-            seen.lock().expect("not poisoned").entry(world.doing).or_default().insert(disk.digest());
+            let disk = disk.after_crash(crash);
+            seen.note(doing, disk.digest());
             check(&disk, &models, at)
-                .map_err(|error| format!("seed {seed}, cut at {at} while {}, {crash:?}: {error}", world.doing))?;
+                .map_err(|error| format!("seed {seed}, cut at {at} while {doing}, {crash:?}: {error}"))?;
         }
     }
     Ok(())
@@ -128,7 +149,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
         return Ok(());
     }
     // Hashing everything takes as long as all the rest.
-    let deeply = dice.one_in(4);
+    let deeply = dice.one_in(8);
     if deeply {
         check_recorded(&keeper, &files)?;
     }
@@ -188,12 +209,12 @@ fn die_everywhere(seed: u64) -> std::result::Result<u64, String> {
         if live(&mut world, &runtime) {
             continue;
         }
-        let doing = world.doing;
+        let doing = world.doing();
         let told = |error: String| format!("seed {seed}, died at {at} while {doing}: {error}");
         world.die().map_err(|e| told(e.to_string()))?;
         world.check().map_err(told)?;
-        runtime.block_on(world.live(6)).map_err(|e| told(format!("later, while {}: {e}", world.doing)))?;
-        world.check().map_err(|error| told(format!("later, after {}: {error}", world.doing)))?;
+        runtime.block_on(world.live(6)).map_err(|e| told(format!("later, while {}: {e}", world.doing())))?;
+        world.check().map_err(|error| told(format!("later, after {}: {error}", world.doing())))?;
         deaths += 1;
     }
     Ok(deaths)
@@ -222,7 +243,7 @@ fn fail_everywhere(seed: u64, kind: ErrorKind, times: Times) -> std::result::Res
         // Whether it shows is another matter: the log, for one, stops nobody.
         let lived = catch_unwind(AssertUnwindSafe(|| runtime.block_on(world.live(LIFE))));
         world.disk.heal();
-        assert!(lived.as_ref().map_or_else(|panic| gave_up(&**panic), |_| true), "while {}", world.doing);
+        assert!(lived.as_ref().map_or_else(|panic| gave_up(&**panic), |_| true), "while {}", world.doing());
         let began = world.diary.iter().rev().find(|entry| entry.0 <= at).map_or("nothing", |entry| entry.1);
         let told = |error: String| {
             let lived = lived.as_ref().map_or_else(|_| "gave up".to_owned(), |lived| format!("{lived:?}"));
@@ -255,26 +276,23 @@ fn number(name: &str, default: u64) -> u64 {
 
 #[test]
 fn nothing_is_lost_wherever_the_power_goes() {
-    let (states, first) = (number("TENBY_CRASH_STATES", 10_000), number("TENBY_CRASH_SEED", 1));
-    let (seen, next) = (Mutex::new(Seen::new()), Mutex::new(first));
-    let count = || seen.lock().expect("not poisoned").values().map(|states| states.len() as u64).sum::<u64>();
+    let (wanted, first) = (number("TENBY_CRASH_STATES", 10_000) as usize, number("TENBY_CRASH_SEED", 1));
+    let (seen, next) = (Seen { states: Mutex::default(), wanted }, Mutex::new(first));
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
             scope.spawn(|| {
-                while count() < states {
+                while !seen.enough() {
                     let seed = take_number(&next);
                     cut_everywhere(seed, &seen).unwrap_or_else(|error| panic!("{error}"));
                 }
             });
         }
     });
-    let seen = seen.into_inner().expect("not poisoned");
-    let all: usize = seen.values().map(HashSet::len).sum();
+    let seen = seen.states.into_inner().expect("not poisoned");
     for (doing, states) in &seen {
         println!("{:>8} crash states while {doing}", states.len());
     }
-    println!("{all:>8} distinct crash states, and none lost a byte");
-    assert!(seen.get("fold").is_some_and(|folds| folds.len() * 3 >= all), "a third of them during folds");
+    println!("{:>8} distinct crash states, and none lost a byte", seen.values().map(HashSet::len).sum::<usize>());
 }
 
 fn take_number(next: &Mutex<u64>) -> u64 {

@@ -113,6 +113,7 @@ impl Sim {
             skip: None,
             skipped: None,
             capacity: None,
+            copies: None,
         };
         Self { disk: Arc::new(Mutex::new(disk)) }
     }
@@ -174,6 +175,14 @@ impl Sim {
         lock(&self.disk).capacity = bytes;
     }
 
+    /// Hands over a copy of the disk just before each of these operations (their numbers, see [`Counts`]): with what is not synced, for
+    /// [`Sim::after_crash`]. So one run shows what a power cut at any of them leaves, and need not be repeated up to each.
+    ///
+    /// `taken` gets the operation's number. It must not touch this disk.
+    pub fn copy_before(&self, operations: BTreeSet<u64>, taken: impl FnMut(u64, Self) + Send + 'static) {
+        lock(&self.disk).copies = Some(Copies { operations, taken: Box::new(taken) });
+    }
+
     /// Operations that no sync covers: what a [`Crash`] chooses from.
     pub fn unsynced(&self) -> u64 {
         lock(&self.disk).unsynced().len() as u64
@@ -211,14 +220,22 @@ struct Disk {
     skip: Option<u64>,
     skipped: Option<Skipped>,
     capacity: Option<u64>,
+    copies: Option<Copies>,
 }
 
+/// Where copies of the disk are wanted, and by whom.
+struct Copies {
+    operations: BTreeSet<u64>,
+    taken: Box<dyn FnMut(u64, Sim) + Send>,
+}
+
+#[derive(Clone)]
 enum Inode {
     File(FileInode),
     Folder(FolderInode),
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct FileInode {
     /// What reads see.
     content: Arc<Pages>,
@@ -232,7 +249,7 @@ struct FileInode {
     handles: BTreeMap<u64, Lock>,
 }
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 struct FolderInode {
     entries: BTreeMap<String, u64>,
     durable: BTreeMap<String, u64>,
@@ -288,6 +305,9 @@ impl Disk {
         if !self.powered {
             return Err(power_lost(operation, name));
         }
+        if sort != Sort::Read {
+            self.copy();
+        }
         let counts = self.counts;
         match sort {
             Sort::Read => self.counts.reads += 1,
@@ -306,6 +326,19 @@ impl Disk {
         }
         let fault = self.faults.iter().find(|fault| fault.hits(sort, counts));
         Ok(fault.map_or(Fate::Done(number), |fault| Fate::Failed(number, fault.kind)))
+    }
+
+    /// Hands over a copy, if one is wanted before the next operation.
+    fn copy(&mut self) {
+        let next = self.counts.operations;
+        let Some(copies) = self.copies.as_mut().filter(|copies| copies.operations.contains(&next)) else { return };
+        let mut inodes = self.inodes.clone();
+        for inode in inodes.values_mut() {
+            if let Inode::File(file) = inode {
+                file.handles.clear();
+            }
+        }
+        (copies.taken)(next, Sim::with_inodes(inodes));
     }
 
     /// An operation that is done whole or not at all.

@@ -1,7 +1,7 @@
 //! The simulated disk loses what was not synced, tears, and fails when it is told to.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use store::sim::{At, Crash, Sim, Times};
 use store::{ErrorKind, Folder, Lock, Mode, Result, Store};
 
@@ -304,4 +304,38 @@ fn holes_are_told_from_data() {
     assert_eq!(file.data(28_672).expect("data"), None);
     file.punch(4096, 4096).expect("punch");
     assert_eq!(file.data(0).expect("data"), Some((12_288, 28_672)));
+}
+
+/// A copy taken before an operation crashes as the disk itself would, cut off in the middle of that one.
+#[test]
+fn a_copy_is_the_disk_as_it_was_then() {
+    let copies = Arc::new(Mutex::new(Vec::new()));
+    let life = |sim: &Sim, file: &dyn Store| -> Result<()> {
+        file.write_at(&[2; 700], 100)?;
+        file.set_len(3000)?;
+        file.sync()?;
+        sim.root().rename("a", "b")?;
+        file.write_at(&[3; 700], 2900)?;
+        sim.root().sync()
+    };
+    let (sim, _root, file) = disk(2048);
+    let first = sim.counts().operations;
+    let taken = Arc::clone(&copies);
+    sim.copy_before((first..first + 9).collect(), move |at, copy| taken.lock().expect("not poisoned").push((at, copy)));
+    life(&sim, &*file).expect("it lives");
+    let copies = std::mem::take(&mut *copies.lock().expect("not poisoned"));
+    assert!(copies.iter().map(|(at, _)| *at).eq(first..sim.counts().operations));
+    for (at, copy) in copies {
+        let (cut, _root, file) = disk(2048);
+        // A sync that is cut off has done nothing.
+        cut.cut(At::Operation(at - 1));
+        let synced = life(&cut, &*file).is_err_and(|error| error.operation == "sync");
+        if synced || at == first {
+            continue;
+        }
+        for crash in Crash::several(at, 50) {
+            let (after, again) = (copy.after_crash(crash), cut.after_crash(crash));
+            assert_eq!(after.digest(), again.digest(), "before {at}, {crash:?}");
+        }
+    }
 }

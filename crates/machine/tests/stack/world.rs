@@ -39,7 +39,7 @@ pub(crate) struct Guest {
     chains: Live,
     /// What it has asked a disk for and got no answer to: it asks again.
     asked: Option<(DiskId, Ask)>,
-    disks: BTreeMap<DiskId, Written>,
+    truth: Arc<Mutex<Truth>>,
     ram: Vec<u32>,
     versions: u32,
     dice: Dice,
@@ -88,7 +88,8 @@ impl Guest {
         self.ram[page] = if self.dice.one_in(4) { 0 } else { self.versions };
         let nth = self.dice.below(self.chains.len().max(1) as u64) as usize;
         let Some(disk) = self.chains.keys().nth(nth) else { return Ok(()) };
-        let written = self.disks.get_mut(disk).expect("its model");
+        let mut truth = lock(&self.truth);
+        let written = truth.disks.get_mut(disk).expect("its model");
         let from = self.dice.below(written.sectors());
         let most = if self.dice.one_in(6) { written.sectors() } else { 24 };
         let count = 1 + self.dice.below(most.min(written.sectors() - from));
@@ -100,6 +101,7 @@ impl Guest {
         if let Ask::Write { from, count, version } = ask {
             written.put(from, count, version);
         }
+        drop(truth);
         self.asked = Some((disk.clone(), ask));
         self.ask()
     }
@@ -115,7 +117,7 @@ impl Guest {
             }
             Ask::Flush => {
                 chain.flush()?;
-                self.disks.get_mut(disk).expect("its model").flush();
+                lock(&self.truth).disks.get_mut(disk).expect("its model").flush();
             }
         }
         self.asked = None;
@@ -124,13 +126,73 @@ impl Guest {
 
     fn flush(&mut self) -> image::Result<()> {
         self.chains.values().try_for_each(|chain| chain.flush())?;
-        self.disks.values_mut().for_each(Written::flush);
+        lock(&self.truth).disks.values_mut().for_each(Written::flush);
         Ok(())
+    }
+}
+
+/// What the machine ought to hold, and what is under way. It can be looked at in the middle of an operation of the disk: nobody keeps it over one.
+#[derive(Debug)]
+struct Truth {
+    snapshots: BTreeMap<SnapshotId, Content>,
+    trash: BTreeMap<SnapshotId, Content>,
+    disks: BTreeMap<DiskId, Written>,
+    saved: Option<Vec<u32>>,
+    next: Option<Next>,
+    /// What is under way.
+    doing: &'static str,
+}
+
+impl Truth {
+    /// What the machine holds, as far as was acknowledged; and what it may hold as well, if the request under way was committed.
+    fn models(&self) -> Vec<Model> {
+        let next = self.next.clone().map(|next| Model {
+            snapshots: next.snapshots,
+            trash: next.trash,
+            disks: next.disks.unwrap_or_else(|| self.disks.clone()),
+            saved: next.saved,
+        });
+        let (snapshots, trash) = (self.snapshots.clone(), self.trash.clone());
+        let now = Model { snapshots, trash, disks: self.disks.clone(), saved: self.saved.clone() };
+        std::iter::once(now).chain(next).collect()
     }
 
     fn content(&self, memory: Option<Vec<u32>>) -> Content {
         Content { disks: self.disks.iter().map(|(id, disk)| (id.clone(), disk.latest())).collect(), memory }
     }
+
+    /// The request of this task will change nothing but what is changed in what this returns.
+    fn will(&mut self, task: &Task) -> &mut Next {
+        self.will_by(By::Job(task.id()))
+    }
+
+    fn will_by(&mut self, by: By) -> &mut Next {
+        let (snapshots, trash, saved) = (self.snapshots.clone(), self.trash.clone(), self.saved.clone());
+        self.next.insert(Next { by, snapshots, trash, saved, disks: None, ram: None })
+    }
+}
+
+/// What there was just before an operation of the disk.
+#[derive(Debug)]
+pub(crate) struct Moment {
+    pub(crate) at: u64,
+    pub(crate) disk: Sim,
+    pub(crate) doing: &'static str,
+    pub(crate) models: Vec<Model>,
+}
+
+/// Moments, as they come.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Moments(Arc<Mutex<Vec<Moment>>>);
+
+impl Moments {
+    pub(crate) fn take(&self) -> Vec<Moment> {
+        std::mem::take(&mut *lock(&self.0))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The machine's files on a disk.
@@ -185,14 +247,9 @@ pub(crate) struct World {
     /// While the guest runs.
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
-    snapshots: BTreeMap<SnapshotId, Content>,
-    trash: BTreeMap<SnapshotId, Content>,
+    truth: Arc<Mutex<Truth>>,
     /// In the order in which they were taken.
     order: Vec<SnapshotId>,
-    saved: Option<Vec<u32>>,
-    next: Option<Next>,
-    /// What is under way.
-    pub(crate) doing: &'static str,
     /// What was under way before, and the operation of the disk with which it began.
     pub(crate) diary: Vec<(u64, &'static str)>,
     dice: Dice,
@@ -218,8 +275,11 @@ impl World {
         let size =
             |leaf: &LayerId| files.open_layer(&machine.layers[leaf], store::Mode::Read).expect("a base").info().size;
         let disks = machine.now.disks.iter().map(|(id, leaf)| (id.clone(), empty(size(leaf)))).collect();
-        let guest =
-            Guest { chains: Live::new(), asked: None, disks, ram: vec![0; PAGES], versions: 0, dice: Dice::new(!seed) };
+        let (snapshots, trash) = (BTreeMap::new(), BTreeMap::new());
+        let truth = Truth { snapshots, trash, disks, saved: None, next: None, doing: "nothing" };
+        let (truth, ram) = (Arc::new(Mutex::new(truth)), vec![0; PAGES]);
+        let (chains, dice) = (Live::new(), Dice::new(!seed));
+        let guest = Guest { chains, asked: None, truth: Arc::clone(&truth), ram, versions: 0, dice };
         let guest = Arc::new(Mutex::new(guest));
         let keeper = Keeper::open(&files, carries(&runtime), steps(&guest)).expect("opens");
         Self {
@@ -232,55 +292,53 @@ impl World {
             idle: 0,
             disks: None,
             guest,
-            snapshots: BTreeMap::new(),
-            trash: BTreeMap::new(),
+            truth,
             order: Vec::new(),
-            saved: None,
-            next: None,
-            doing: "nothing",
             diary: Vec::new(),
             dice: Dice::new(seed),
             numbers: 0,
         }
     }
 
-    /// What the machine holds, as far as was acknowledged; and what it may hold as well, if the request under way was committed.
-    pub(crate) fn models(&self) -> Vec<Model> {
-        let disks = self.guest().disks.clone();
-        let next = self.next.clone().map(|next| Model {
-            snapshots: next.snapshots,
-            trash: next.trash,
-            disks: next.disks.unwrap_or_else(|| disks.clone()),
-            saved: next.saved,
+    /// What there is just before each of these operations of the disk, once they have come: so one life is cut anywhere.
+    pub(crate) fn moments(&self, operations: impl IntoIterator<Item = u64>) -> Moments {
+        let (moments, truth) = (Moments::default(), Arc::clone(&self.truth));
+        let all = moments.clone();
+        self.disk.copy_before(operations.into_iter().collect(), move |at, disk| {
+            let truth = lock(&truth);
+            lock(&all.0).push(Moment { at, disk, doing: truth.doing, models: truth.models() });
         });
-        let (snapshots, trash) = (self.snapshots.clone(), self.trash.clone());
-        let now = Model { snapshots, trash, disks, saved: self.saved.clone() };
-        std::iter::once(now).chain(next).collect()
+        moments
     }
 
-    /// The request of this task will change nothing but what is changed in what this returns.
-    fn will(&mut self, task: &Task) -> &mut Next {
-        self.will_by(By::Job(task.id()))
+    /// See [`Truth::models`].
+    pub(crate) fn models(&self) -> Vec<Model> {
+        self.truth().models()
     }
 
-    fn will_by(&mut self, by: By) -> &mut Next {
-        let (snapshots, trash, saved) = (self.snapshots.clone(), self.trash.clone(), self.saved.clone());
-        self.next.insert(Next { by, snapshots, trash, saved, disks: None, ram: None })
+    /// What is under way.
+    pub(crate) fn doing(&self) -> &'static str {
+        self.truth().doing
+    }
+
+    fn truth(&self) -> MutexGuard<'_, Truth> {
+        lock(&self.truth)
     }
 
     /// The request under way was committed.
     fn has(&mut self) {
-        let Some(next) = self.next.take() else { return };
-        (self.snapshots, self.trash, self.saved) = (next.snapshots, next.trash, next.saved);
-        self.order.retain(|id| self.snapshots.contains_key(id));
-        let new: Vec<_> = self.snapshots.keys().filter(|id| !self.order.contains(id)).copied().collect();
+        let mut truth = lock(&self.truth);
+        let Some(next) = truth.next.take() else { return };
+        (truth.snapshots, truth.trash, truth.saved) = (next.snapshots, next.trash, next.saved);
+        self.order.retain(|id| truth.snapshots.contains_key(id));
+        let new: Vec<_> = truth.snapshots.keys().filter(|id| !self.order.contains(id)).copied().collect();
         self.order.extend(new);
-        let mut guest = self.guest();
         if let Some(disks) = next.disks {
-            guest.disks = disks;
+            truth.disks = disks;
         }
+        drop(truth);
         if let Some(ram) = next.ram {
-            guest.ram = ram;
+            self.guest().ram = ram;
         }
     }
 
@@ -289,13 +347,13 @@ impl World {
     }
 
     fn guest(&self) -> MutexGuard<'_, Guest> {
-        self.guest.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.guest)
     }
 
     /// Does `count` things, until one fails.
     pub(crate) async fn live(&mut self, count: u32) -> Result<()> {
         for _ in 0..count {
-            self.next = None;
+            self.truth().next = None;
             self.label();
             self.step().await?;
         }
@@ -368,8 +426,8 @@ impl World {
             7..=11 => self.request("snapshot").await,
             12..=14 if !self.order.is_empty() => self.request("apply").await,
             15..=17 if !self.order.is_empty() => self.request("delete").await,
-            18 if !self.trash.is_empty() => self.request("undo").await,
-            19 if !self.trash.is_empty() => self.give_up(),
+            18 if !self.truth().trash.is_empty() => self.request("undo").await,
+            19 if !self.truth().trash.is_empty() => self.give_up(),
             _ => self.collect(),
         }
     }
@@ -379,7 +437,7 @@ impl World {
         if !self.disk.powered() {
             return;
         }
-        self.doing = what;
+        self.truth().doing = what;
         self.diary.push((self.disk.counts().operations, what));
     }
 
@@ -413,9 +471,12 @@ impl World {
         let memory = next.now.memory;
         let disks = self.keeper().open_disks(&next)?;
         next.start(State::Running, memory, run());
-        let saved = self.saved.clone();
-        let will = self.will(&task);
-        (will.saved, will.ram) = (None, saved);
+        {
+            let mut truth = self.truth();
+            let saved = truth.saved.clone();
+            let will = truth.will(&task);
+            (will.saved, will.ram) = (None, saved);
+        }
         self.keeper().settle(&task, &Value::Null, |machine| *machine = next)?;
         self.has();
         self.go_live(disks);
@@ -437,7 +498,7 @@ impl World {
         let task = self.task("stop");
         self.keeper().settle(&task, &Value::Null, Machine::turn_off)?;
         self.end()?;
-        self.guest().disks.values_mut().for_each(Written::flush);
+        self.truth().disks.values_mut().for_each(Written::flush);
         Ok(())
     }
 
@@ -449,7 +510,7 @@ impl World {
         self.guest().flush().map_err(|e| image(&e))?;
         let ram = self.guest().ram.clone();
         let written = self.write_memory(row, &ram)?;
-        self.will(&task).saved = Some(ram);
+        self.truth().will(&task).saved = Some(ram);
         self.keeper().settle(&task, &Value::Null, |machine| machine.save(written))?;
         self.has();
         self.end()
@@ -481,8 +542,8 @@ impl World {
             return self.snapshot_live(task).await;
         }
         let take = self.take(SnapshotState::Ready);
-        let content = self.guest().content(self.saved.clone());
-        self.will(task).snapshots.insert(take.id, content);
+        let content = self.present();
+        self.truth().will(task).snapshots.insert(take.id, content);
         self.keeper().snapshot_still(task, take, &Value::Null).await?;
         self.has();
         Ok(Value::Null)
@@ -527,11 +588,17 @@ impl World {
         self.write_memory(row, &ram)
     }
 
+    /// What a machine that does not run holds now.
+    fn present(&self) -> Content {
+        let truth = self.truth();
+        truth.content(truth.saved.clone())
+    }
+
     /// The snapshot will hold what the machine holds now. Its RAM.
     fn at_point(&mut self, task: &Task, id: SnapshotId) -> Vec<u32> {
         let ram = self.guest().ram.clone();
-        let content = self.guest().content(Some(ram.clone()));
-        self.will(task).snapshots.insert(id, content);
+        let content = self.truth().content(Some(ram.clone()));
+        self.truth().will(task).snapshots.insert(id, content);
         ram
     }
 
@@ -550,27 +617,29 @@ impl World {
         let memory = kept.as_ref().and_then(|(_, row)| row.clone());
         self.keeper().begin_apply(task, &leaves, memory.as_ref(), self.disks.as_ref()).await?;
         self.guest().flush().map_err(|e| image(&e))?;
-        let ram = memory.as_ref().map(|_| self.guest().ram.clone()).or(self.saved.clone());
+        let ram = memory.as_ref().map(|_| self.guest().ram.clone()).or(self.truth().saved.clone());
         let written = memory.map(|row| self.write_memory(row, ram.as_deref().expect("it runs"))).transpose()?;
         let mut next = self.keeper().rows().machine.clone();
-        let content = self.snapshots[&to].clone();
+        let content = self.truth().snapshots[&to].clone();
         if let Some((take, _)) = kept {
-            let present = self.guest().content(ram);
-            self.will(task).snapshots.insert(take.id, present);
+            let present = self.truth().content(ram);
+            self.truth().will(task).snapshots.insert(take.id, present);
             next.keep(take, written);
         } else if next.policy.undo_for > 0 {
-            let present = self.guest().content(self.saved.clone());
+            let present = self.present();
             let known: Vec<TrashId> = next.trash.keys().copied().collect();
             next.note_discarded(to, jiff::Timestamp::now());
             let new = next.trash.values().find(|trash| !known.contains(&trash.id)).expect("it was noted");
-            self.will(task).trash.insert(new.snapshots[0].id, present);
+            self.truth().will(task).trash.insert(new.snapshots[0].id, present);
         } else {
-            self.will(task);
+            self.truth().will(task);
         }
-        let will = self.next.as_mut().expect("it was said above");
+        let mut truth = lock(&self.truth);
+        let will = truth.next.as_mut().expect("it was said above");
         will.disks = Some(content.disks.into_iter().map(|(id, sectors)| (id, Written::new(sectors))).collect());
         will.ram = Some(content.memory.clone().unwrap_or_else(|| vec![0; PAGES]));
         will.saved = content.memory.filter(|_| !run_on);
+        drop(truth);
         next.apply(to, leaves, true);
         let disks = run_on.then(|| self.keeper().open_disks(&next)).transpose()?;
         if run_on {
@@ -592,13 +661,15 @@ impl World {
         let subtree = self.dice.one_in(5);
         let rows = self.keeper().rows();
         let gone = rows.machine.below(id, subtree);
-        let will = self.will(task);
+        let mut truth = lock(&self.truth);
+        let will = truth.will(task);
         for id in gone {
             let content = will.snapshots.remove(&id).expect("it is there");
             if rows.machine.policy.undo_for > 0 {
                 will.trash.insert(id, content);
             }
         }
+        drop(truth);
         self.keeper().delete(task, &id.to_string(), subtree)?;
         self.has();
         Ok(Value::Null)
@@ -606,11 +677,13 @@ impl World {
 
     fn undo(&mut self, task: &Task) -> Result<Value> {
         let (trash, back) = self.any_trash();
-        let will = self.will(task);
+        let mut truth = lock(&self.truth);
+        let will = truth.will(task);
         for id in back {
             let content = will.trash.remove(&id).expect("it is there");
             will.snapshots.insert(id, content);
         }
+        drop(truth);
         self.keeper().take_back(task, Some(&trash.to_string()))?;
         self.has();
         Ok(Value::Null)
@@ -619,7 +692,7 @@ impl World {
     fn give_up(&mut self) -> Result<()> {
         self.begin("undo");
         let (trash, gone) = self.any_trash();
-        self.will_by(By::GivingUp(trash)).trash.retain(|id, _| !gone.contains(id));
+        self.truth().will_by(By::GivingUp(trash)).trash.retain(|id, _| !gone.contains(id));
         self.keeper().give_up(&[trash], "its time is over")?;
         self.has();
         Ok(())
@@ -692,10 +765,11 @@ impl World {
         }
         let keeper = self.keeper();
         keeper.undo_unfinished(self.disks.as_mut())?;
-        if self.next.as_ref().is_some_and(|next| next.by.committed(&keeper.rows())) {
+        let by = self.truth().next.as_ref().map(|next| next.by);
+        if by.is_some_and(|by| by.committed(&keeper.rows())) {
             self.has();
         }
-        self.next = None;
+        self.truth().next = None;
         self.guest().ask().map_err(|e| image(&e))
     }
 
@@ -715,10 +789,10 @@ fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
     let guest = Arc::clone(guest);
     let folds = Mutex::new(false);
     Steps::watched(move |step| {
-        let mut begun = folds.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut begun = lock(&folds);
         if step == "merge:copying" && !std::mem::replace(&mut *begun, true) {
             // What fails is asked for again, see `collect`.
-            let _ = guest.lock().unwrap_or_else(PoisonError::into_inner).act(2);
+            let _ = lock(&guest).act(2);
         }
         *begun = step == "merge:copying";
     })

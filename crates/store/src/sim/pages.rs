@@ -9,6 +9,8 @@ pub(super) const PAGE: u64 = 4096;
 
 type Page = [u8; PAGE as usize];
 
+const ZEROS: Page = [0; PAGE as usize];
+
 /// A file's bytes. A page that is not there reads as zeros. A clone shares all pages.
 #[derive(Clone, Default)]
 pub(super) struct Pages {
@@ -71,7 +73,7 @@ impl Pages {
     pub(super) fn write(&mut self, buf: &[u8], offset: u64) {
         for (index, at, part) in split(buf.len() as u64, offset) {
             let buf = &buf[part];
-            let page = self.pages.entry(index).or_insert_with(|| Arc::new([0; PAGE as usize]));
+            let page = self.pages.entry(index).or_insert_with(|| Arc::new(ZEROS));
             Arc::make_mut(page)[at..at + buf.len()].copy_from_slice(buf);
         }
     }
@@ -100,7 +102,7 @@ impl Hash for Pages {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.len.hash(state);
         for (index, page) in &self.pages {
-            if page.iter().any(|byte| *byte != 0) {
+            if **page != ZEROS {
                 (index, page).hash(state);
             }
         }
