@@ -363,27 +363,28 @@ impl Lab {
     }
 }
 
-impl Lab {
-    /// What the machines and the consoles noted, for the report of a test that failed.
-    fn tell(&self) {
-        let machines = std::fs::read_dir(self.root()).into_iter().flatten().filter_map(Result::ok);
-        let logs = machines.flat_map(|machine| {
-            ["machine.log", "worker.log", "qemu.log"].map(|log| machine.path().join("log").join(log))
-        });
-        for log in logs.chain([self.path("console.log")]) {
-            let text = std::fs::read(&log).unwrap_or_default();
-            let text = String::from_utf8_lossy(&text);
-            let lines: Vec<&str> = text.lines().collect();
-            eprintln!("{}", log.display());
-            lines[lines.len().saturating_sub(30)..].iter().for_each(|line| eprintln!("  {line}"));
-        }
-    }
+/// What the machines under a root noted, for the report of a test that failed.
+pub(crate) fn tell(root: &Path) {
+    let machines = std::fs::read_dir(root).into_iter().flatten().filter_map(Result::ok);
+    let logs = machines
+        .flat_map(|machine| ["machine.log", "worker.log", "qemu.log"].map(|log| machine.path().join("log").join(log)));
+    logs.for_each(|log| tell_end(&log));
+}
+
+/// The last lines of a log.
+fn tell_end(log: &Path) {
+    let text = std::fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    eprintln!("{}", log.display());
+    lines[lines.len().saturating_sub(30)..].iter().for_each(|line| eprintln!("  {line}"));
 }
 
 impl Drop for Lab {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.tell();
+            tell(&self.root());
+            tell_end(&self.path("console.log"));
         }
         // A worker may be starting a QEMU just now, so this is repeated until nothing is left.
         for _ in 0..100 {

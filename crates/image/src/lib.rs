@@ -112,8 +112,10 @@ impl From<store::ErrorKind> for ErrorKind {
 
 impl From<store::Error> for Error {
     fn from(source: store::Error) -> Self {
+        // A write that found no room has written nothing that counts. What a sync found no room for was written, and may be lost.
+        let lost = source.operation == "sync" && source.kind == store::ErrorKind::NoSpace;
         Self {
-            kind: source.kind.into(),
+            kind: if lost { ErrorKind::Io } else { source.kind.into() },
             file: source.name.clone(),
             message: format!("{} failed", source.operation),
             source: Some(Box::new(source)),

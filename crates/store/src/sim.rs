@@ -183,6 +183,11 @@ impl Sim {
         lock(&self.disk).copies = Some(Copies { operations, taken: Box::new(taken) });
     }
 
+    /// What all files together occupy, bytes.
+    pub fn used(&self) -> u64 {
+        lock(&self.disk).used()
+    }
+
     /// Operations that no sync covers: what a [`Crash`] chooses from.
     pub fn unsynced(&self) -> u64 {
         lock(&self.disk).unsynced().len() as u64

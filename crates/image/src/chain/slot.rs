@@ -187,7 +187,7 @@ impl Slot {
     pub(crate) fn sync(&self) -> Result<()> {
         self.trusted()?;
         let exposures = self.exposures.load(Ordering::SeqCst);
-        self.layer.flush().inspect_err(|_| self.poison())?;
+        self.layer.flush().inspect_err(|error| self.distrust(error.kind == ErrorKind::NoSpace))?;
         self.durable.fetch_max(exposures, Ordering::SeqCst);
         Ok(())
     }
@@ -200,10 +200,7 @@ impl Slot {
 
     fn put(&self, data: &[u8], at: u64) -> Result<()> {
         self.store.write_at(data, at).map_err(|error| {
-            // No space is an answer, not a fault: the same write may succeed later.
-            if error.kind != store::ErrorKind::NoSpace {
-                self.poison();
-            }
+            self.distrust(error.kind == store::ErrorKind::NoSpace);
             error.into()
         })
     }
@@ -219,8 +216,11 @@ impl Slot {
         Ok(())
     }
 
-    fn poison(&self) {
-        self.poisoned.store(true, Ordering::SeqCst);
+    /// Something failed: for want of space is an answer, not a fault, and the same may succeed later.
+    fn distrust(&self, for_space: bool) {
+        if !for_space {
+            self.poisoned.store(true, Ordering::SeqCst);
+        }
     }
 
     fn trusted(&self) -> Result<()> {

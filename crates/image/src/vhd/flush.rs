@@ -3,7 +3,7 @@
 use super::footer::Footer;
 use super::format::{HEADER_BYTES, SECTOR};
 use super::parent::{Fault, Header};
-use super::{Inner, Meta, lock};
+use super::{BitmapSector, Dirty, Inner, Meta, lock};
 use crate::layer::{Kind, ParentLink};
 use crate::{ErrorKind, MAX_NOTE, Result};
 use std::ops::Range;
@@ -34,6 +34,8 @@ struct Capture {
     placed: Vec<(u64, Vec<u8>)>,
     /// Sectors of bitmaps and of the table: what exposes data. Each is sound without the others.
     exposing: Vec<(u64, Vec<u8>)>,
+    /// The same, by what they are.
+    dirty: Dirty,
     /// Stretches that no entry of the table names any more.
     freed: Vec<Range<u64>>,
 }
@@ -57,7 +59,7 @@ impl Inner {
                 self.poison_on_error(self.store.set_len(meta.space.footer_at() + SECTOR).map_err(Into::into))?;
             }
             let footer = meta.footer.with(id, meta.footer.header_at());
-            self.poison_on_error(self.put_footers(&mut meta, &footer))?;
+            self.poison_on_fault(self.put_footers(&mut meta, &footer))?;
         }
         session.identified = true;
         lock(&self.ids).data_id = id;
@@ -69,7 +71,7 @@ impl Inner {
     /// acknowledged.
     pub(crate) fn wrote(&self) {
         if self.writable && !self.started.load(Ordering::Acquire) {
-            // A failure poisons the layer, so that the next flush reports it.
+            // The next flush tries again, and reports it.
             let _ = self.start();
         }
         self.wrote.store(true, Ordering::Release);
@@ -93,6 +95,9 @@ impl Inner {
         if !self.writable {
             return Ok(());
         }
+        if self.wrote.load(Ordering::Acquire) {
+            self.start()?;
+        }
         let _session = lock(&self.session);
         self.check_sound()?;
         // Taken before the sync: what is written from here on is the next flush's.
@@ -101,17 +106,29 @@ impl Inner {
         if !wrote && capture.exposing.is_empty() {
             return Ok(());
         }
-        self.poison_on_error(self.write_out(&capture))?;
-        self.release(capture.freed, &mut lock(&self.meta));
-        Ok(())
+        let written = self.poison_on_fault(self.write_out(&capture));
+        if wrote && written.is_err() {
+            self.wrote.store(true, Ordering::Release);
+        }
+        self.written_out(written, capture, &mut lock(&self.meta))
     }
 
     /// Makes what was committed durable by somebody who uses the layer alone, and has taken the session's lock.
     pub(super) fn flush_alone(&self, meta: &mut Meta) -> Result<()> {
         let capture = self.capture(meta);
-        self.poison_on_error(self.write_out(&capture))?;
-        self.release(capture.freed, meta);
-        Ok(())
+        let written = self.poison_on_fault(self.write_out(&capture));
+        self.written_out(written, capture, meta)
+    }
+
+    /// What a capture gave up is free when it is durable. If there was no room for it, the next flush takes it over again.
+    fn written_out(&self, written: Result<()>, capture: Capture, meta: &mut Meta) -> Result<()> {
+        if written.is_ok() {
+            self.release(capture.freed, meta);
+        } else {
+            meta.dirty.extend(capture.dirty);
+            meta.freed.extend(capture.freed);
+        }
+        written
     }
 
     /// Gives what no entry in the file names any more back to the file system, and the places of whole blocks to others. Where that
@@ -126,15 +143,13 @@ impl Inner {
     /// data is in the file already and the sync that follows covers it.
     fn capture(&self, meta: &mut Meta) -> Capture {
         // A block may have lost its place meanwhile.
-        let placed = std::mem::take(&mut meta.placed).into_iter();
-        let placed = placed.filter_map(|block| Some((self.bat.get(block)?, self.bitmaps.bytes(block)))).collect();
-        let bitmaps = std::mem::take(&mut meta.dirty_bitmaps).into_iter();
-        let bitmaps =
-            bitmaps.filter_map(|at| Some((self.bat.get(at.block)? + at.sector * SECTOR, self.bitmaps.sector(at))));
-        let bat = std::mem::take(&mut meta.dirty_bat)
-            .into_iter()
-            .map(|sector| (self.table_at + sector * SECTOR, self.bat.sector(sector)));
-        Capture { placed, exposing: joined(bitmaps.chain(bat)), freed: std::mem::take(&mut meta.freed) }
+        let dirty = std::mem::take(&mut meta.dirty);
+        let placed = |block: &u64| Some((self.bat.get(*block)?, self.bitmaps.bytes(*block)));
+        let bitmap = |at: &BitmapSector| Some((self.bat.get(at.block)? + at.sector * SECTOR, self.bitmaps.sector(*at)));
+        let table = |sector: &u64| (self.table_at + sector * SECTOR, self.bat.sector(*sector));
+        let exposing = joined(dirty.bitmaps.iter().filter_map(bitmap).chain(dirty.bat.iter().map(table)));
+        let placed = dirty.placed.iter().filter_map(placed).collect();
+        Capture { placed, exposing, dirty, freed: std::mem::take(&mut meta.freed) }
     }
 
     fn write_out(&self, capture: &Capture) -> Result<()> {

@@ -96,17 +96,31 @@ struct Meta {
     /// The copies of the footer in the file that equal it.
     tail_sound: bool,
     head_sound: bool,
-    /// Sectors of the table that differ from the file's.
-    dirty_bat: BTreeSet<u64>,
-    /// Sectors of bitmaps that differ from the file's, of blocks that the table in the file names.
-    dirty_bitmaps: BTreeSet<BitmapSector>,
-    /// Blocks that the table in the file does not name yet.
-    placed: BTreeSet<u64>,
+    dirty: Dirty,
     /// Blocks that have a place which no table names yet. Such a place holds zeros outside of its tickets' ranges.
     pending: HashMap<u64, write::Pending>,
     /// Stretches of the file that the table in memory has given up, and the table in the file may not have.
     freed: Vec<Range<u64>>,
     next_ticket: u64,
+}
+
+/// What differs from the file's.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// Sectors of the table.
+    bat: BTreeSet<u64>,
+    /// Sectors of bitmaps, of blocks that the table in the file names.
+    bitmaps: BTreeSet<BitmapSector>,
+    /// Blocks that the table in the file does not name yet.
+    placed: BTreeSet<u64>,
+}
+
+impl Dirty {
+    fn extend(&mut self, other: Self) {
+        self.bat.extend(other.bat);
+        self.bitmaps.extend(other.bitmaps);
+        self.placed.extend(other.placed);
+    }
 }
 
 /// The ids as they stand in the file.

@@ -7,10 +7,10 @@ use super::flush::Session;
 use super::footer::{self, Found};
 use super::format::{BLOCK_SIZES, MAX_BLOCKS, MAX_FIXED, MAX_SPARSE, SECTOR};
 use super::parent::Header;
-use super::{Ids, Inner, Meta, VhdLayer};
+use super::{Dirty, Ids, Inner, Meta, VhdLayer};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
@@ -88,9 +88,7 @@ impl Inner {
             footer: found.footer,
             tail_sound: found.tail_sound,
             head_sound: kind == Kind::Fixed || found.head_sound,
-            dirty_bat: BTreeSet::new(),
-            dirty_bitmaps: BTreeSet::new(),
-            placed: BTreeSet::new(),
+            dirty: Dirty::default(),
             pending: HashMap::new(),
             freed: Vec::new(),
             next_ticket: 0,

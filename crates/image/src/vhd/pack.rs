@@ -47,7 +47,7 @@ impl Inner {
         for (block, at) in self.placed() {
             if self.is_empty(block, at, &mut buffer)? {
                 let sector = self.bat.clear(block);
-                meta.dirty_bat.insert(sector);
+                meta.dirty.bat.insert(sector);
                 meta.freed.push(held(&geometry, block, at));
             }
         }
@@ -88,7 +88,7 @@ impl Inner {
             self.store.punch(to, whole)?;
             self.copy_block(block, to)?;
             let sector = self.bat.set(block, to);
-            meta.dirty_bat.insert(sector);
+            meta.dirty.bat.insert(sector);
             meta.freed.push(held(&self.geometry(), block, from));
             unflushed += whole;
             if unflushed >= BATCH {

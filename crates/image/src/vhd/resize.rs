@@ -112,7 +112,7 @@ impl Inner {
         meta.freed.extend(past.map(|(block, at)| held(old, block, at)));
         self.clear_past(meta, new);
         if !new.blocks().is_multiple_of(SECTOR_ENTRIES) {
-            meta.dirty_bat.insert(new.blocks() / SECTOR_ENTRIES);
+            meta.dirty.bat.insert(new.blocks() / SECTOR_ENTRIES);
         }
         self.punch_tail(old, new);
         Ok(())
@@ -220,7 +220,7 @@ impl Inner {
         let to = self.new_block(meta)?;
         self.copy_block(block, to).inspect_err(|_| meta.space.give([to]))?;
         let sector = self.bat.set(block, to);
-        meta.dirty_bat.insert(sector);
+        meta.dirty.bat.insert(sector);
         Ok(())
     }
 
@@ -256,15 +256,15 @@ impl Inner {
             Some(at) => {
                 self.store.punch(self.data_at(at) + inside, old.block - inside)?;
                 self.load_bitmap(block, at)?;
-                self.bitmaps.set(block, &tail, &mut meta.dirty_bitmaps);
+                self.bitmaps.set(block, &tail, &mut meta.dirty.bitmaps);
             }
             None if old.differencing() && beneath > old.size => {
                 let at = self.new_block(meta)?;
                 self.bitmaps.create(block, false);
                 self.bitmaps.set(block, &tail, &mut BTreeSet::new());
-                meta.placed.insert(block);
+                meta.dirty.placed.insert(block);
                 let sector = self.bat.set(block, at);
-                meta.dirty_bat.insert(sector);
+                meta.dirty.bat.insert(sector);
             }
             None => (),
         }
@@ -281,7 +281,7 @@ impl Inner {
     /// The entries of the new blocks. As far as something beneath would show through they get places, which are zeros of their own.
     fn add_blocks(&self, meta: &mut Meta, old: &Geometry, new: &Geometry, beneath: u64) -> Result<()> {
         self.clear_past(meta, old);
-        meta.dirty_bat.extend(old.blocks() / SECTOR_ENTRIES..new.table() / SECTOR);
+        meta.dirty.bat.extend(old.blocks() / SECTOR_ENTRIES..new.table() / SECTOR);
         if !new.differencing() {
             return Ok(());
         }
@@ -302,7 +302,7 @@ impl Inner {
         for (block, _) in self.bat.placed().filter(|(block, _)| *block >= geometry.blocks()) {
             self.bat.clear(block);
         }
-        meta.dirty_bat.split_off(&(geometry.table() / SECTOR));
+        meta.dirty.bat.split_off(&(geometry.table() / SECTOR));
     }
 
     /// Gives back what the last block holds past the end. (Whoever grows the disk again relies on nothing there.)
@@ -328,7 +328,7 @@ impl Inner {
         for block in whole.map(|piece| piece.block) {
             if let Some(at) = self.bat.get(block) {
                 let sector = self.bat.clear(block);
-                meta.dirty_bat.insert(sector);
+                meta.dirty.bat.insert(sector);
                 meta.freed.push(held(&geometry, block, at));
             }
         }

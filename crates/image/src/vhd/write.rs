@@ -200,11 +200,11 @@ impl Inner {
             // The bits before the entry that makes them count; and the bitmap is written as a whole.
             self.bitmaps.create(block, !self.shape.differencing());
             self.bitmaps.set(block, &self.exposes(&part.piece), &mut BTreeSet::new());
-            meta.placed.insert(block);
+            meta.dirty.placed.insert(block);
             let sector = self.bat.set(block, part.place);
-            meta.dirty_bat.insert(sector);
+            meta.dirty.bat.insert(sector);
         } else {
-            self.bitmaps.set(block, &self.exposes(&part.piece), &mut meta.dirty_bitmaps);
+            self.bitmaps.set(block, &self.exposes(&part.piece), &mut meta.dirty.bitmaps);
         }
     }
 }

@@ -7,7 +7,7 @@ use super::journal::Journal;
 use super::metadata::{self, Fault, Locator};
 use super::page::PageBytes;
 use super::write::Freed;
-use super::{Inner, Meta, lock};
+use super::{Dirty, Inner, Meta, lock};
 use crate::layer::ParentLink;
 use crate::{ErrorKind, Result};
 use std::sync::atomic::Ordering;
@@ -27,6 +27,8 @@ pub(crate) struct Session {
 struct Capture {
     /// Pages and their file offsets, in an order of which every prefix is sound.
     pages: Vec<(u64, PageBytes)>,
+    /// The same pages, by what they are.
+    dirty: Dirty,
     freed: Vec<Freed>,
     file_length: u64,
     /// Where the journal of changes that are not in it begins.
@@ -44,7 +46,7 @@ impl Inner {
             return Ok(());
         }
         let data_id = (!session.data_identified).then(Uuid::new_v4);
-        self.poison_on_error(self.identify(&mut session, data_id))?;
+        self.poison_on_fault(self.identify(&mut session, data_id))?;
         self.begin_carry(session.journal.header().file_write)?;
         self.started.store(true, Ordering::Release);
         Ok(())
@@ -54,7 +56,7 @@ impl Inner {
     /// acknowledged.
     pub(crate) fn wrote(&self) {
         if self.writable && !self.started.load(Ordering::Acquire) {
-            // A failure poisons the layer, so that the next flush reports it.
+            // The next flush tries again, and reports it.
             let _ = self.start();
         }
         self.wrote.store(true, Ordering::Release);
@@ -90,6 +92,9 @@ impl Inner {
         if !self.writable {
             return Ok(());
         }
+        if self.wrote.load(Ordering::Acquire) {
+            self.start()?;
+        }
         let mut session = lock(&self.session);
         self.check_sound()?;
         // Taken before the sync: what is written from here on is the next flush's.
@@ -98,7 +103,11 @@ impl Inner {
         if !wrote && capture.pages.is_empty() {
             return Ok(());
         }
-        self.write_out(&mut session.journal, capture)
+        let flushed = self.write_out(&mut session.journal, capture);
+        if wrote && flushed.is_err() {
+            self.wrote.store(true, Ordering::Release);
+        }
+        flushed
     }
 
     /// Makes durable what a session that died has left, the changes of `edits` included, which are in the table already. The ids stay
@@ -119,7 +128,7 @@ impl Inner {
             let Edit::Bits { block, sectors, set } = edit else { continue };
             if self.bitmap_place(block / self.geometry().ratio()).is_some() {
                 self.load_bitmaps(*block, sectors)?;
-                self.bitmaps.put(*block, sectors, *set, &mut lock(&self.meta).dirty_bitmaps);
+                self.bitmaps.put(*block, sectors, *set, &mut lock(&self.meta).dirty.bitmaps);
             }
         }
         Ok(())
@@ -130,35 +139,45 @@ impl Inner {
     fn capture(&self) -> Capture {
         let mut meta = lock(&self.meta);
         self.reclaim(&mut meta);
-        let pages = self.take_pages(&mut meta);
+        let dirty = std::mem::take(&mut meta.dirty);
         Capture {
-            pages,
+            pages: self.pages(&dirty, &meta),
+            dirty,
             freed: std::mem::take(&mut meta.freed),
             file_length: meta.space.len(),
             carried: meta.carry.as_ref().map(carry::Writer::mark),
         }
     }
 
-    /// The pages that were changed since they were last taken, and their file offsets, in an order of which every prefix is sound.
+    /// The pages that were changed since they were last taken.
     pub(super) fn take_pages(&self, meta: &mut Meta) -> Vec<(u64, PageBytes)> {
-        let bitmaps = std::mem::take(&mut meta.dirty_bitmaps);
-        let bat = std::mem::take(&mut meta.dirty_bat);
+        let dirty = std::mem::take(&mut meta.dirty);
+        self.pages(&dirty, meta)
+    }
+
+    /// These pages and their file offsets, in an order of which every prefix is sound.
+    fn pages(&self, dirty: &Dirty, meta: &Meta) -> Vec<(u64, PageBytes)> {
         // Bits first, then the entries that make them count; and backwards through the table, where a chunk's bitmap entry stands
         // behind its blocks' entries.
-        let bitmaps = bitmaps.into_iter().map(|at| {
-            let place = self.bitmap_page_place(at).expect("a bitmap that was changed has a place");
-            (place, self.bitmaps.bytes(at))
+        let bitmaps = dirty.bitmaps.iter().map(|at| {
+            let place = self.bitmap_page_place(*at).expect("a bitmap that was changed has a place");
+            (place, self.bitmaps.bytes(*at))
         });
-        let bat = bat.into_iter().rev().map(|page| {
-            let (offset, bytes) = self.bat.page(page);
+        let bat = dirty.bat.iter().rev().map(|page| {
+            let (offset, bytes) = self.bat.page(*page);
             (meta.bat_region.offset + offset, bytes)
         });
         bitmaps.chain(bat).collect()
     }
 
-    /// Makes a capture durable, and the places free that it gave up.
+    /// Makes a capture durable, and the places free that it gave up. If there is no room for it, the next flush takes it over again.
     fn write_out(&self, journal: &mut Journal, capture: Capture) -> Result<()> {
-        self.poison_on_error(self.write_metadata(journal, capture.file_length, &capture.pages))?;
+        if let Err(error) = self.poison_on_fault(self.write_metadata(journal, capture.file_length, &capture.pages)) {
+            let mut meta = lock(&self.meta);
+            meta.dirty.extend(capture.dirty);
+            meta.freed.extend(capture.freed);
+            return Err(error);
+        }
         self.release(capture.freed);
         if let (Some(carry), Some(mark)) = (&mut lock(&self.meta).carry, capture.carried) {
             carry.forget(mark);

@@ -5,6 +5,8 @@
 //! - At any moment the log holds a valid run if the header says that it is in use, and replaying it yields the newest
 //!   metadata: an entry overwrites neither the one before it, which is the head until it is durable, nor that one's tail.
 //! - At any moment one copy of the header is durable and sound.
+//! - What finds no room on the file system has changed nothing that counts: all of it can be written again, pages that had got their entry
+//!   in a new entry. (A *sync* that finds no room is a fault like any other: what it covered may be lost.)
 
 use super::format::PAGE;
 use super::header::{Header, slot_offset};
@@ -56,23 +58,27 @@ impl Journal {
         if self.header_unsynced {
             self.sync(store)?;
         }
-        change(&mut self.header);
-        self.put_header(store)?;
+        let mut header = self.header;
+        change(&mut header);
+        self.put_header(store, header)?;
         self.sync(store)?;
-        self.put_header(store)?;
         self.header_unsynced = true;
-        Ok(())
+        match self.put_header(store, self.header) {
+            Err(error) if error.kind == ErrorKind::NoSpace => Ok(()),
+            second => second,
+        }
     }
 
-    fn put_header(&mut self, store: &dyn Store) -> Result<()> {
-        let Some(sequence) = self.header.sequence.checked_add(1) else {
+    fn put_header(&mut self, store: &dyn Store, mut header: Header) -> Result<()> {
+        let Some(sequence) = header.sequence.checked_add(1) else {
             // Only a file made to do harm counts so far. The copy that is current stays.
             let message = "its headers are numbered to the end of all numbers";
             return Err(Error::new(ErrorKind::Unsupported, store.name(), message));
         };
-        self.header.sequence = sequence;
-        self.slot = 1 - self.slot;
-        store.write_at(&self.header.encode()[..], slot_offset(self.slot))?;
+        header.sequence = sequence;
+        let slot = 1 - self.slot;
+        store.write_at(&header.encode()[..], slot_offset(slot))?;
+        (self.header, self.slot) = (header, slot);
         Ok(())
     }
 
@@ -102,10 +108,10 @@ impl Journal {
         self.newest = start;
         self.next = (start + entry.len() as u64) % self.header.log_length;
         self.sequence += 1;
+        self.pages_unsynced = true;
         for (offset, page) in pages {
             store.write_at(&page[..], *offset)?;
         }
-        self.pages_unsynced = true;
         Ok(())
     }
 

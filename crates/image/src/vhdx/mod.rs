@@ -94,10 +94,7 @@ struct Meta {
     space: alloc::Space,
     /// Where the table lies.
     bat_region: Region,
-    /// Pages of the table that differ from the file's.
-    dirty_bat: BTreeSet<u64>,
-    /// Pages of bitmaps that differ from the file's.
-    dirty_bitmaps: BTreeSet<BitmapPage>,
+    dirty: Dirty,
     /// Blocks that have a place which the table does not name yet. Such a place holds zeros outside of its tickets' ranges.
     pending: HashMap<u64, write::Pending>,
     /// Bitmap blocks that have a place which the table does not name yet, by chunk.
@@ -111,6 +108,22 @@ struct Meta {
     next_ticket: u64,
     /// Where changes are written down before they are exposed, if they are to outlive the process.
     carry: Option<carry::Writer>,
+}
+
+/// Pages that differ from the file's.
+#[derive(Debug, Default)]
+struct Dirty {
+    /// Of the table.
+    bat: BTreeSet<u64>,
+    /// Of bitmaps.
+    bitmaps: BTreeSet<BitmapPage>,
+}
+
+impl Dirty {
+    fn extend(&mut self, other: Self) {
+        self.bat.extend(other.bat);
+        self.bitmaps.extend(other.bitmaps);
+    }
 }
 
 /// The ids as they stand in the file.
@@ -163,6 +176,14 @@ impl Inner {
             self.poisoned.store(true, Ordering::Release);
         }
         result
+    }
+
+    /// The same, but that there is no room is an answer and no fault.
+    fn poison_on_fault<T>(&self, result: Result<T>) -> Result<T> {
+        match &result {
+            Err(error) if error.kind == ErrorKind::NoSpace => result,
+            _ => self.poison_on_error(result),
+        }
     }
 
     fn users(&self, block: u64) -> &AtomicU32 {

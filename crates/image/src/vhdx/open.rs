@@ -11,7 +11,7 @@ use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
 use super::replay::{self, Replayed};
 use super::units::Units;
-use super::{Ids, Inner, Meta, USERS, VhdxLayer, lock};
+use super::{Dirty, Ids, Inner, Meta, USERS, VhdxLayer, lock};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
 use std::collections::{BTreeSet, HashMap};
@@ -106,7 +106,7 @@ fn open_with(store: Arc<dyn Store>, mode: Mode, carry: Option<Carry>) -> Result<
     let inner = Inner::new(store, writable, &metadata, &regions, bat, space, session).map_err(fault)?;
     {
         let mut meta = lock(&inner.meta);
-        meta.dirty_bat = dirty;
+        meta.dirty.bat = dirty;
         meta.carry = carry.map(Writer::new);
     }
     if carried.is_some() {
@@ -141,8 +141,7 @@ impl Inner {
         let meta = Meta {
             space,
             bat_region: regions.bat,
-            dirty_bat: BTreeSet::new(),
-            dirty_bitmaps: BTreeSet::new(),
+            dirty: Dirty::default(),
             pending: HashMap::new(),
             pending_bitmaps: HashMap::new(),
             freed: Vec::new(),

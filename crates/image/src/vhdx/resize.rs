@@ -155,7 +155,7 @@ impl Inner {
                 self.store.punch(entry.offset() + inside, old.block - inside)?;
                 if entry.state() == Some(State::Partial) {
                     self.load_bitmaps(block, &tail)?;
-                    self.bitmaps.put(block, &tail, true, &mut meta.dirty_bitmaps);
+                    self.bitmaps.put(block, &tail, true, &mut meta.dirty.bitmaps);
                 }
             }
             // Without a place of its own the parent would show through.
@@ -168,8 +168,8 @@ impl Inner {
                 let place = self.new_block(meta)?;
                 let whole = 0..old.block_sectors();
                 self.load_bitmaps(block, &whole)?;
-                self.bitmaps.put(block, &whole, false, &mut meta.dirty_bitmaps);
-                self.bitmaps.put(block, &tail, true, &mut meta.dirty_bitmaps);
+                self.bitmaps.put(block, &whole, false, &mut meta.dirty.bitmaps);
+                self.bitmaps.put(block, &tail, true, &mut meta.dirty.bitmaps);
                 self.set_entry(meta, new.payload_index(block), Entry::partial(place));
             }
             _ => (),
@@ -188,7 +188,7 @@ impl Inner {
             shared.push(old.bitmap_index(old.chunks() - 1) / WORDS as u64);
         }
         // Behind the old end the file may hold more than was read of it.
-        meta.dirty_bat.extend(&shared);
+        meta.dirty.bat.extend(&shared);
         let stale: Vec<_> = self.bat.entries().filter(|(index, _)| past_end(new, old, *index)).collect();
         for (index, _) in stale {
             self.set_entry(meta, index, Entry::absent());
@@ -213,7 +213,7 @@ impl Inner {
         for page in self.bat.loaded().filter(|page| beside.binary_search(page).is_ok()) {
             let (offset, bytes) = self.bat.page(page);
             self.store.write_at(&bytes[..], table + offset)?;
-            meta.dirty_bat.remove(&page);
+            meta.dirty.bat.remove(&page);
         }
         Ok(())
     }

@@ -318,7 +318,7 @@ impl Inner {
     /// Makes an edit.
     fn apply(&self, meta: &mut Meta, edit: Edit) {
         match edit {
-            Edit::Bits { block, sectors, set } => self.bitmaps.put(block, &sectors, set, &mut meta.dirty_bitmaps),
+            Edit::Bits { block, sectors, set } => self.bitmaps.put(block, &sectors, set, &mut meta.dirty.bitmaps),
             Edit::Place { index, entry } => {
                 match self.geometry().block_of(index) {
                     Some(block) => drop(meta.pending.remove(&block)),
@@ -332,7 +332,7 @@ impl Inner {
 
     pub(super) fn set_entry(&self, meta: &mut Meta, index: u64, entry: Entry) {
         let page = self.bat.set(index, entry);
-        meta.dirty_bat.insert(page);
+        meta.dirty.bat.insert(page);
     }
 
     /// Makes a whole block zeros. Its place is free once that is durable.
