@@ -107,7 +107,7 @@ fn starved_flush(format: Format, differencing: bool, pages: u64) -> bool {
         layers.push(child(&sim, format, "child", &layers[0]));
     }
     let chain = Chain::new(layers, Access::Write).unwrap();
-    chain.write(&[1; 700 * 512], 300 * 512).unwrap();
+    chain.write(&vec![1; 700 * 512], 300 * 512).unwrap();
     chain.flush().unwrap();
     sim.root().sync().unwrap();
     let mut flushed = pieces(&chain);

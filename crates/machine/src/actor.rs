@@ -169,7 +169,13 @@ impl Handle {
         };
         owner.recover().await?;
         let (asks, queue) = mpsc::unbounded_channel();
-        tokio::spawn(owner.work(queue));
+        let working = tokio::spawn(owner.work(queue));
+        tokio::spawn(async move {
+            // It would do nothing any more and hold the machine: as by `kill -9`, the next worker takes over.
+            if working.await.is_err_and(|error| error.is_panic()) {
+                std::process::abort();
+            }
+        });
         Ok(Self { shared, asks })
     }
 

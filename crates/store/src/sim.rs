@@ -16,7 +16,7 @@
 //! - A change of a *name* survives apart from the file's content, and from changes of other names. A rename is atomic.
 //! - After a *sync that failed*, what it covered is durable or not, by halves, and no later sync makes it so: reads still see the
 //!   new content until the crash.
-//! - A *write that failed* may have written a part of its bytes.
+//! - A *write that failed* may have written a part of its bytes, whole sectors like any other.
 //!
 //! Everything is deterministic: the same operations, faults and [`Crash`] give the same disk. States are cheap, for content is
 //! shared between a disk and what becomes of it.
@@ -876,9 +876,10 @@ impl Store for SimFile {
                 Err(power_lost("write", &self.name))
             }
             Fate::Failed(number, kind) => {
-                // As much as there is room for in the page that it begins in: a write may stop anywhere.
-                let room = if full && missing > 0 { 0 } else { mix(number) as usize % (buf.len() + 1) };
-                file.write(number, &buf[..room], offset);
+                // Nothing if there is no room. Else a write may stop behind any sector.
+                let stops = (offset + mix(number) % (buf.len() as u64 + 1)) / SECTOR * SECTOR;
+                let done = if full && missing > 0 { 0 } else { stops.saturating_sub(offset) };
+                file.write(number, &buf[..done as usize], offset);
                 Err(self.error(kind, "write", "a simulated fault"))
             }
         }

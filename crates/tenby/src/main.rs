@@ -100,7 +100,9 @@ fn misread(error: &clap::Error) -> ExitCode {
 /// Logs go to standard error; `TENBY_LOG` says how much (`debug`, `machine=trace`).
 fn log(usual: &str) {
     let filter = EnvFilter::try_from_env("TENBY_LOG").unwrap_or_else(|_| EnvFilter::new(usual));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false);
+    // On a full disk there is no room for a worker's log, and for saying so in it even less: that would be a panic.
+    lines.log_internal_errors(false).init();
 }
 
 #[cfg(test)]
