@@ -272,6 +272,7 @@ fn apply_brings_the_configuration_back() {
     lab.snapshot("small");
     lab.ok(&["vm", "set", BASE, "--memory", "192M", "--cpus", "2", "--add-disk", "new:32M"]);
     lab.ok(&["vm", "set", BASE, "--remove-disk", "disk1", "--note", "still mine"]);
+    lab.ok(&["vm", "set", BASE, "--grow-disk", "disk0=80M"]);
     let hardware = |witness: &mut Witness| {
         let status = witness.resync();
         let disks: Vec<u64> =
@@ -281,7 +282,7 @@ fn apply_brings_the_configuration_back() {
     lab.ok(&["vm", "start", BASE]);
     let mut witness = lab.witness(BASE);
     let (memory, cpus, disks) = hardware(&mut witness);
-    assert!((150..192).contains(&memory) && cpus == 2 && disks == [64 << 20, 32 << 20], "{memory} {cpus} {disks:?}");
+    assert!((150..192).contains(&memory) && cpus == 2 && disks == [80 << 20, 32 << 20], "{memory} {cpus} {disks:?}");
     witness.ask("write vdb 4M on the new disk");
     lab.snapshot("large");
 
@@ -295,7 +296,7 @@ fn apply_brings_the_configuration_back() {
     lab.ok(&["snapshot", "apply", BASE, "large", "--discard"]);
     let mut witness = lab.witness(BASE);
     let (memory, cpus, disks) = hardware(&mut witness);
-    assert!((150..192).contains(&memory) && cpus == 2 && disks == [64 << 20, 32 << 20], "{memory} {cpus} {disks:?}");
+    assert!((150..192).contains(&memory) && cpus == 2 && disks == [80 << 20, 32 << 20], "{memory} {cpus} {disks:?}");
     assert_eq!(witness.ask("read vdb 4M")["text"], "on the new disk");
     witness.prove();
 }

@@ -11,7 +11,7 @@
 //! | restart | refused: start | reset | refused: resume | refused: start |
 //! | snapshot, apply, revert, delete, undo, rename, note | yes | yes | yes | yes |
 //! | undo of a removed disk | yes | refused: stop | refused: turn off | refused: turn off |
-//! | set of hardware | yes | refused: stop | refused: turn off | refused: turn off |
+//! | set of hardware | yes; a disk whose files are still to be merged does not grow | refused: stop | refused: turn off | refused: turn off |
 //! | delete the machine | yes | refused: turn off | refused: turn off | yes |
 //!
 //! # While another one is under way

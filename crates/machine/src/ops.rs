@@ -9,6 +9,7 @@
 
 pub mod apply;
 mod delete;
+mod grow;
 mod save;
 mod settings;
 pub mod snapshot;

@@ -68,6 +68,9 @@ impl Owner {
         self.find_qemu().await?;
         self.keeper.undo_unfinished(self.live.as_mut().map(Live::disks))?;
         self.agree_with_qemu().await?;
+        if self.live.is_none() {
+            self.keeper.note_grown()?;
+        }
         for file in self.keeper.files.unknown(&self.machine().machine)? {
             log::write(&self.keeper.files, None, &format!("{file} is not in the ledger; it is left alone"));
         }

@@ -271,6 +271,8 @@ fn a_file_that_a_machine_has_open_is_refused_with_its_name() {
     let alert = || place.machine("db")["alert"].as_str().unwrap_or_default().to_owned();
     place::eventually("the alert", || alert().contains("mine.vhdx is in use"));
     assert_eq!(place.tree("db")["pending"][0]["kind"], "merge");
+    let refused = place.tenby(&["vm", "set", "db", "--grow-disk", "disk0=20M"]).with(3);
+    assert!(refused.err.contains("disk0 cannot be changed now: 1 file to merge, about 1 s"), "{refused:?}");
     drop(reading);
     place.tenby(&["snapshot", "create", "db", "two"]).well();
     place::eventually("the merge", || place.tree("db")["pending"].as_array().unwrap().is_empty());

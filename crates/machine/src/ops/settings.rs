@@ -53,13 +53,14 @@ impl Owner {
         let rows = self.machine();
         let config = &rows.machine.now.config;
         check_hardware(settings.memory.unwrap_or(config.memory), settings.cpus.unwrap_or(config.cpus))?;
-        if !settings.grow_disks.is_empty() {
-            return Err(Problem::refused("growing a disk is not there yet"));
-        }
-        for disk in &settings.remove_disks {
+        let grown = settings.grow_disks.iter().map(|(disk, _)| disk);
+        for disk in settings.remove_disks.iter().chain(grown) {
             check_disk(&rows.machine, disk)?;
         }
         let added = self.take_in_disks(task, settings)?;
+        // Last of what can fail: it is not undone with the files of the others.
+        self.keeper.grow(&rows.machine, &settings.grow_disks)?;
+        self.keeper.steps.at("set:grown");
         self.keeper.settle(task, &Value::Null, |machine| {
             change(machine, settings);
             for (made, spec) in added.into_iter().zip(&settings.add_disks) {
@@ -129,6 +130,7 @@ fn change(machine: &mut Machine, settings: &Settings) {
     machine.policy.autostart = settings.autostart.unwrap_or(machine.policy.autostart);
     machine.policy.on_host_stop = settings.on_host_stop.unwrap_or(machine.policy.on_host_stop);
     machine.policy.undo_for = settings.undo_for.unwrap_or(machine.policy.undo_for);
+    machine.resize(&settings.grow_disks);
     // By the new setting, a disk that is removed by the same request can be taken back.
     for disk in &settings.remove_disks {
         remove_disk(machine, disk);
