@@ -38,6 +38,17 @@ impl SmallDisk {
         }
     }
 
+    /// Leaves so much room, bytes.
+    ///
+    /// # Panics
+    /// If it is not mounted.
+    pub fn fill_up_to(&self, room: u64) {
+        self.fill_up();
+        let ballast = fs::File::options().write(true).open(self.ballast()).expect("it is ours");
+        let len = ballast.metadata().expect("it is ours").len();
+        ballast.set_len(len - room).expect("it is ours");
+    }
+
     /// Takes away what filled it up.
     ///
     /// # Panics

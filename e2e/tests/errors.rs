@@ -382,6 +382,34 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     assert!(asked.join().expect("it ended"), "nobody was there to answer");
 }
 
+/// What a merge moves is given up piece by piece where there is no room to have it twice.
+#[test]
+fn a_merge_makes_do_with_less_room_than_it_moves() {
+    let lab = Lab::with_base();
+    let small = lab.on_a_small_disk("384m");
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    lab.snapshot("Monday");
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    witness.ask("fill-disk vda 4M 56 1");
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    lab.snapshot("Tuesday");
+    lab.settle();
+
+    small.fill_up_to(20 << 20);
+    let plan = lab.json(&["snapshot", "delete", BASE, "Monday", "--dry-run"]);
+    assert!(plan["bytes_moved"].as_u64().is_some_and(|bytes| bytes > 50 << 20), "{plan}");
+    lab.ok(&["snapshot", "delete", BASE, "Monday", "--wait"]);
+    assert!(!lab.ok(&["vm", "log", BASE]).contains("waits for room"));
+    lab.assert_tidy();
+    small.make_room();
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    assert_eq!(witness.ask("sum-disk vda 4M 56 1")["ok"], true);
+}
+
 /// A running machine's leaf changes from moment to moment: it is neither read nor written by anybody else. What is sealed may be read.
 #[test]
 fn a_disk_that_a_guest_writes_is_its_own() {

@@ -68,6 +68,10 @@ impl Folder for Watched {
     fn sync(&self) -> store::Result<()> {
         panic!("a gate only opens")
     }
+
+    fn room(&self) -> store::Result<u64> {
+        panic!("a gate only opens")
+    }
 }
 
 /// An image over `parent`.

@@ -1,7 +1,11 @@
 //! The collector: what no row names is removed or folded away, in the background, as jobs that one can watch and cancel.
 //!
 //! What there is to do is derived from the rows alone ([`garbage`]); nothing remembers it. So a crash needs no repair here: the
-//! next worker derives the same, and a fold that was cut off begins again (its child is the truth until its commit).
+//! next worker derives the same, and a fold that was cut off begins again (its child, read through its chain, is the truth until its
+//! commit).
+//!
+//! What a fold moves is in both files until then. Where there is no room for that, and no guest goes on meanwhile, it moves from one layer
+//! into the one below, and is given up piece by piece ([`merge::move_down`]).
 
 use crate::actor::{Owner, Shared};
 use crate::disks::Disks;
@@ -14,6 +18,7 @@ use crate::live::Live;
 use crate::log;
 use crate::mark;
 use crate::request::{DeletePlan, Pending, Problem, ProblemKind};
+use crate::room::PLENTY;
 use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId, TrashId};
 use crate::views;
 use image::merge::{self, Direction, Outcome, Plan};
@@ -55,6 +60,8 @@ pub struct Folding {
     layers: Vec<Arc<dyn Layer>>,
     /// The files that are of no use afterwards.
     gone: Vec<String>,
+    /// Bytes to make do with, if there are too few to have twice what moves.
+    room: Option<u64>,
 }
 
 /// How a fold ended.
@@ -270,7 +277,13 @@ impl Keeper {
         let mut open = |row, mode| self.handle(row, mode, disks.as_deref_mut());
         let beneath = beneath.map(|row| open(row, Mode::Read)).transpose()?;
         let mut layers = rows.iter().map(|row| open(row, Mode::Read)).collect::<Result<Vec<_>, _>>()?;
-        let direction = way(lowest, &plan(beneath.as_ref(), &layers)?);
+        let plan = plan(beneath.as_ref(), &layers)?;
+        let direction = way(lowest, &plan);
+        let moves = plan.moves(direction).iter().sum();
+        let room = self.scarce_room(lowest, moves).filter(|_| chain.is_none() && direction == Direction::Down);
+        if room.is_some() && run.len() > 1 {
+            return self.open_fold(machine, &run[..1], disks, begin);
+        }
         // The handles of what changes are made writable: down the parent and its child's link, up the top.
         let written = if direction == Direction::Down { 0..2 } else { rows.len() - 1..rows.len() };
         for number in written {
@@ -291,7 +304,13 @@ impl Keeper {
             self.label_run(machine, &rows, &*layers[1]);
         }
         log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
-        Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone })
+        Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone, room })
+    }
+
+    /// The room there is, if it is not enough for so many bytes more.
+    fn scarce_room(&self, stays: &LayerRow, bytes: u64) -> Option<u64> {
+        let room = self.files.room(stays);
+        (room < bytes.saturating_add(PLENTY)).then_some(room)
     }
 
     /// A layer's handle: the one of the chain that is served, or one of its own.
@@ -313,7 +332,7 @@ impl Keeper {
     }
 
     fn carry_out_fold(&self, folding: &Folding, stop: &Cancel, starved: &mut bool) -> Result<Outcome, Problem> {
-        let Folding { run, direction, task, chain, beneath, layers, gone } = folding;
+        let Folding { run, direction, task, chain, beneath, layers, gone, room } = folding;
         let commit = || {
             self.steps.at("merge:copied");
             self.book.commit(|rows| {
@@ -339,6 +358,9 @@ impl Keeper {
         let live = chain.as_deref();
         let (stays, outcome) = if let (Direction::Up, Some(beneath)) = (direction, beneath) {
             (layers.last(), merge::fold_up(live, beneath, layers, &mut progress, commit))
+        } else if let Some(room) = room {
+            let all: Vec<_> = beneath.iter().chain(layers).cloned().collect();
+            (layers.first(), merge::move_down(&all, *room, uuid::Uuid::new_v4(), &mut progress, commit))
         } else {
             let g = uuid::Uuid::new_v4();
             (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))

@@ -242,6 +242,17 @@ impl Files {
         Ok(unknown)
     }
 
+    /// Bytes that are free where a layer's file lies; `u64::MAX` if that cannot be told.
+    pub(crate) fn room(&self, row: &LayerRow) -> u64 {
+        let folder = || -> store::Result<u64> {
+            match row.in_place {
+                true => store::host::HostFolder::holding(Path::new(&row.file))?.0.room(),
+                false => self.folder.room(),
+            }
+        };
+        folder().unwrap_or(u64::MAX)
+    }
+
     fn place(&self, row: &LayerRow) -> Result<(Arc<dyn Folder>, String), Problem> {
         let (folder, name) = row
             .file

@@ -15,7 +15,7 @@ const SCARCE: u64 = reserve::SIZE + (8 << 20);
 /// With this a guest goes on, bytes. More than the reserve: when that is given up, it is not the guest's.
 const ENOUGH: u64 = 2 * reserve::SIZE;
 /// With this there is room for a reserve.
-const PLENTY: u64 = 4 * reserve::SIZE;
+pub(crate) const PLENTY: u64 = 4 * reserve::SIZE;
 
 impl Owner {
     /// When it is to be looked for room again, if anything waits for some, or may have to make some.
@@ -94,6 +94,6 @@ impl Owner {
 
     /// Bytes that are free where the machine's files lie.
     fn room(&self) -> u64 {
-        rustix::fs::statvfs(self.keeper.files.path()).map_or(0, |stat| stat.f_bavail * stat.f_frsize)
+        self.keeper.files.folder().room().unwrap_or(0)
     }
 }

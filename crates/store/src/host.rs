@@ -192,6 +192,11 @@ impl Folder for HostFolder {
     fn sync(&self) -> Result<()> {
         retry_on_intr(|| fs::fsync(&self.fd)).map_err(|errno| failed("sync", &self.path, errno))
     }
+
+    fn room(&self) -> Result<u64> {
+        let stat = retry_on_intr(|| fs::fstatvfs(&self.fd)).map_err(|errno| failed("statvfs", &self.path, errno))?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
 }
 
 /// Opens a user's own file, wherever it lies; symbolic links are followed. Only a regular file will do: anything else is an error

@@ -113,6 +113,8 @@ pub trait Folder: Send + Sync + fmt::Debug {
     fn list(&self) -> Result<Vec<String>>;
     /// Makes the names in this folder durable.
     fn sync(&self) -> Result<()>;
+    /// Bytes that are free on the file system that this folder is on, for whoever is not its root.
+    fn room(&self) -> Result<u64>;
 }
 
 /// What went wrong, coarsely: what a caller may want to tell apart.

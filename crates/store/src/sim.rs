@@ -743,6 +743,11 @@ impl Folder for SimFolder {
         self.remove(name, true)
     }
 
+    fn room(&self) -> Result<u64> {
+        let disk = lock(&self.disk);
+        Ok(disk.capacity.map_or(u64::MAX, |capacity| capacity.saturating_sub(disk.used())))
+    }
+
     fn list(&self) -> Result<Vec<String>> {
         let mut disk = lock(&self.disk);
         if !disk.powered {

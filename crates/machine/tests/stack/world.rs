@@ -27,6 +27,8 @@ use uuid::Uuid;
 
 /// Sizes of the disks: in the middle of a block, and less than one.
 const SIZES: [u64; 2] = [(3 << 20) + 3 * SECTOR, 600 << 10];
+/// Bytes that a fold has to make do with.
+const ROOM: u64 = 4 << 20;
 /// Pages of RAM.
 const PAGES: usize = 24;
 
@@ -710,7 +712,12 @@ impl World {
         self.begin("remove");
         self.keeper().remove_garbage()?;
         let keeper = self.keeper();
-        let Some(folding) = keeper.next_fold(self.disks.as_mut(), Begin::default())? else {
+        // Room for what moves, but not for having it twice with all that is wanted besides.
+        let scarce = self.dice.one_in(3);
+        self.disk.set_capacity(scarce.then(|| self.disk.used() + ROOM));
+        let folding = keeper.next_fold(self.disks.as_mut(), Begin::default());
+        self.disk.set_capacity(None);
+        let Some(folding) = folding? else {
             return self.hash();
         };
         self.begin("fold");
