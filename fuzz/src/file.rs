@@ -347,6 +347,10 @@ impl Folder for Shelf {
     fn sync(&self) -> Result<()> {
         Ok(())
     }
+
+    fn room(&self) -> Result<u64> {
+        Ok(u64::MAX)
+    }
 }
 
 #[cfg(test)]
