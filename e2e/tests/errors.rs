@@ -322,6 +322,8 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     lab.snapshot("Monday");
     written("36M", 2);
     lab.snapshot("Tuesday");
+    // Beside a guest, what moves has to have room twice.
+    lab.ok(&["vm", "start", BASE, "--paused"]);
 
     small.fill_up();
     lab.ok(&["snapshot", "delete", BASE, "Monday"]);
@@ -343,7 +345,7 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     lab.settle();
     assert_eq!(lab.json(&["job", "show", &merge])["state"], "completed");
 
-    lab.ok(&["vm", "start", BASE]);
+    lab.ok(&["vm", "resume", BASE]);
     let mut witness = lab.witness(BASE);
     witness.resync();
     small.fill_up();
