@@ -138,6 +138,50 @@ fn starved_flush(format: Format, differencing: bool, pages: u64) -> bool {
     starved
 }
 
+/// Each write in turn finds no room, from the session's first, and is made again; a sync that finds none is a fault.
+#[test]
+fn whichever_write_finds_no_room_nothing_is_lost() {
+    for (format, differencing) in FORMATS.into_iter().flat_map(|format| [(format, false), (format, true)]) {
+        let (mut starved, mut lost) = (0, 0);
+        for nth in 0.. {
+            match fail_once(format, differencing, nth) {
+                None => break,
+                Some(ErrorKind::NoSpace) => starved += 1,
+                Some(_) => lost += 1,
+            }
+        }
+        assert!(starved > 2 && lost > 1, "{format:?}, {differencing}: {starved} and {lost}");
+    }
+}
+
+/// What the nth operation of a session's first write and flush comes to, if it finds no room; nothing, if there are fewer.
+fn fail_once(format: Format, differencing: bool, nth: u64) -> Option<ErrorKind> {
+    let sim = Sim::new();
+    let mut layers = vec![base(&sim, format)];
+    if differencing {
+        layers.push(child(&sim, format, "child", &layers[0]));
+    }
+    let chain = Chain::new(layers, Access::Write).unwrap();
+    sim.root().sync().unwrap();
+    let flushed = pieces(&chain);
+    let end = sim.counts().operations + nth;
+    sim.fail(At::Operation(end), store::ErrorKind::NoSpace, Times::Once);
+    let write = || WRITES.iter().try_for_each(|(_, from)| chain.write(&[7; PIECE], *from)).and_then(|()| chain.flush());
+    let failed = write().err().map(|error| error.kind);
+    if sim.counts().operations <= end {
+        return None;
+    }
+    check_crashes(&sim, differencing, &flushed, 7);
+    if failed.is_none_or(|kind| kind == ErrorKind::NoSpace) {
+        write().unwrap_or_else(|error| panic!("{format:?}, {differencing}, {nth}: {error}"));
+        check_crashes(&sim, differencing, &vec![vec![7; PIECE]; WRITES.len()], 7);
+    } else {
+        assert_eq!(kind(write()), ErrorKind::Poisoned, "{format:?}, {differencing}, {nth}");
+    }
+    // The header's second copy is done without.
+    Some(failed.unwrap_or(ErrorKind::NoSpace))
+}
+
 fn pieces(chain: &Chain) -> Vec<Vec<u8>> {
     let piece = |from| {
         let mut bytes = vec![0xAA; PIECE];

@@ -68,8 +68,11 @@ impl Owner {
         self.find_qemu().await?;
         self.keeper.undo_unfinished(self.live.as_mut().map(Live::disks))?;
         self.agree_with_qemu().await?;
-        if self.live.is_none() {
-            self.keeper.note_grown()?;
+        // A full disk must not keep a worker from its machine for this.
+        if self.live.is_none()
+            && let Err(problem) = self.keeper.note_grown()
+        {
+            tracing::warn!("{problem}; the next worker tries again");
         }
         for file in self.keeper.files.unknown(&self.machine().machine)? {
             log::write(&self.keeper.files, None, &format!("{file} is not in the ledger; it is left alone"));

@@ -149,7 +149,7 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
         return Ok(());
     }
     // Hashing everything takes as long as all the rest.
-    let deeply = dice.one_in(8);
+    let deeply = dice.one_in(4);
     if deeply {
         check_recorded(&keeper, &files)?;
     }

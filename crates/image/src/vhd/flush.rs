@@ -51,6 +51,7 @@ impl Inner {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.check_sound()?;
         let mut meta = lock(&self.meta);
         let id = if session.identified { meta.footer.id() } else { Uuid::new_v4() };
         if !(session.identified && meta.head_sound && meta.tail_sound) {

@@ -45,6 +45,7 @@ impl Inner {
         if self.started.load(Ordering::Acquire) {
             return Ok(());
         }
+        self.check_sound()?;
         let data_id = (!session.data_identified).then(Uuid::new_v4);
         self.poison_on_fault(self.identify(&mut session, data_id))?;
         self.begin_carry(session.journal.header().file_write)?;
