@@ -1,7 +1,7 @@
 //! Files that fail: what is refused afterwards, and what goes on.
 
 use image::merge::{FoldError, Outcome, fold_down, fold_up};
-use image::{Access, Chain, ErrorKind, Format, Layer, vhd, vhdx};
+use image::{Access, Chain, ErrorKind, Format, Layer, ParentLink, vhd, vhdx};
 use std::convert::Infallible;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -91,6 +91,37 @@ fn a_flush_without_space_is_made_again_when_there_is_some() {
         let starved = (0..32).filter(|pages| starved_flush(format, differencing, *pages)).count();
         // A block of a VHD takes all of its room when it is placed.
         assert!((3..32).contains(&starved) || format == Format::Vhd, "{format:?}, {differencing}: {starved} of 32");
+    }
+}
+
+/// A fold that cannot begin for want of room is no reason to distrust the leaf that a guest writes.
+#[test]
+fn a_link_that_finds_no_room_is_changed_when_there_is_some() {
+    for (format, pages) in FORMATS.into_iter().flat_map(|format| (0..12).map(move |pages| (format, pages))) {
+        let sim = Sim::new();
+        let lower = base(&sim, format);
+        let upper = child(&sim, format, "child", &lower);
+        let chain = Chain::new(vec![lower, Arc::clone(&upper)], Access::Write).unwrap();
+        chain.write(&vec![1; 700 * 512], 300 * 512).unwrap();
+        chain.flush().unwrap();
+        let link = upper.info().parent.expect("it stands on something");
+        sim.set_capacity(Some(sim.used() + pages * 4096));
+        // A longer one takes more room.
+        let new = ParentLink { linkage2: Some(Uuid::new_v4()), relative_path: Some("x".repeat(900)), ..link.clone() };
+        let refused = upper.relink(None, Some(new.clone()));
+        if let Err(error) = &refused {
+            assert_eq!(error.kind, ErrorKind::NoSpace, "{format:?}, {pages}: {error}");
+            assert_eq!(upper.info().parent, Some(link), "{format:?}, {pages}");
+        }
+        assert!(refused.is_err() || pages > 0, "{format:?}: it needs room");
+        sim.set_capacity(None);
+        chain.write(&[2; 512], 0).unwrap();
+        chain.flush().unwrap_or_else(|error| panic!("{format:?}, {pages}: {error}"));
+        upper.relink(None, Some(new)).unwrap();
+        chain.close().unwrap();
+        drop((chain, upper));
+        let again = image::open(sim.root().open("child", Mode::Read).unwrap(), None, Mode::Read).unwrap();
+        assert!(again.info().parent.is_some_and(|link| link.linkage2.is_some()), "{format:?}, {pages}");
     }
 }
 

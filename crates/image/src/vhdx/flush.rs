@@ -235,6 +235,8 @@ impl Inner {
             locator.relink(&link);
             // What cannot be written is refused before anything has changed.
             let pages = self.metadata_pages(|region| metadata::replace_locator(region, &locator))?;
+            // A disk that is full is no reason to distrust a leaf that somebody writes: the room is taken before anything depends on it.
+            session.journal.take_room(&*self.store, &pages)?;
             self.poison_on_error(self.identify(&mut session, None))?;
             let file_length = lock(&self.meta).space.len();
             self.poison_on_error(self.write_metadata(&mut session.journal, file_length, &pages))?;
@@ -264,7 +266,6 @@ impl Inner {
         if pages.is_empty() {
             return Ok(());
         }
-        // A disk that is full is no reason to distrust a leaf that somebody writes: the room is taken before anything depends on it.
         session.journal.take_room(&*self.store, &pages)?;
         self.poison_on_error(self.identify(&mut session, None))?;
         let file_length = lock(&self.meta).space.len();
