@@ -24,8 +24,11 @@ pub(crate) fn run(words: &[String]) -> Result<()> {
             other => bail!("there is no {other}"),
         }
     }
-    let test =
-        if syncs { "skips::a_sync_that_is_left_out_is_noticed" } else { "nothing_is_lost_wherever_the_power_goes" };
+    let test = if syncs {
+        "skips::a_sync_that_is_left_out_or_late_is_noticed"
+    } else {
+        "nothing_is_lost_wherever_the_power_goes"
+    };
     step(&match syncs {
         true => format!("a life of seed {seed}, without each of its syncs"),
         false => format!("{states} distinct crash states, from seed {seed} on"),

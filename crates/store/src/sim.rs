@@ -29,6 +29,7 @@ pub use crash::Crash;
 use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
 use crash::{Choice, FileOp, NameOp, SECTOR, apply_names, mix};
 use pages::{PAGE, Pages};
+use std::backtrace::Backtrace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -66,15 +67,24 @@ pub enum Times {
     Forever,
 }
 
-/// A sync that was skipped.
-#[derive(Debug, Clone)]
-pub struct Skipped {
+/// A sync that had something to do.
+#[derive(Debug)]
+pub struct Synced {
     /// The file or folder.
     pub name: String,
     /// The number of the operation.
     pub operation: u64,
-    /// Who asked for it: a backtrace.
-    pub by: String,
+    /// Who asked for it.
+    pub by: Backtrace,
+}
+
+/// What a power cut leaves if a sync did nothing and said that it did. See [`Sim::without_sync`].
+#[derive(Debug)]
+pub struct Unsynced {
+    /// Of what is not synced either, nothing is left.
+    pub nothing: Sim,
+    /// All else is left.
+    pub all_else: Sim,
 }
 
 /// A simulated disk. A clone is the same disk.
@@ -110,8 +120,7 @@ impl Sim {
             powered: true,
             cut: None,
             faults: Vec::new(),
-            skip: None,
-            skipped: None,
+            remembers: false,
             capacity: None,
             copies: None,
         };
@@ -155,14 +164,24 @@ impl Sim {
         lock(&self.disk).faults.push(Fault { at, kind, times });
     }
 
-    /// Makes the n-th sync do nothing and say that it did: a mistake, to see whether a test notices it.
-    pub fn skip_sync(&self, nth: u64) {
-        lock(&self.disk).skip = Some(nth);
+    /// Remembers from now on what the last sync of each file and folder has done, for [`Sim::without_sync`].
+    pub fn remember_syncs(&self) {
+        lock(&self.disk).remembers = true;
     }
 
-    /// The sync that was skipped, if that left anything undone.
-    pub fn skipped(&self) -> Option<Skipped> {
-        lock(&self.disk).skipped.clone()
+    /// The last sync of each file and folder, of those that are remembered and had something to do.
+    pub fn last_syncs(&self) -> Vec<Arc<Synced>> {
+        lock(&self.disk).inodes.values().filter_map(Inode::last).cloned().collect()
+    }
+
+    /// What a power cut now may leave if one of [`Sim::last_syncs`], by the number of its operation, had done nothing. So one run shows what becomes of every
+    /// sync that is forgotten, or that comes too late: a run does not see what is durable. (What a sync before the last one did, the last one did as well.)
+    pub fn without_sync(&self, operation: u64) -> Option<Unsynced> {
+        let disk = lock(&self.disk);
+        let is_it = |inode: &Inode| inode.last().is_some_and(|sync| sync.operation == operation);
+        let id = *disk.inodes.iter().find(|(_, inode)| is_it(inode))?.0;
+        let state = |crash| Self::with_inodes(disk.after_crash_without(id, crash));
+        Some(Unsynced { nothing: state(Crash::Nothing), all_else: state(Crash::Everything) })
     }
 
     /// Lets all operations succeed again.
@@ -222,8 +241,8 @@ struct Disk {
     powered: bool,
     cut: Option<At>,
     faults: Vec<Fault>,
-    skip: Option<u64>,
-    skipped: Option<Skipped>,
+    /// Whether the last sync of everything is remembered.
+    remembers: bool,
     capacity: Option<u64>,
     copies: Option<Copies>,
 }
@@ -252,7 +271,11 @@ struct FileInode {
     diverged: bool,
     /// Open handles and their locks.
     handles: BTreeMap<u64, Lock>,
+    /// The last sync, and what was durable and pending before it.
+    last: Option<Last<Arc<Pages>, FileOp>>,
 }
+
+type Last<D, O> = (Arc<Synced>, D, Vec<(u64, O)>);
 
 #[derive(Clone, Default)]
 struct FolderInode {
@@ -260,6 +283,48 @@ struct FolderInode {
     durable: BTreeMap<String, u64>,
     pending: Vec<(u64, NameOp)>,
     removed: bool,
+    last: Option<Last<BTreeMap<String, u64>, NameOp>>,
+}
+
+impl Inode {
+    fn last(&self) -> Option<&Arc<Synced>> {
+        match self {
+            Self::File(file) => file.last.as_ref().map(|last| &last.0),
+            Self::Folder(folder) => folder.last.as_ref().map(|last| &last.0),
+        }
+    }
+
+    /// What a crash leaves of it.
+    fn crashed(&self, choice: &Choice<'_>) -> Self {
+        match self {
+            Self::File(file) => {
+                let durable = file.crashed(choice);
+                Self::File(FileInode { content: Arc::clone(&durable), durable, ..FileInode::default() })
+            }
+            Self::Folder(folder) => {
+                let durable = folder.crashed(choice);
+                Self::Folder(FolderInode { entries: durable.clone(), durable, ..FolderInode::default() })
+            }
+        }
+    }
+
+    /// As if the last sync had done nothing.
+    fn without_sync(&self) -> Self {
+        match self.clone() {
+            Self::File(mut file) => {
+                if let Some((_, durable, pending)) = file.last.take() {
+                    (file.durable, file.pending) = (durable, pending.into_iter().chain(file.pending).collect());
+                }
+                Self::File(file)
+            }
+            Self::Folder(mut folder) => {
+                if let Some((_, durable, pending)) = folder.last.take() {
+                    (folder.durable, folder.pending) = (durable, pending.into_iter().chain(folder.pending).collect());
+                }
+                Self::Folder(folder)
+            }
+        }
+    }
 }
 
 struct Fault {
@@ -356,14 +421,10 @@ impl Disk {
         }
     }
 
-    /// Whether the sync that has just been counted is to be skipped.
-    fn skips(&mut self, undone: bool, name: &str, operation: u64) -> bool {
-        let skips = self.skip.is_some_and(|nth| nth + 1 == self.counts.syncs);
-        if skips && undone {
-            let by = std::backtrace::Backtrace::force_capture().to_string();
-            self.skipped = Some(Skipped { name: name.to_owned(), operation, by });
-        }
-        skips
+    /// A sync that is to be remembered.
+    fn synced(&self, name: &str, operation: u64) -> Option<Arc<Synced>> {
+        let synced = || Synced { name: name.to_owned(), operation, by: Backtrace::force_capture() };
+        self.remembers.then(|| Arc::new(synced()))
     }
 
     fn new_id(&mut self) -> u64 {
@@ -424,20 +485,28 @@ impl Disk {
     fn after_crash(&self, crash: Crash) -> BTreeMap<u64, Inode> {
         let unsynced = self.unsynced();
         let choice = Choice { crash, unsynced: &unsynced };
-        let mut inodes = BTreeMap::new();
-        let mut found = vec![ROOT];
+        Self::reached(|id| self.inodes[&id].crashed(&choice))
+    }
+
+    /// The same, but that the last sync of `without` has done nothing, and that none of what it covered is left, nor what came later.
+    fn after_crash_without(&self, without: u64, crash: Crash) -> BTreeMap<u64, Inode> {
+        let unsynced = self.unsynced();
+        let (nothing, choice) =
+            (Choice { crash: Crash::Nothing, unsynced: &[] }, Choice { crash, unsynced: &unsynced });
+        Self::reached(|id| match &self.inodes[&id] {
+            inode if id == without => inode.without_sync().crashed(&nothing),
+            inode => inode.crashed(&choice),
+        })
+    }
+
+    /// What is found from the root on, each as `after` says.
+    fn reached(after: impl Fn(u64) -> Inode) -> BTreeMap<u64, Inode> {
+        let (mut inodes, mut found) = (BTreeMap::new(), vec![ROOT]);
         while let Some(id) = found.pop() {
-            let inode = match &self.inodes[&id] {
-                Inode::File(file) => {
-                    let durable = file.crashed(&choice);
-                    Inode::File(FileInode { content: Arc::clone(&durable), durable, ..FileInode::default() })
-                }
-                Inode::Folder(folder) => {
-                    let durable = folder.crashed(&choice);
-                    found.extend(durable.values());
-                    Inode::Folder(FolderInode { entries: durable.clone(), durable, ..FolderInode::default() })
-                }
-            };
+            let inode = after(id);
+            if let Inode::Folder(folder) = &inode {
+                found.extend(folder.durable.values());
+            }
             inodes.insert(id, inode);
         }
         inodes
@@ -462,6 +531,9 @@ impl Disk {
             if let Inode::Folder(folder) = inode {
                 named.extend(folder.entries.values().chain(folder.durable.values()));
                 named.extend(folder.pending.iter().map(|(_, change)| change.inode()));
+                if let Some((_, durable, pending)) = &folder.last {
+                    named.extend(durable.values().copied().chain(pending.iter().map(|(_, change)| change.inode())));
+                }
             }
         }
         self.inodes.retain(|id, inode| match inode {
@@ -760,11 +832,13 @@ impl Folder for SimFolder {
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
             Fate::Done(number) => {
-                let undone = !disk.folder(self.inode).pending.is_empty();
-                if !disk.skips(undone, &self.name, number) {
-                    disk.folder(self.inode).settle(Crash::Everything);
-                    disk.forget_unreachable();
+                let synced = disk.synced(&self.name, number);
+                let folder = disk.folder(self.inode);
+                if let Some(synced) = synced.filter(|_| !folder.pending.is_empty()) {
+                    folder.last = Some((synced, folder.durable.clone(), folder.pending.clone()));
                 }
+                folder.settle(Crash::Everything);
+                disk.forget_unreachable();
                 Ok(())
             }
             Fate::Cut(_) => Err(power_lost("sync", &self.name)),
@@ -912,10 +986,12 @@ impl Store for SimFile {
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
             Fate::Done(number) => {
-                let undone = !disk.file(self.inode).pending.is_empty();
-                if !disk.skips(undone, &self.name, number) {
-                    disk.file(self.inode).settle(Crash::Everything);
+                let synced = disk.synced(&self.name, number);
+                let file = disk.file(self.inode);
+                if let Some(synced) = synced.filter(|_| !file.pending.is_empty()) {
+                    file.last = Some((synced, Arc::clone(&file.durable), file.pending.clone()));
                 }
+                file.settle(Crash::Everything);
                 Ok(())
             }
             Fate::Cut(_) => Err(power_lost("sync", &self.name)),

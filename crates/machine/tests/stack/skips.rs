@@ -1,75 +1,161 @@
-//! The test tests itself: each sync of a life is left out once, and the life's crash test has to notice, or it is known why it cannot.
+//! The test tests itself: what becomes of a life whose syncs are left out, one at a time, or come too late, so that the next one is done first. The
+//! life's crash test has to notice, or it is known why it cannot.
+//!
+//! A life does not see what is durable. So one life shows all of that: at each cut, what is there without the last sync of each file.
 
-use crate::world::World;
+use crate::world::{Moment, World};
 use crate::{check, live, number, runtime, sample};
-use std::collections::BTreeMap;
-use store::sim::{At, Crash, Skipped};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use store::sim::{Synced, Unsynced};
 
-/// Places in the code whose syncs can be left out, one at a time, without harm, and why.
+/// Syncs that can be left out, or come after the next one, without harm, by the end of their name, and why.
 const HARMLESS: &[(&str, &str)] = &[];
 
-/// So many operations after a sync that is missing the power is cut, at every third.
-const AFTER: u64 = 60;
+/// A mistake that was noticed so often is not tried again.
+const OFTEN: u32 = 3;
 
-/// What became of leaving out the syncs of one place in the code.
+/// What became of a mistake.
 #[derive(Debug, Default)]
-struct Site {
+struct Tried {
     noticed: u32,
-    missed: u32,
+    missed: BTreeSet<u64>,
+    /// How it was noticed first.
+    how: Option<String>,
 }
 
-/// The lines that asked for the sync, innermost first.
-fn site(skipped: &Skipped) -> String {
-    let ours = |line: &str| {
-        let (_, place) = line.trim_start().strip_prefix("at ")?.split_once("/src/")?;
-        let file = place.rsplit_once(':').map_or(place, |(line, _)| line);
-        let foreign = line.contains("/rustc/") || line.contains("/registry/") || file.starts_with("sim");
-        (!foreign).then(|| file.to_owned())
-    };
-    let kind = skipped.name.rsplit('.').next().unwrap_or_default();
-    let lines: Vec<String> = skipped.by.lines().filter_map(ours).take(3).collect();
-    format!("{kind}: {}", lines.join(" < "))
+/// A mistake, by the places in the code that ask for the sync.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum Mistake {
+    LeftOut(String),
+    /// The first is done after the second.
+    Late(String, String),
 }
 
-/// Leaves out the `nth` sync of this seed's life, and cuts the power soon after: what was not synced is gone. Whether that is noticed, and where it
-/// was asked for; nothing, if it had nothing to do.
-fn skip(seed: u64, nth: u64) -> Option<(String, bool)> {
-    let (machine, runtime) = (sample::machine(2), runtime());
-    let life = |cut: Option<u64>| {
-        let mut world = World::new(&machine, seed);
-        world.disk.skip_sync(nth);
-        if let Some(at) = cut {
-            world.disk.cut(At::Operation(at));
+#[derive(Default)]
+struct Trial {
+    tried: BTreeMap<Mistake, Tried>,
+    /// Operations of syncs of this life that are known to be noticed.
+    noticed: HashSet<u64>,
+    names: BTreeMap<u64, String>,
+}
+
+impl Trial {
+    /// The functions that asked for a sync, innermost first.
+    fn name(&mut self, sync: &Synced) -> String {
+        self.names.entry(sync.operation).or_insert_with(|| name(sync)).clone()
+    }
+
+    fn note(&mut self, mistake: Mistake, operation: u64, wrong: Option<&String>) {
+        let tried = self.tried.entry(mistake).or_default();
+        match wrong {
+            None => {
+                tried.missed.insert(operation);
+            }
+            Some(wrong) => {
+                tried.noticed += 1;
+                tried.missed.remove(&operation);
+                tried.how.get_or_insert_with(|| wrong.clone());
+            }
         }
-        let ended = live(&mut world, &runtime);
-        (world, ended)
+    }
+
+    fn is_known(&self, mistake: &Mistake) -> bool {
+        self.tried.get(mistake).is_some_and(|tried| tried.noticed >= OFTEN)
+    }
+
+    /// At a moment; `late` are the last two syncs, if it is right after them.
+    fn look(&mut self, moment: &Moment, late: Option<(u64, u64)>) {
+        let all = moment.disk.last_syncs();
+        let name = |trial: &mut Self, operation| {
+            let sync = all.iter().find(|sync| sync.operation == operation)?;
+            Some(trial.name(sync))
+        };
+        let pair = late.and_then(|(first, second)| Some(Mistake::Late(name(self, first)?, name(self, second)?)));
+        for sync in &all {
+            let operation = sync.operation;
+            let left_out = Mistake::LeftOut(self.name(sync));
+            let late = pair.clone().filter(|pair| late.is_some_and(|late| late.0 == operation) && !self.is_known(pair));
+            let old = self.noticed.contains(&operation) || self.is_known(&left_out);
+            if old && late.is_none() {
+                continue;
+            }
+            let wrong = wrong(moment, operation);
+            if wrong.is_some() {
+                self.noticed.insert(operation);
+            }
+            for mistake in late.into_iter().chain((!old).then_some(left_out)) {
+                self.note(mistake, operation, wrong.as_ref());
+            }
+        }
+    }
+}
+
+/// What is wrong with what a power cut leaves then.
+fn wrong(moment: &Moment, without: u64) -> Option<String> {
+    let Unsynced { nothing, all_else } = moment.disk.without_sync(without)?;
+    [nothing, all_else].into_iter().find_map(|disk| check(&disk, &moment.models, moment.at).err())
+}
+
+/// The functions that asked for a sync, innermost first, and the kind of file.
+fn name(sync: &Synced) -> String {
+    let kind = sync.name.rsplit(['.', '/']).next().unwrap_or_default();
+    let trace = sync.by.to_string();
+    let lines: Vec<&str> = trace.lines().map(str::trim_start).collect();
+    let ours = |pair: &[&str]| {
+        let (_, function) = pair[0].split_once(": ")?;
+        let place = pair[1].strip_prefix("at ")?;
+        let file = ["/image/src/", "/machine/src/"].iter().find_map(|part| place.split_once(part))?.1;
+        // A closure or a generic function, by its plain name.
+        let function = function.split(['<', '{']).find(|part| !part.is_empty())?;
+        let function = function.trim_end_matches("::").rsplit("::").next()?;
+        Some(format!("{} {function}", file.split(':').next()?))
     };
-    let skipped = life(None).0.disk.skipped()?;
-    let wrong = |at| {
-        let (world, ended) = life(Some(at));
-        !ended && check(&world.disk.after_crash(Crash::Nothing), &world.models(), at).is_err()
-    };
-    let noticed = (skipped.operation + 1..skipped.operation + AFTER).step_by(3).any(wrong);
-    Some((site(&skipped), noticed))
+    let mut functions: Vec<String> = lines.windows(2).filter_map(ours).collect();
+    functions.dedup();
+    functions.truncate(7);
+    format!("{kind}: {}", functions.join(" < "))
 }
 
 /// Takes long: `cargo xtask crash --syncs`.
 #[test]
 #[ignore = "takes many minutes"]
-fn a_sync_that_is_left_out_is_noticed() {
-    let mut sites: BTreeMap<String, Site> = BTreeMap::new();
-    let seed = number("TENBY_CRASH_SEED", 300);
-    let mut whole = World::new(&sample::machine(2), seed);
-    let first = whole.disk.counts().syncs;
-    assert!(live(&mut whole, &runtime()), "seed {seed}");
-    for (name, noticed) in (first..whole.disk.counts().syncs).filter_map(|nth| skip(seed, nth)) {
-        let site = sites.entry(name).or_default();
-        *(if noticed { &mut site.noticed } else { &mut site.missed }) += 1;
+fn a_sync_that_is_left_out_or_late_is_noticed() {
+    let mut trial = Trial::default();
+    let (seed, lives) = (number("TENBY_CRASH_SEED", 300), number("TENBY_CRASH_LIVES", 2));
+    for seed in seed..seed + lives {
+        let machine = sample::machine(2);
+        let mut once = World::new(&machine, seed);
+        assert!(live(&mut once, &runtime()), "seed {seed}");
+        let mut world = World::new(&machine, seed);
+        world.disk.remember_syncs();
+        let moments = world.moments(world.disk.counts().operations..once.disk.counts().operations);
+        assert!(live(&mut world, &runtime()), "seed {seed}");
+        let (mut before, mut last) = (None, None);
+        (trial.noticed, trial.names) = Default::default();
+        for moment in moments.take() {
+            let newest = moment.disk.last_syncs().iter().map(|sync| sync.operation).max();
+            let fresh = newest != last;
+            if fresh {
+                (before, last) = (last, newest);
+            }
+            if fresh || (moment.at + seed).is_multiple_of(5) {
+                trial.look(&moment, before.zip(last).filter(|_| fresh));
+            }
+        }
     }
-    for (name, site) in &sites {
-        println!("{:>5} noticed, {:>5} not: {name}", site.noticed, site.missed);
+    let mut unknown = Vec::new();
+    for (mistake, tried) in &trial.tried {
+        let words = match mistake {
+            Mistake::LeftOut(sync) => format!("left out: {sync}"),
+            Mistake::Late(first, second) => {
+                format!("late:     {first}\n                                  after: {second}")
+            }
+        };
+        println!("{:>5} noticed, {:>5} not: {words}", tried.noticed, tried.missed.len());
+        if tried.noticed == 0 {
+            unknown.push(words);
+        }
     }
-    let known = |name: &str| HARMLESS.iter().any(|(harmless, _)| name.contains(harmless));
-    let unnoticed: Vec<_> = sites.iter().filter(|(name, site)| site.noticed == 0 && !known(name)).collect();
-    assert!(unnoticed.is_empty(), "nobody notices that these are left out: {unnoticed:#?}");
+    unknown.retain(|words| !HARMLESS.iter().any(|(harmless, _)| words.contains(harmless)));
+    assert!(unknown.is_empty(), "nobody notices: {unknown:#?}");
 }
