@@ -729,6 +729,14 @@ impl Chain {
         work(&stack).map(Some)
     }
 
+    /// Lets a layer give up what the one below holds as well, between two requests: nobody reads from the places that become free with its next sync.
+    pub(crate) fn forget(&self, slot: &Slot, (offset, len): (u64, u64)) -> Result<()> {
+        let _stack = self.alone();
+        let forgotten = slot.layer().forget(offset, len);
+        self.forget_all();
+        forgotten
+    }
+
     /// Takes layers out whose content now lies in another one. One fold at a time takes layers away, so they are there.
     pub(crate) fn splice(&self, gone: &[Arc<Slot>]) {
         let mut stack = self.alone();

@@ -68,6 +68,11 @@
 //!
 //! [`move_down`] lets go of what the child holds as soon as the parent holds it durably, so that both together never need much
 //! more than before. The child alone is not the truth then, but child and parent are, and nobody else stands on the parent.
+//!
+//! # Going on
+//!
+//! Up, what the child holds by now is not looked at again. Down, the parent does not tell what it holds of the child, so a fold that was cut off
+//! goes on from a [`Mark`], which it told of on its way. There is none while the child is a leaf that is written: its flushes do not cover the parent.
 
 mod down;
 mod run;
@@ -94,6 +99,37 @@ pub struct Progress {
     pub done: u64,
     /// Bytes to copy, as far as is known by now.
     pub total: u64,
+    /// What a later fold may go on from, if this one is cut off.
+    pub mark: Option<Mark>,
+}
+
+/// How far a fold downwards came, for one that goes on: below `until` the parent holds durably what the run does.
+///
+/// Counts only for just these contents. It must not be kept for a child that somebody may write to, be it later: that does not always change its
+/// id.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Mark {
+    /// The parent's id (`G` of the module's table).
+    pub parent: Uuid,
+    /// The child's id, the last of a run's.
+    pub child: Uuid,
+    /// Bytes from the disk's beginning.
+    pub until: u64,
+}
+
+/// How a fold downwards that is cut off comes to go on.
+#[derive(Debug, Clone, Copy)]
+pub struct Marks {
+    /// Where an earlier one came to. Not looked at if it is not of these layers as they are.
+    pub from: Option<Mark>,
+    /// A mark is told of ([`Progress::mark`]) each time that so many bytes have moved. Each costs a sync.
+    pub every: u64,
+}
+
+impl Default for Marks {
+    fn default() -> Self {
+        Self { from: None, every: 128 << 20 }
+    }
 }
 
 /// How a fold ended.
@@ -167,7 +203,7 @@ pub fn plan(beneath: Option<&dyn Layer>, layers: &[Arc<dyn Layer>]) -> Result<Pl
     let down = check_down(run.top(), &Slot::new(Arc::clone(parent)));
     let up = beneath.is_some_and(|beneath| can_fold_up(beneath, &**top));
     let down = match down {
-        Ok(()) => Some(run.bytes()?),
+        Ok(()) => Some(run.bytes(0, run.top().size())?),
         Err(_) if up => None,
         Err(error) => return Err(error),
     };
@@ -182,8 +218,7 @@ pub fn can_fold_up(beneath: &dyn Layer, top: &dyn Layer) -> bool {
 
 /// Folds `child` into `parent`, live in `chain` (where they stand next to each other; see [`Chain::replace`]) or offline (`None`).
 ///
-/// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table; a fold
-/// that was begun before goes on with the id it finds. `progress` is called after each piece, while nothing is held: it may take its
+/// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table. `progress` is called after each piece, while nothing is held: it may take its
 /// time. `commit` runs once, when all is durable; it must not change the layers of the chain. Ends with neither layer closed; the child's
 /// file is the caller's to remove.
 ///
@@ -196,7 +231,7 @@ pub fn fold_down<E>(
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
-    fold_run(chain, std::slice::from_ref(child), parent, g, progress, commit)
+    fold_run(chain, std::slice::from_ref(child), parent, g, Marks::default(), progress, commit)
 }
 
 /// [`fold_down`] of several layers at once, lowest first, each standing on the one before and the first on `parent`: of each sector only
@@ -207,13 +242,16 @@ pub fn fold_run<E>(
     run: &[Arc<dyn Layer>],
     parent: &Arc<dyn Layer>,
     g: Uuid,
+    marks: Marks,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
     let offline = Offline::of(chain, parent, run)?;
     let (chain, live) = offline.chain(chain);
     let _one = chain.folding();
-    Down::begin(Work::new(chain, live, progress), run, parent)?.run(Some(g), commit)
+    let mut fold = Down::begin(Work::new(chain, live, progress), run, parent)?;
+    fold.marks = marks;
+    fold.run(Some(g), commit)
 }
 
 /// Folds `run` upwards: layers that stand on each other, lowest first, and the lowest on `beneath`. What the last one lacks, the others'
@@ -234,21 +272,26 @@ pub fn fold_up<E>(
     Up::begin(Work::new(chain, live, progress), beneath, run)?.run(commit)
 }
 
-/// [`fold_down`] of the last of these layers, base first, which nobody uses, into the one below: what was copied is given up in the
-/// child, so that the fold never needs the space twice. (What lies below the two is only asked for its size.) Cancelled or cut off, it has changed neither what the child reads as nor what stands on it, and goes on when it is called again.
+/// [`fold_down`] of the last of these layers, base first, into the one below, which gives up in the child what was copied: so the fold never needs
+/// the space twice. (What lies below the two is only asked for its size.) Cancelled or cut off, it has changed neither what the child reads as
+/// nor what stands on it, and goes on when it is called again.
 ///
-/// About `room` bytes may be taken twice for a moment; two blocks of either at least. Less room means more syncs.
+/// About `room` bytes may be taken twice for a moment; two blocks of either at least. Less room means more syncs. A child that is the leaf of `chain`
+/// gives nothing up: it is written.
 pub fn move_down<E>(
+    chain: Option<&Chain>,
     layers: &[Arc<dyn Layer>],
     room: u64,
     g: Uuid,
     progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     commit: impl FnOnce() -> Result<(), E>,
 ) -> Result<Outcome, FoldError<E>> {
-    let [.., parent, child] = layers else { return Err(alone().into()) };
-    let chain = Chain::new(layers.to_vec(), Access::Write)?;
+    let [beneath @ .., parent, child] = layers else { return Err(alone().into()) };
+    let lowest = beneath.first().unwrap_or(parent);
+    let offline = Offline::of(chain, lowest, &layers[1..])?;
+    let (chain, live) = offline.chain(chain);
     let _one = chain.folding();
-    let mut fold = Down::begin(Work::new(&chain, false, progress), std::slice::from_ref(child), parent)?;
+    let mut fold = Down::begin(Work::new(chain, live, progress), std::slice::from_ref(child), parent)?;
     fold.most = Some((room / 2).min(MOVED));
     fold.run(Some(g), commit)
 }

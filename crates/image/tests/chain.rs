@@ -2,7 +2,7 @@
 
 mod mem;
 
-use image::merge::{Direction, Outcome, Plan, Progress, fold_down, fold_run, fold_up, plan};
+use image::merge::{Direction, Marks, Outcome, Plan, Progress, fold_down, fold_run, fold_up, move_down, plan};
 use image::vhdx::{self, Options, Parent};
 use image::{Access, Chain, ChainRun, ErrorKind, Kind, Layer, ParentLink, RunKind, gate};
 use mem::MemLayer;
@@ -96,7 +96,16 @@ fn fold(chain: &Chain, position: usize) -> Outcome {
 fn fold_some(chain: &Chain, run: Range<usize>) -> Outcome {
     let layers = chain.layers();
     let parent = &layers[run.start - 1];
-    fold_run(Some(chain), &layers[run], parent, Uuid::new_v4(), &mut go_on, || Ok::<_, Infallible>(())).unwrap()
+    fold_run(
+        Some(chain),
+        &layers[run],
+        parent,
+        Uuid::new_v4(),
+        Marks::default(),
+        &mut go_on,
+        || Ok::<_, Infallible>(()),
+    )
+    .unwrap()
 }
 
 /// Folds a run upwards, which keeps its top.
@@ -299,7 +308,8 @@ fn of_what_a_run_wrote_often_only_the_newest_copy_moves() {
         ControlFlow::Continue(())
     };
     let commit = || Ok::<_, Infallible>(());
-    let outcome = fold_run(Some(&chain), &layers[1..], &layers[0], Uuid::new_v4(), &mut progress, commit);
+    let outcome =
+        fold_run(Some(&chain), &layers[1..], &layers[0], Uuid::new_v4(), Marks::default(), &mut progress, commit);
     assert_eq!((outcome.unwrap(), moved, chain.layers().len()), (Outcome::Folded, MIB, 1));
     assert!(content(&chain) == before);
 }
@@ -456,7 +466,7 @@ fn the_smaller_side_moves() {
         };
         let g = Uuid::new_v4();
         let folded = match plan.direction() {
-            Direction::Down => fold_run(Some(&chain), &layers[2..], &layers[1], g, progress, commit),
+            Direction::Down => fold_run(Some(&chain), &layers[2..], &layers[1], g, Marks::default(), progress, commit),
             Direction::Up => fold_up(Some(&chain), &layers[0], &layers[1..], progress, commit),
         };
         assert_eq!((folded.unwrap(), moved), (Outcome::Folded, plan.bytes()));
@@ -511,7 +521,7 @@ fn a_fold_goes_on_in_the_other_direction() {
             let folded = if up {
                 fold_up(Some(chain), &layers[0], &layers[1..], progress, commit)
             } else {
-                fold_run(Some(chain), &layers[2..], &layers[1], g, progress, commit)
+                fold_run(Some(chain), &layers[2..], &layers[1], g, Marks::default(), progress, commit)
             };
             assert_eq!(folded.unwrap(), if turn == 0 { Outcome::Cancelled } else { Outcome::Folded });
             assert!(content(chain) == *model, "{ups:?}");
@@ -519,6 +529,53 @@ fn a_fold_goes_on_in_the_other_direction() {
         }
         assert_eq!(chain.layers().len(), 2);
     }
+}
+
+/// Sealed layers are moved down piece by piece while a guest reads and writes: it sees nothing of that, and they never take their space twice.
+#[test]
+fn what_is_sealed_is_given_up_beside_a_guest() {
+    let sim = Sim::new();
+    let place = Place::Files(sim.root());
+    let chain = Chain::new(vec![place.layer(None, 24 * MIB, 512, 1 << 20)], Access::Write).unwrap();
+    chain.write(&pattern(1, 2 * MIB as usize), MIB).unwrap();
+    chain.push(place.layer(chain.layers().last(), 24 * MIB, 512, 1 << 20)).unwrap();
+    chain.write(&pattern(2, 20 * MIB as usize), 2 * MIB).unwrap();
+    chain.zero(5 * MIB + 512, MIB).unwrap();
+    chain.push(place.layer(chain.layers().last(), 24 * MIB, 512, 1 << 20)).unwrap();
+    chain.flush().unwrap();
+    let (before, model) = (sim.used(), content(&chain));
+    let (mut most, stop, layers) = (before, AtomicBool::new(false), chain.layers());
+    let written = 6 * MIB..10 * MIB;
+    std::thread::scope(|scope| {
+        for from in [0, 10 * MIB, 17 * MIB] {
+            let (chain, model, stop) = (&chain, &model, &stop);
+            scope.spawn(move || {
+                let (mut at, mut bytes) = (from, vec![0; 2 << 20]);
+                while !stop.load(Ordering::Relaxed) {
+                    at = from + (at * 5 + 77_777) % (4 * MIB);
+                    chain.read(&mut bytes, at).unwrap();
+                    assert!(bytes == model[at as usize..at as usize + bytes.len()], "at {at}");
+                }
+            });
+        }
+        let mut progress = |progress: Progress| {
+            most = most.max(sim.used());
+            // The guest has a few places of its own that it writes again and again.
+            let data = pattern(progress.done, 4096);
+            chain.write(&data, written.start + progress.done % (2 * MIB) / 4096 * 4096).unwrap();
+            ControlFlow::Continue(())
+        };
+        let commit = || Ok::<_, Infallible>(());
+        let moved = move_down(Some(&chain), &layers[..2], 1, Uuid::new_v4(), &mut progress, commit);
+        stop.store(true, Ordering::Relaxed);
+        assert_eq!(moved.unwrap(), Outcome::Folded);
+    });
+    assert_eq!(chain.layers().len(), 2);
+    check_links(&chain);
+    // Two blocks of either, the guest's, and what the tables grow by.
+    assert!(most < before + 9 * MIB, "{} MiB more", (most - before) >> 20);
+    let (now, written) = (content(&chain), written.start as usize..written.end as usize);
+    assert!(now[..written.start] == model[..written.start] && now[written.end..] == model[written.end..]);
 }
 
 /// Requests go on while the commit runs, and are there after it, as is what was flushed meanwhile.

@@ -4,7 +4,7 @@
 //! may then be in, the chain is opened by that list and compared, sector by sector: what was flushed is there, what was not is old
 //! or new; what was sealed is what it was; a fold that was under way is begun again and loses nothing.
 
-use image::merge::{FoldError, Outcome, Progress, fold_run, fold_up};
+use image::merge::{FoldError, Marks, Outcome, Progress, fold_run, fold_up};
 use image::{
     Access, Chain, Change, Error, Format, Kind, Layer, LayerInfo, ParentLink, Received, Result, Run, Ticket, vhd, vhdx,
 };
@@ -502,7 +502,7 @@ fn fold_some(
     if up {
         return fold_up(chain, &layers[run.start - 2], &layers[run.start - 1..run.end], progress, commit);
     }
-    fold_run(chain, &layers[run.clone()], &layers[run.start - 1], g, progress, commit)
+    fold_run(chain, &layers[run.clone()], &layers[run.start - 1], g, Marks::default(), progress, commit)
 }
 
 fn image(error: FoldError<Error>) -> Error {

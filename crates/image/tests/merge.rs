@@ -1,6 +1,6 @@
 //! Merging offline, comparing and reconnecting: images in a folder, without anybody who knows them.
 
-use image::merge::{FoldError, Outcome, fold_down, fold_up, move_down};
+use image::merge::{FoldError, Mark, Marks, Outcome, Progress, fold_down, fold_run, fold_up, move_down};
 use image::reconnect::{examine, reconnect};
 use image::siblings::Siblings;
 use image::vhdx::{self, Options};
@@ -70,7 +70,7 @@ fn merge(sim: &Sim) -> Result<(), Error> {
     let folder = sim.root();
     let layers = gate::Gate::default().open_to_merge(&folder, "child", None)?;
     let go_on = &mut |_| ControlFlow::Continue(());
-    let outcome = move_down(&layers, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    let outcome = move_down(None, &layers, 64 * MIB, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
     let outcome = outcome.map_err(|error| match error {
         FoldError::Image(error) | FoldError::Commit(error) => error,
     })?;
@@ -104,6 +104,86 @@ fn wherever_a_merge_is_cut_off_the_pair_reads_the_same_and_it_goes_on() {
                 let now = content(&after.root(), "base").unwrap_or_else(|error| panic!("{error} ({what})"));
                 assert!(now == before, "merged again, {what}");
             }
+        }
+    }
+}
+
+/// Folds the child of [`pair`] down, going on from `mark`; each mark is kept there. `told` hears of everything.
+fn take_in(sim: &Sim, mark: &mut Option<Mark>, told: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<(), Error> {
+    let layers = gate::Gate::default().open_to_merge(&sim.root(), "child", None)?;
+    let marks = Marks { from: *mark, every: 64 << 10 };
+    let progress = &mut |progress: Progress| {
+        *mark = progress.mark.or(*mark);
+        told(progress)
+    };
+    let folded = fold_run(None, &layers[1..], &layers[0], Uuid::new_v4(), marks, progress, || Ok::<_, Error>(()));
+    folded.map(drop).map_err(|error| match error {
+        FoldError::Image(error) | FoldError::Commit(error) => error,
+    })
+}
+
+#[test]
+fn a_fold_that_was_cut_off_goes_on_from_its_mark() {
+    let sizes = [(4 * MIB, 4 * MIB), (4 * MIB, 3 * MIB - SECTOR)];
+    let mut went_on = 0;
+    for (formats, sizes) in FORMATS.into_iter().flat_map(|formats| sizes.map(|sizes| (formats, sizes))) {
+        let sim = Sim::new();
+        let before = pair(&sim, formats, sizes);
+        let first = sim.counts().operations;
+        take_in(&sim, &mut None, &mut |_| ControlFlow::Continue(())).unwrap();
+        assert!(content(&sim.root(), "base").unwrap() == before);
+        let last = sim.counts().operations;
+        for cut in first..last {
+            let sim = Sim::new();
+            let before = pair(&sim, formats, sizes);
+            let mut mark = None;
+            sim.cut(At::Operation(cut));
+            assert!(take_in(&sim, &mut mark, &mut |_| ControlFlow::Continue(())).is_err());
+            for crash in Crash::several(cut, 3) {
+                let after = sim.after_crash(crash);
+                let what = format!("{formats:?}, {sizes:?}, cut at {cut} of {last}, {crash:?}, {mark:?}");
+                let mut begun = None;
+                let told = &mut |progress: Progress| {
+                    begun.get_or_insert(progress.done);
+                    ControlFlow::Continue(())
+                };
+                take_in(&after, &mut mark.clone(), told).unwrap_or_else(|error| panic!("{error} ({what})"));
+                assert!(content(&after.root(), "base").unwrap() == before, "{what}");
+                went_on += u32::from(begun > Some(0));
+            }
+        }
+    }
+    assert!(went_on > 100, "{went_on}");
+}
+
+/// What an earlier fold has copied may be written over by another; its mark does not count any more then.
+#[test]
+fn a_mark_counts_for_no_other_fold() {
+    for formats in FORMATS {
+        let sim = Sim::new();
+        let before = pair(&sim, formats, (4 * MIB, 4 * MIB));
+        let mut begun = Vec::new();
+        // Twice it is stopped when there is a mark; the second time it was not told of the first one's.
+        for _ in 0..2 {
+            let stop = &mut |progress: Progress| match progress.mark {
+                Some(_) => ControlFlow::Break(()),
+                None => ControlFlow::Continue(()),
+            };
+            let mut mark = None;
+            take_in(&sim, &mut mark, stop).unwrap();
+            begun.push(mark.expect("a mark"));
+        }
+        assert_ne!(begun[0].parent, begun[1].parent);
+        for (mut mark, counts) in [(Some(begun[0]), false), (Some(begun[1]), true)] {
+            let sim = sim.after_crash(Crash::Everything);
+            let mut first = None;
+            let told = &mut |progress: Progress| {
+                first.get_or_insert(progress.done);
+                ControlFlow::Continue(())
+            };
+            take_in(&sim, &mut mark, told).unwrap();
+            assert_eq!(first > Some(0), counts, "{formats:?}");
+            assert!(content(&sim.root(), "base").unwrap() == before, "{formats:?}");
         }
     }
 }
@@ -256,7 +336,7 @@ fn blocks_that_become_zeros_give_up_their_places_however_little_room_there_is() 
     fill(&folder, "child", &[(0, 32 * MIB, 0)]);
     let layers = gate::Gate::default().open_to_merge(&folder, "child", None).unwrap();
     let go_on = &mut |_| ControlFlow::Continue(());
-    let moved = move_down(&layers, 1, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
+    let moved = move_down(None, &layers, 1, Uuid::new_v4(), go_on, || Ok::<_, Error>(()));
     assert_eq!(moved.unwrap(), Outcome::Folded);
     let mut runs = Vec::new();
     layers[0].map(0, 32 * MIB, &mut runs).unwrap();

@@ -1,11 +1,11 @@
 //! The collector: what no row names is removed or folded away, in the background, as jobs that one can watch and cancel.
 //!
 //! What there is to do is derived from the rows alone ([`garbage`]); nothing remembers it. So a crash needs no repair here: the
-//! next worker derives the same, and a fold that was cut off begins again (its child, read through its chain, is the truth until its
-//! commit).
+//! next worker derives the same, and does a fold that was cut off again (its child, read through its chain, is the truth until its
+//! commit). Downwards the row of the layer that takes the rest in says how far that has come, unless a guest may write to what is folded.
 //!
-//! What a fold moves is in both files until then. Where there is no room for that, and no guest goes on meanwhile, it moves from one layer
-//! into the one below, and is given up piece by piece ([`merge::move_down`]).
+//! What a fold moves is in both files until then. Where there is no room for that, it moves from one layer into the one below, and is given up
+//! piece by piece ([`merge::move_down`]). The leaf of a guest that goes on meanwhile can give nothing up: it gets a new leaf on top first.
 
 use crate::actor::{Owner, Shared};
 use crate::disks::Disks;
@@ -17,18 +17,35 @@ use crate::ledger::Journal;
 use crate::live::Live;
 use crate::log;
 use crate::mark;
+use crate::ops::snapshot::{Leaves, files_of};
 use crate::request::{DeletePlan, Pending, Problem, ProblemKind};
 use crate::room::PLENTY;
 use crate::tree::{JobId, LayerId, LayerRow, Machine, SnapshotId, TrashId};
 use crate::views;
-use image::merge::{self, Direction, Outcome, Plan};
+use image::merge::{self, Direction, Mark, Marks, Outcome, Plan};
 use image::{Chain, Layer, ParentLink};
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 use store::Mode;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
+
+/// Sizes by which the collector goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Sizes {
+    /// A merge notes how far it is each time that it has moved so many bytes: so many at most it does again, if it is cut off.
+    pub mark_every: u64,
+    /// A leaf that holds so many bytes and is merged, while a guest writes to it and room is scarce, is followed by a new one first.
+    pub split_from: u64,
+}
+
+impl Default for Sizes {
+    fn default() -> Self {
+        Self { mark_every: 128 << 20, split_from: 32 << 20 }
+    }
+}
 
 /// How a fold begins.
 #[derive(Debug)]
@@ -62,6 +79,8 @@ pub struct Folding {
     gone: Vec<String>,
     /// Bytes to make do with, if there are too few to have twice what moves.
     room: Option<u64>,
+    /// Where an earlier fold of this came to.
+    mark: Option<Mark>,
 }
 
 /// How a fold ended.
@@ -274,20 +293,26 @@ impl Keeper {
         // While a guest runs on this chain, the fold goes through it.
         let chain = disks.as_ref().and_then(|disks| disks.chain_of(machine, top.id));
         let beneath = lowest.parent.map(|id| row(machine, id)).transpose()?;
-        let mut open = |row, mode| self.handle(row, mode, disks.as_deref_mut());
-        let beneath = beneath.map(|row| open(row, Mode::Read)).transpose()?;
-        let mut layers = rows.iter().map(|row| open(row, Mode::Read)).collect::<Result<Vec<_>, _>>()?;
+        // What an earlier fold has left open for writing need not be now.
+        disks.as_deref_mut().map_or(Ok(()), |disks| disks.seal(machine))?;
+        let mut open = |row| self.handle(row, Mode::Read, disks.as_deref_mut());
+        let beneath = beneath.map(&mut open).transpose()?;
+        let mut layers = rows.iter().map(|row| open(row)).collect::<Result<Vec<_>, _>>()?;
         let plan = plan(beneath.as_ref(), &layers)?;
         let direction = way(lowest, &plan);
         let moves = plan.moves(direction).iter().sum();
-        let room = self.scarce_room(lowest, moves).filter(|_| chain.is_none() && direction == Direction::Down);
+        let room = self.scarce_room(lowest, moves).filter(|_| direction == Direction::Down);
         if room.is_some() && run.len() > 1 {
             return self.open_fold(machine, &run[..1], disks, begin);
         }
+        if room.is_some() && moves >= self.sizes.split_from && self.push_empty(machine, top.id, disks.as_deref_mut()) {
+            return self.open_fold(&self.rows().machine, run, disks, begin);
+        }
         // The handles of what changes are made writable: down the parent and its child's link, up the top.
-        let written = if direction == Direction::Down { 0..2 } else { rows.len() - 1..rows.len() };
-        for number in written {
-            layers[number] = open(rows[number], Mode::Write)?;
+        let filled = if direction == Direction::Down { 0 } else { rows.len() - 1 };
+        layers[filled] = self.filled(rows[filled], disks.as_deref_mut())?;
+        if direction == Direction::Down {
+            layers[1] = self.handle(rows[1], Mode::Write, disks)?;
         }
         let (stays, gone) =
             if direction == Direction::Down { (lowest, &rows[1..]) } else { (top, &rows[..rows.len() - 1]) };
@@ -304,7 +329,8 @@ impl Keeper {
             self.label_run(machine, &rows, &*layers[1]);
         }
         log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
-        Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone, room })
+        let mark = lowest.folded;
+        Ok(Folding { run: run.to_vec(), direction, task, chain, beneath, layers, gone, room, mark })
     }
 
     /// The room there is, if it is not enough for so many bytes more.
@@ -324,6 +350,55 @@ impl Keeper {
         served.unwrap_or_else(|| self.files.open_layer(row, mode))
     }
 
+    /// A handle of the layer that others fold into.
+    fn filled(&self, row: &LayerRow, disks: Option<&mut Disks>) -> Result<Arc<dyn Layer>, Problem> {
+        let served = disks.and_then(|disks| disks.filled(row));
+        served.unwrap_or_else(|| self.files.open_layer(row, Mode::Write))
+    }
+
+    /// Gives a leaf that a guest writes a new one on top, so that it can be folded piece by piece. Whether that was possible; if it was not, it is done
+    /// without.
+    fn push_empty(&self, machine: &Machine, leaf: LayerId, disks: Option<&mut Disks>) -> bool {
+        let disk = machine.now.disks.iter().find(|(_, id)| **id == leaf).map(|(disk, _)| disk.clone());
+        let (Some(disk), Some(disks)) = (disk, disks) else { return false };
+        let leaves = self.leaf_rows(&BTreeMap::from([(disk, leaf)]));
+        let pushed = self.push_unasked(disks, &leaves);
+        if let Err(problem) = &pushed {
+            tracing::warn!("a leaf could not be followed by a new one: {problem}");
+        }
+        pushed.is_ok()
+    }
+
+    /// Puts these fresh leaves on top, for no request.
+    fn push_unasked(&self, disks: &mut Disks, leaves: &Leaves) -> Result<(), Problem> {
+        let journal = Journal {
+            job: JobId::new(),
+            request: serde_json::json!("split"),
+            files: files_of(leaves),
+            note: String::new(),
+        };
+        self.book.commit(|rows| rows.insert_journal(journal.clone()))?;
+        self.steps.at("split:journalled");
+        let committed = self.make_leaves_now(leaves, Some(disks)).and_then(|made| {
+            // The ledger knows them before the first write is acknowledged into one (invariant 3).
+            self.book.commit(|rows| {
+                rows.machine.follow(leaves.clone());
+                rows.remove_journal(journal.job);
+            })?;
+            Ok(made)
+        });
+        let made = match committed {
+            Ok(made) => made,
+            Err(problem) => {
+                self.forget(&journal)?;
+                return Err(problem);
+            }
+        };
+        self.steps.at("split:committed");
+        self.push(disks, leaves, made);
+        disks.seal(&self.rows().machine)
+    }
+
     /// Folds, until it is done or `stop` was asked for. Blocks. To be followed by [`Keeper::folded`].
     pub fn fold(&self, folding: Folding, stop: &Cancel) -> Folded {
         let mut starved = false;
@@ -332,7 +407,7 @@ impl Keeper {
     }
 
     fn carry_out_fold(&self, folding: &Folding, stop: &Cancel, starved: &mut bool) -> Result<Outcome, Problem> {
-        let Folding { run, direction, task, chain, beneath, layers, gone, room } = folding;
+        let Folding { run, direction, task, chain, beneath, layers, gone, room, mark } = folding;
         let commit = || {
             self.steps.at("merge:copied");
             self.book.commit(|rows| {
@@ -349,8 +424,13 @@ impl Keeper {
             self.steps.at("merge:committed");
             Ok::<(), Problem>(())
         };
+        let mut marked = *mark;
         let mut progress = |progress: merge::Progress| {
             task.progress(progress.done, progress.total);
+            if progress.mark.is_some() && progress.mark != marked {
+                marked = progress.mark;
+                self.mark(run, marked);
+            }
             self.steps.at("merge:copying");
             task.keep_pace(progress.done, || stop.asked());
             if stop.asked() || task.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -360,10 +440,10 @@ impl Keeper {
             (layers.last(), merge::fold_up(live, beneath, layers, &mut progress, commit))
         } else if let Some(room) = room {
             let all: Vec<_> = beneath.iter().chain(layers).cloned().collect();
-            (layers.first(), merge::move_down(&all, *room, uuid::Uuid::new_v4(), &mut progress, commit))
+            (layers.first(), merge::move_down(live, &all, *room, uuid::Uuid::new_v4(), &mut progress, commit))
         } else {
-            let g = uuid::Uuid::new_v4();
-            (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, &mut progress, commit))
+            let (g, marks) = (uuid::Uuid::new_v4(), self.marks(run, *mark));
+            (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, marks, &mut progress, commit))
         };
         let outcome = outcome.map_err(|e| match e {
             merge::FoldError::Image(e) => {
@@ -377,6 +457,26 @@ impl Keeper {
             stays.map_or(Ok(()), |stays| stays.close()).map_err(|e| image_problem(&e))?;
         }
         Ok(outcome)
+    }
+
+    /// A guest may come to write to a leaf, be it much later.
+    fn marks(&self, run: &[Fold], from: Option<Mark>) -> Marks {
+        let rows = self.rows();
+        let is_leaf = rows.machine.now.disks.values().any(|leaf| *leaf == top_of(run));
+        if is_leaf { Marks { from: None, every: u64::MAX } } else { Marks { from, every: self.sizes.mark_every } }
+    }
+
+    /// Notes how far a fold is. Without that it only has more to do again.
+    fn mark(&self, run: &[Fold], mark: Option<Mark>) {
+        let noted = self.book.commit(|rows| {
+            if let Some(row) = run.first().and_then(|fold| rows.machine.layers.get_mut(&fold.into)) {
+                row.folded = mark;
+            }
+        });
+        self.steps.at("merge:marked");
+        if let Err(problem) = noted {
+            tracing::warn!("how far a merge is could not be noted: {problem}");
+        }
     }
 
     /// What is left to do after a fold: the file that it emptied goes. `Cancelled` if it was stopped.

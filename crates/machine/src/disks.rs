@@ -147,15 +147,19 @@ impl Disks {
         Ok(())
     }
 
-    /// A layer of an open chain, open for writing: reopened and put in its place if it is not.
-    fn writable(&mut self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
+    /// A layer of an open chain, open for writing: reopened and put in its place if it is not. With `kept`, what it comes to hold outlives this
+    /// process.
+    fn writable(&mut self, row: &LayerRow, kept: bool) -> Result<Arc<dyn Layer>, Problem> {
         let find = |open: &mut Open| open.handles.iter().position(|handle| handle.id == row.id);
         let open = self.open.values_mut().find_map(|open| find(open).map(|at| (open, at)));
         let Some((open, at)) = open else {
             return Err(Problem::failed(format!("{} is not being served", row.file)));
         };
         if open.handles[at].mode == Mode::Read {
-            let leaf = Leaf::open(&self.files, &self.carries, row)?;
+            let leaf = match kept {
+                true => Leaf::open(&self.files, &self.carries, row)?,
+                false => Leaf { layer: self.files.open_layer(row, Mode::Write)?, kept: None },
+            };
             open.chain.replace(&open.handles[at].layer, Arc::clone(&leaf.layer)).map_err(|e| image_problem(&e))?;
             open.handles[at] = Handle::write(row.id, leaf);
         }
@@ -173,7 +177,17 @@ impl Disks {
     /// A layer's handle: as it is open here, reopened for writing if need be; `None` if no chain has it.
     pub(crate) fn handle(&mut self, row: &LayerRow, mode: Mode) -> Option<Result<Arc<dyn Layer>, Problem>> {
         let has = |open: &Open| open.handles.iter().any(|handle| handle.id == row.id);
-        self.open.values().any(has).then(|| if mode == Mode::Write { self.writable(row) } else { self.layer(row) })
+        let open = |disks: &mut Self| match mode {
+            Mode::Write => disks.writable(row, false),
+            Mode::Read => disks.layer(row),
+        };
+        self.open.values().any(has).then(|| open(self))
+    }
+
+    /// The handle of a layer that others fold into, if a chain has it.
+    pub(crate) fn filled(&mut self, row: &LayerRow) -> Option<Result<Arc<dyn Layer>, Problem>> {
+        let has = |open: &Open| open.handles.iter().any(|handle| handle.id == row.id);
+        self.open.values().any(has).then(|| self.writable(row, true))
     }
 
     /// Two layers are one now: down, in `into`'s file, which has taken the child's id; up, in the child's.

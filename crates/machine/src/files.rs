@@ -96,6 +96,7 @@ impl Files {
             format,
             parent,
             created: jiff::Timestamp::now(),
+            folded: None,
         }
     }
 

@@ -77,6 +77,7 @@ pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Dire
     let Some(gone) = machine.layers.remove(&into) else { return };
     if let Some(row) = machine.layers.get_mut(&child) {
         row.parent = gone.parent;
+        row.folded = None;
         if direction == Direction::Down {
             row.file = gone.file;
             row.in_place = gone.in_place;

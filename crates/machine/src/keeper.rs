@@ -11,6 +11,7 @@
 
 use crate::book::Book;
 use crate::carry::Carries;
+use crate::collect::Sizes;
 use crate::disks::Disks;
 use crate::files::Files;
 use crate::job::{Jobs, REMEMBERED, Task, end};
@@ -28,6 +29,7 @@ pub struct Keeper {
     pub(crate) carries: Carries,
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) steps: Arc<Steps>,
+    pub(crate) sizes: Sizes,
 }
 
 impl Keeper {
@@ -36,7 +38,14 @@ impl Keeper {
         let steps = Arc::new(steps);
         let book = Book::open(files, &steps)?;
         let jobs = Arc::new(Jobs::new(book.rows().jobs()));
-        Ok(Self { files: files.clone(), book, carries, jobs, steps })
+        Ok(Self { files: files.clone(), book, carries, jobs, steps, sizes: Sizes::default() })
+    }
+
+    /// Merges by these sizes.
+    #[must_use]
+    pub fn merging_by(mut self, sizes: Sizes) -> Self {
+        self.sizes = sizes;
+        self
     }
 
     /// The rows as last committed.

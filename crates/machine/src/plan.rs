@@ -284,6 +284,12 @@ impl Machine {
         chain
     }
 
+    /// Some of Now's leaves get fresh ones on top; it stands where it stood.
+    pub(crate) fn follow(&mut self, leaves: Vec<(DiskId, LayerRow)>) {
+        self.now.disks.extend(leaves.iter().map(|(disk, row)| (disk.clone(), row.id)));
+        self.layers.extend(leaves.into_iter().map(|(_, row)| (row.id, row)));
+    }
+
     /// How many layers stand on each.
     pub fn children(&self) -> BTreeMap<LayerId, Vec<LayerId>> {
         let mut children: BTreeMap<LayerId, Vec<LayerId>> = BTreeMap::new();

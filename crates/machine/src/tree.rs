@@ -12,6 +12,7 @@
 //! Deleting a snapshot is deleting its row; what that leaves without a name is [`garbage`](crate::garbage).
 
 use crate::trash::Trash;
+use image::merge::Mark;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -402,6 +403,9 @@ pub struct LayerRow {
     pub parent: Option<LayerId>,
     /// When it was made.
     pub created: Timestamp,
+    /// How far what stands on it was folded into it, if that was cut off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub folded: Option<Mark>,
 }
 
 /// The image formats that a layer can have.

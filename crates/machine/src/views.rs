@@ -115,7 +115,13 @@ pub fn changed(machine: &Machine, files: &Files) -> bool {
     let Some(parent) = now.parent.and_then(|id| machine.snapshots.get(&id)) else { return true };
     let running = matches!(now.state, State::Running | State::Paused);
     let memory = now.memory != parent.memory;
-    let written = || now.disks.values().any(|leaf| written(machine, files, *leaf) > 0);
+    // A leaf may have been followed by another without a snapshot in between.
+    let since = |(disk, leaf): (_, &LayerId)| {
+        let chain = machine.chain(*leaf);
+        let held = parent.disks.get(disk).and_then(|held| chain.iter().position(|id| id == held));
+        held.is_none_or(|held| chain[held + 1..].iter().any(|id| written(machine, files, *id) > 0))
+    };
+    let written = || now.disks.iter().any(since);
     now.touched || running || memory || now.config != parent.config || written()
 }
 

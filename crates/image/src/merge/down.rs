@@ -2,7 +2,7 @@
 
 use super::run::{Run, shows_through};
 use super::work::{PIECE, Stop, Work, outcome};
-use super::{FoldError, Outcome, check_down};
+use super::{FoldError, Mark, Marks, Outcome, check_down};
 use crate::chain::{Chain, Mirror, Place, Slot, invalid, pieces};
 use crate::{Format, Layer, ParentLink, Result};
 use std::sync::Arc;
@@ -15,6 +15,7 @@ pub(super) struct Down<'a> {
     parent: Arc<Slot>,
     /// The child gives up what was copied before it is more than so many bytes (or one block).
     pub(super) most: Option<u64>,
+    pub(super) marks: Marks,
     /// The child is the leaf: what is written to it since the copying began is in the parent as well.
     mirrored: bool,
 }
@@ -35,7 +36,7 @@ impl<'a> Down<'a> {
         let parent = parent.ok_or_else(|| invalid("child and parent are not neighbours in this chain"))?;
         check_down(run.top(), &parent)?;
         drop(stack);
-        Ok(Self { work, run: Arc::new(run), parent, most: None, mirrored: false })
+        Ok(Self { work, run: Arc::new(run), parent, most: None, marks: Marks::default(), mirrored: false })
     }
 
     fn child(&self) -> &Arc<Slot> {
@@ -60,11 +61,12 @@ impl<'a> Down<'a> {
     }
 
     /// Steps 1 and 2 of the module's table, and the child's size.
-    fn prepare(&self, g: Option<Uuid>) -> Result<(), Stop> {
+    fn prepare(&mut self, g: Option<Uuid>) -> Result<(), Stop> {
         // Writing must not change the ids by which a child knows its parent: only the steps below do.
         self.parent.layer().settle()?;
         self.child().layer().settle()?;
-        if let Some(g) = g {
+        self.marks.from = self.marks.from.filter(|mark| self.mark_at(mark.until) == Some(*mark));
+        if let Some(g) = g.filter(|_| self.marks.from.is_none()) {
             self.take_apart(g)?;
         }
         if self.parent.size() != self.child().size() {
@@ -79,15 +81,31 @@ impl<'a> Down<'a> {
         commit: &mut Option<F>,
     ) -> Result<Result<(), E>, Stop> {
         self.begin_mirror()?;
-        self.work.begin_pass(self.run.bytes()?.iter().sum())?;
-        match self.most {
+        let begin = self.marks.from.map_or(0, |mark| mark.until.min(self.child().size()));
+        let bytes = |from: u64, to: u64| self.run.bytes(from, to - from).map(|bytes| bytes.iter().sum());
+        self.work.begin_pass(bytes(0, begin)?, bytes(begin, self.child().size())?)?;
+        // What is written gives nothing up.
+        match self.most.filter(|_| !self.mirrored) {
             Some(most) => self.copy_and_forget(most)?,
-            None => self.copy(0, self.child().size())?,
+            None => self.copy(begin, self.child().size() - begin)?,
         }
         // So that the last one, for which a flush may wait, is short.
         self.parent.sync()?;
         self.work.tell()?;
         self.end(g, commit)
+    }
+
+    /// What there is to be said for a fold that goes on, once all below `until` is durable in the parent. Only ids say what a mark is of; a
+    /// raw parent has none.
+    fn mark_at(&self, until: u64) -> Option<Mark> {
+        let (parent, child) = (self.parent.layer().info().data_id, self.child().layer().info().data_id);
+        (!self.is_written() && !parent.is_nil()).then_some(Mark { parent, child, until })
+    }
+
+    /// Whether the child is the leaf of a guest.
+    fn is_written(&self) -> bool {
+        let stack = self.work.chain.shared();
+        self.work.live && stack.position(self.child().layer()).is_none_or(|at| stack.is_leaf(at))
     }
 
     fn begin_mirror(&mut self) -> Result<(), Stop> {
@@ -137,13 +155,11 @@ impl<'a> Down<'a> {
         Ok(())
     }
 
-    /// Steps 1 and 2 of the module's table: the parent is nobody else's parent any more.
+    /// Steps 1 and 2 of the module's table: the parent is nobody else's parent any more. After an earlier fold that was cut off, `G` replaces its: what
+    /// that one copied may be written over from here on.
     fn take_apart(&self, g: Uuid) -> Result<()> {
         let Some(link) = self.link() else { return Ok(()) };
         let id = self.parent.layer().info().data_id;
-        if link.linkage2 == Some(id) {
-            return Ok(()); // An earlier fold has come this far: its G serves.
-        }
         self.run.lowest().layer().relink(None, Some(ParentLink { linkage: id, linkage2: Some(g), ..link }))?;
         self.parent.layer().relink(Some(g), None)
     }
@@ -173,7 +189,7 @@ impl<'a> Down<'a> {
             let done = self.work.progress.done;
             if done - before + block > most && done != before {
                 self.parent.sync()?;
-                self.child().layer().forget(start, at - start)?;
+                self.work.chain.forget(self.child(), (start, at - start))?;
                 self.child().sync()?;
                 (start, before) = (at, done);
             }
@@ -195,7 +211,11 @@ impl<'a> Down<'a> {
                 } else {
                     self.put(offset, len, place.skip(offset - start))?;
                 }
-                self.work.tell_copied(&Arc::clone(&self.parent))?;
+                let every = self.marks.every;
+                if self.work.sync_copied(&Arc::clone(&self.parent), every)? {
+                    self.work.progress.mark = self.mark_at(offset + len);
+                }
+                self.work.tell()?;
             }
             Ok(())
         })

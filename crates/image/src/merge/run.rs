@@ -83,10 +83,10 @@ impl Run {
         })
     }
 
-    /// Bytes of data that the run holds, by the layer whose copy counts.
-    pub(super) fn bytes(&self) -> Result<Vec<u64>> {
+    /// Bytes of data that the run holds of a range, by the layer whose copy counts.
+    pub(super) fn bytes(&self, offset: u64, len: u64) -> Result<Vec<u64>> {
         let mut bytes = vec![0; self.slots.len()];
-        self.each(0, self.top().size(), |_, len, place| count(&mut bytes, len, place))?;
+        self.each(offset, len, |_, len, place| count(&mut bytes, len, place))?;
         Ok(bytes)
     }
 

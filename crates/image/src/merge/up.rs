@@ -36,7 +36,7 @@ impl<'a> Up<'a> {
     fn copy_and_end<E>(&mut self, commit: impl FnOnce() -> Result<(), E>) -> Result<Result<(), E>, Stop> {
         // What stands on the top knows it by its id.
         self.top().layer().settle()?;
-        self.work.begin_pass(self.run.bytes_below_top()?.iter().sum())?;
+        self.work.begin_pass(0, self.run.bytes_below_top()?.iter().sum())?;
         self.copy()?;
         self.top().sync()?;
         self.accept_both()?;
@@ -88,7 +88,8 @@ impl<'a> Up<'a> {
                     Place::Data { layer, at } => self.copy_data(&run.slots[layer], (offset, len), at)?,
                     Place::Zero { .. } | Place::Hole => self.copy_zeros(offset, len)?,
                 }
-                self.work.tell_copied(run.top())?;
+                self.work.sync_copied(run.top(), u64::MAX)?;
+                self.work.tell()?;
             }
             Ok(())
         })

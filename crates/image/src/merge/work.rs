@@ -38,6 +38,8 @@ pub(super) struct Work<'a> {
     report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     /// Bytes copied since the last sync.
     dirty: u64,
+    /// Bytes that were done when it was said last that all is durable.
+    said: u64,
     /// The chain's requests, and when, at the end of the last piece.
     requests: u64,
     since: Instant,
@@ -47,12 +49,14 @@ impl<'a> Work<'a> {
     pub(super) fn new(chain: &'a Chain, live: bool, report: &'a mut dyn FnMut(Progress) -> ControlFlow<()>) -> Self {
         let (progress, buffer) = (Progress::default(), vec![0; PIECE as usize]);
         let (requests, since) = (chain.requests(), Instant::now());
-        Self { chain, live, progress, buffer, report, dirty: 0, requests, since }
+        Self { chain, live, progress, buffer, report, dirty: 0, said: 0, requests, since }
     }
 
-    /// A pass over so many bytes begins.
-    pub(super) fn begin_pass(&mut self, bytes: u64) -> Result<(), Stop> {
-        self.progress.total = self.progress.done + bytes;
+    /// A pass begins, of which so many bytes are done.
+    pub(super) fn begin_pass(&mut self, done: u64, left: u64) -> Result<(), Stop> {
+        self.progress.done += done;
+        self.said = self.progress.done;
+        self.progress.total = self.progress.done + left;
         self.tell()
     }
 
@@ -74,13 +78,19 @@ impl<'a> Work<'a> {
         }
     }
 
-    /// [`Work::tell`] after a piece was copied into `target`.
-    pub(super) fn tell_copied(&mut self, target: &Slot) -> Result<(), Stop> {
-        if self.live && self.dirty >= DIRTY {
-            target.sync()?;
-            self.dirty = 0;
+    /// After a piece was copied into `target`: makes it durable now and then. Whether all is durable now, and `every` bytes more than when that was
+    /// said last.
+    pub(super) fn sync_copied(&mut self, target: &Slot, every: u64) -> Result<bool> {
+        if self.dirty < if self.live { DIRTY.min(every) } else { every } {
+            return Ok(false);
         }
-        self.tell()
+        target.sync()?;
+        self.dirty = 0;
+        let said = self.progress.done - self.said >= every;
+        if said {
+            self.said = self.progress.done;
+        }
+        Ok(said)
     }
 
     /// Until what is open is settled.

@@ -516,14 +516,21 @@ impl World {
         let refused = Self::refused(&*parent, &*child);
         let (go_on, commit) = (&mut |_| ControlFlow::Continue(()), || Ok::<_, Infallible>(()));
         let id = Uuid::new_v4();
-        let folded = if self.dice.one_in(2) {
-            println!("fold {}", child.store().name());
-            fold_down(Some(self.chain()), &child, &parent, id, go_on, commit)
-        } else {
-            println!("move {} down", child.store().name());
-            self.chain.take().expect("open").flush().expect("flush");
-            let room = self.dice.pick(&[1, MIB, 64 * MIB]);
-            move_down(&up_to_child, room, id, go_on, commit)
+        let room = self.dice.pick(&[1, MIB, 64 * MIB]);
+        let folded = match self.dice.below(4) {
+            0 | 1 => {
+                println!("fold {}", child.store().name());
+                fold_down(Some(self.chain()), &child, &parent, id, go_on, commit)
+            }
+            2 => {
+                println!("move {} down, live", child.store().name());
+                move_down(Some(self.chain()), &up_to_child, room, id, go_on, commit)
+            }
+            _ => {
+                println!("move {} down", child.store().name());
+                self.chain.take().expect("open").flush().expect("flush");
+                move_down(None, &up_to_child, room, id, go_on, commit)
+            }
         };
         match folded {
             Ok(outcome) => assert!(outcome == Outcome::Folded && !refused),

@@ -29,7 +29,7 @@ struct Plan {
 /// What becomes of the present.
 enum Fate {
     /// It becomes a snapshot of its own; its memory must be written first, if there is a layer for it.
-    Kept(Take, Option<LayerRow>),
+    Kept(Box<Take>, Option<Box<LayerRow>>),
     /// It can be taken back.
     ThrownAway,
     Forgotten,
@@ -42,7 +42,7 @@ impl Fate {
 
     /// The layer that the present's memory goes to.
     fn memory(&self) -> Option<&LayerRow> {
-        if let Self::Kept(_, memory) = self { memory.as_ref() } else { None }
+        if let Self::Kept(_, memory) = self { memory.as_deref() } else { None }
     }
 }
 
@@ -141,7 +141,7 @@ impl Owner {
                     memory: machine.now.memory,
                     state: SnapshotState::Ready,
                 };
-                Fate::Kept(take, live.then(|| self.keeper.memory_row()))
+                Fate::Kept(Box::new(take), live.then(|| Box::new(self.keeper.memory_row())))
             }
             Present::Discard if undoable() => Fate::ThrownAway,
             Present::Discard | Present::IfUnchanged => Fate::Forgotten,
@@ -156,7 +156,7 @@ impl Owner {
         let mut next = self.machine().machine.clone();
         let Plan { to, leaves, present, memory, run, .. } = plan;
         match present {
-            Fate::Kept(take, _) => next.keep(take, written),
+            Fate::Kept(take, _) => next.keep(*take, written),
             Fate::ThrownAway => next.note_discarded(to, jiff::Timestamp::now()),
             Fate::Forgotten => {}
         }

@@ -272,6 +272,19 @@ impl Keeper {
     /// Makes the files of fresh leaves, durable in all but name. Over a leaf that is being written: by its own handle. What takes a
     /// running guest's writes (`disks` are given) outlives this process.
     pub(crate) async fn make_leaves(&self, leaves: &Leaves, disks: Option<&Disks>) -> Result<Made, Problem> {
+        blocking(self.leaf_maker(leaves, disks)).await
+    }
+
+    /// The same, on this thread.
+    pub(crate) fn make_leaves_now(&self, leaves: &Leaves, disks: Option<&Disks>) -> Result<Made, Problem> {
+        self.leaf_maker(leaves, disks)()
+    }
+
+    fn leaf_maker(
+        &self,
+        leaves: &Leaves,
+        disks: Option<&Disks>,
+    ) -> impl FnOnce() -> Result<Made, Problem> + Send + use<> {
         let rows = self.rows();
         let carries = disks.is_some().then(|| self.carries.clone());
         let served = |(disk, row): &(DiskId, LayerRow)| {
@@ -279,15 +292,14 @@ impl Keeper {
         };
         let parents: Vec<_> = leaves.iter().map(served).collect();
         let (files, leaves) = (self.files.clone(), leaves.clone());
-        blocking(move || {
+        move || {
             let mut made = BTreeMap::new();
             for ((_, row), served) in leaves.iter().zip(parents) {
                 made.insert(row.id, make_leaf(&files, carries.as_ref(), &rows.machine, row, served)?);
             }
             files.sync_names()?;
             Ok(made)
-        })
-        .await
+        }
     }
 }
 

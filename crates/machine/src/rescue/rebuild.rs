@@ -540,6 +540,7 @@ impl<'a> Rebuild<'a> {
             format: file.format(),
             parent: self.links.parent[at].map(|parent| self.ids[parent]),
             created: self.label(at).map_or(self.at, |label| label.made),
+            folded: None,
         }
     }
 

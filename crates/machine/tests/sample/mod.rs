@@ -63,7 +63,16 @@ fn config(disks: u32) -> Config {
 pub(crate) fn layer(kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
     let id = LayerId::new();
     let file = if kind == LayerKind::Disk { format!("disks/{id}.avhdx") } else { format!("memory/{id}.avhdx") };
-    LayerRow { id, kind, file, in_place: false, format: LayerFormat::Vhdx, parent, created: Timestamp::UNIX_EPOCH }
+    LayerRow {
+        id,
+        kind,
+        file,
+        in_place: false,
+        format: LayerFormat::Vhdx,
+        parent,
+        created: Timestamp::UNIX_EPOCH,
+        folded: None,
+    }
 }
 
 /// Fresh leaves over these layers.

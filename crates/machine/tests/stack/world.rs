@@ -3,7 +3,7 @@
 use crate::model::{Checked, Content, Live, Model, SECTOR, Written};
 use image::Received;
 use machine::carry::Carries;
-use machine::collect::{Begin, Folded};
+use machine::collect::{Begin, Folded, Sizes};
 use machine::disks::Disks;
 use machine::files::Files;
 use machine::hashing::{Known, Manner};
@@ -29,6 +29,8 @@ use uuid::Uuid;
 const SIZES: [u64; 2] = [(3 << 20) + 3 * SECTOR, 600 << 10];
 /// Bytes that a fold has to make do with.
 const ROOM: u64 = 4 << 20;
+/// A merge notes how far it is, and a leaf gets another on top, for little.
+const SIZES_OF_MERGES: Sizes = Sizes { mark_every: 128 << 10, split_from: 64 << 10 };
 /// Pages of RAM.
 const PAGES: usize = 24;
 
@@ -283,7 +285,7 @@ impl World {
         let (chains, dice) = (Live::new(), Dice::new(!seed));
         let guest = Guest { chains, asked: None, truth: Arc::clone(&truth), ram, versions: 0, dice };
         let guest = Arc::new(Mutex::new(guest));
-        let keeper = Keeper::open(&files, carries(&runtime), steps(&guest)).expect("opens");
+        let keeper = Keeper::open(&files, carries(&runtime), steps(&guest)).expect("opens").merging_by(SIZES_OF_MERGES);
         Self {
             disk,
             runtime,
@@ -763,7 +765,8 @@ impl World {
         self.known = Known::default();
         self.disk.revive();
         self.runtime.revive();
-        self.keeper = Some(Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?);
+        let keeper = Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?;
+        self.keeper = Some(keeper.merging_by(SIZES_OF_MERGES));
         self.keeper().work_off_carries()?;
         let rows = self.keeper().rows();
         if rows.machine.now.state == State::Running {
@@ -801,7 +804,9 @@ fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
             // What fails is asked for again, see `collect`.
             let _ = lock(&guest).act(2);
         }
-        *begun = step == "merge:copying";
+        if step != "merge:marked" {
+            *begun = step == "merge:copying";
+        }
     })
 }
 

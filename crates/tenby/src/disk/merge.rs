@@ -131,7 +131,7 @@ fn fold(pair: &Pair, parent_name: &str, progress: &mut dyn FnMut(u64, u64) -> bo
         let commit = || Ok::<_, Infallible>(());
         // Others may take some of it meanwhile.
         let room = folder_of(pair.parent()).and_then(|folder| free_space(&folder)).map_or(u64::MAX, |free| free / 4);
-        let folded = merge::move_down(&pair.layers, room, uuid::Uuid::new_v4(), &mut told, commit);
+        let folded = merge::move_down(None, &pair.layers, room, uuid::Uuid::new_v4(), &mut told, commit);
         let outcome = folded.map_err(|error| match error {
             FoldError::Image(error) if error.kind == ErrorKind::NoSpace => {
                 problem(&error).hint(format!("free some space, then go on: {}", words()))
