@@ -366,6 +366,21 @@ fn a_full_disk_holds_work_up_and_loses_nothing() {
     witness.prove();
     lab.assert_tidy();
 
+    // Nor does it need the worker that knew.
+    small.fill_up();
+    let asked = std::thread::spawn(move || {
+        let _ = witness.try_ask("fill-disk vda 8M 24 5", std::time::Duration::from_secs(5));
+    });
+    wait_for("the guest to stand still", || (lab.state(BASE) == "paused").then_some(()));
+    lab.kill_worker();
+    asked.join().expect("its console has ended");
+    small.make_room();
+    wait_for("the guest to go on", || (lab.state(BASE) == "running").then_some(()));
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    assert_eq!(witness.ask("sum-disk vda 8M 24 5")["ok"], true);
+    witness.prove();
+
     // One that is gone does not go on.
     lab.snapshot("Wednesday");
     small.fill_up();

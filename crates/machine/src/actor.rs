@@ -109,6 +109,8 @@ pub(crate) struct Owner {
     pub(crate) starved: Option<(Task, tokio::time::Instant)>,
     /// The guest stands still because the disk is full; when to look whether it can go on.
     pub(crate) out_of_room: Option<tokio::time::Instant>,
+    /// When a guest whose disk had failed was last let go on to see whether it fails again.
+    pub(crate) tried_again: Option<tokio::time::Instant>,
     /// The reserve is being made.
     pub(crate) reserving: Option<tokio::task::JoinHandle<()>>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
@@ -158,6 +160,7 @@ impl Handle {
             merge_pace: Arc::default(),
             starved: None,
             out_of_room: None,
+            tried_again: None,
             reserving: None,
             resting: false,
             waiting: Vec::new(),

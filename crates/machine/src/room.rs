@@ -10,6 +10,8 @@ use tokio::time::{Duration, Instant};
 
 /// How often it is looked whether there is room.
 const LOOK: Duration = Duration::from_secs(2);
+/// What fails again within this time was not for want of room.
+const JUST_NOW: Duration = Duration::from_secs(10);
 /// With less than this the disk is full, bytes: a block of an image and what goes with it, beside what was the reserve a moment ago.
 const SCARCE: u64 = reserve::SIZE + (8 << 20);
 /// With this a guest goes on, bytes. More than the reserve: when that is given up, it is not the guest's.
@@ -65,11 +67,20 @@ impl Owner {
         }
     }
 
-    /// The guest stands still because a disk could not be written: for want of room?
-    pub(crate) fn note_full_disk(&mut self) -> bool {
-        let full = self.room() < SCARCE;
-        self.out_of_room = full.then(|| Instant::now() + LOOK);
-        full
+    /// The guest stands still because a disk could not be read or written. Why, and what becomes of it: if it was for want of room, it goes on by
+    /// itself. There may be room again by now, or it was another worker that knew: so anything else is tried once more, too.
+    pub(crate) fn note_failed_disk(&mut self) -> &'static str {
+        let now = Instant::now();
+        if self.room() < SCARCE {
+            self.out_of_room = Some(now + LOOK);
+            return "the host's disk is full; the guest stands still until there is room";
+        }
+        let tried = self.tried_again.replace(now).is_some_and(|tried| tried + JUST_NOW > now);
+        self.out_of_room = (!tried).then_some(now);
+        match tried {
+            true => "a disk could not be read or written; the guest stands still until it is resumed",
+            false => "a disk could not be read or written; it is tried once more",
+        }
     }
 
     /// Lets a guest go on that stands still for want of room, if there is some.
@@ -83,7 +94,7 @@ impl Owner {
             return;
         }
         self.out_of_room = None;
-        log::write(&self.keeper.files, None, "there is room again: the guest goes on");
+        log::write(&self.keeper.files, None, "there is room: the guest goes on");
         let committed = self.keeper.book.commit(|rows| rows.machine.now.state = State::Running);
         let gone_on = match committed {
             Ok(()) => self.let_run().await,

@@ -156,10 +156,7 @@ impl Owner {
                 self.off(&alert, Some(alert.clone())).await;
             }
             RunState::IoError => {
-                let why = match self.note_full_disk() {
-                    true => "the host's disk is full; the guest stands still until there is room",
-                    false => "a disk could not be read or written; the guest stands still until it is resumed",
-                };
+                let why = self.note_failed_disk();
                 self.halted(why);
             }
             RunState::Panicked => self.halted("the guest reported its own death and stands still"),
