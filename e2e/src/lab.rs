@@ -4,6 +4,7 @@ use std::fs::{File, TryLockError};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -113,6 +114,11 @@ impl Lab {
         self.folder.path().join("root")
     }
 
+    /// Where the machines' sockets lie.
+    fn runtime(&self) -> PathBuf {
+        self.folder.path().join("run")
+    }
+
     /// A place for files of the test.
     pub fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
@@ -121,7 +127,7 @@ impl Lab {
     /// The program, ready to run in this root with `args`.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(place::tenby());
-        command.args(args).env("TENBY_ROOT", self.root()).env("TENBY_RUNTIME", self.folder.path().join("run"));
+        command.args(args).env("TENBY_ROOT", self.root()).env("TENBY_RUNTIME", self.runtime());
         command.env("LC_ALL", "C.UTF-8").env("NO_COLOR", "1").env("COLUMNS", "80").stdin(Stdio::null());
         command.current_dir(self.folder.path());
         if let Some(qemu) = &self.qemu {
@@ -137,6 +143,19 @@ impl Lab {
     #[track_caller]
     pub fn tenby(&self, args: &[&str]) -> Output {
         finish(&mut self.command(args))
+    }
+
+    /// Runs the program to its end; so long after it was started, there is a blow.
+    ///
+    /// # Panics
+    /// If there is no end.
+    pub fn struck(&self, args: &[&str], after: Duration, blow: impl FnOnce()) -> Output {
+        std::thread::scope(|scope| {
+            let command = scope.spawn(|| self.tenby(args));
+            std::thread::sleep(after);
+            blow();
+            command.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
     }
 
     /// Runs the program, which has to succeed, and gives what it printed.
@@ -316,6 +335,20 @@ impl Lab {
         files
     }
 
+    /// What lies below the root and where the sockets are, by name: machines' folders, and whatever else was left there.
+    pub fn left(&self) -> Vec<String> {
+        let names =
+            entries(&self.root()).chain(entries(&self.runtime())).filter_map(|path| Some(path.file_name()?.to_owned()));
+        // The root's own lock stays.
+        names.map(|name| name.to_string_lossy().into_owned()).filter(|name| name != "lock").collect()
+    }
+
+    /// The folders of the only machine's sockets: one a QEMU.
+    pub fn sockets(&self) -> Vec<PathBuf> {
+        let below = entries(&self.runtime()).flat_map(|machine| entries(&machine));
+        below.filter(|path| path.join("qmp.sock").exists()).collect()
+    }
+
     /// The folder of [`BASE`].
     pub fn machine_folder(&self) -> PathBuf {
         self.root().join(self.json(&["vm", "show", BASE])["id"].as_str().expect("a machine has an id"))
@@ -330,7 +363,7 @@ impl Lab {
     /// The worker of the only machine, if one runs.
     pub fn worker(&self) -> Option<Pid> {
         let workers = self.processes();
-        workers.iter().find(|process| process.command.contains("\0worker\0")).map(|process| process.pid)
+        workers.iter().find(|process| process.is_worker()).map(|process| process.pid)
     }
 
     /// Kills the worker as the kernel does when memory ends, and waits until it is gone.
@@ -338,9 +371,7 @@ impl Lab {
     /// # Panics
     /// If there is none.
     pub fn kill_worker(&self) {
-        let worker = self.worker().expect("a worker runs");
-        kill_process(worker, Signal::KILL).expect("it is ours");
-        self.wait_gone(worker);
+        assert!(self.kill(Process::is_worker) > 0, "a worker runs");
     }
 
     /// Kills QEMU in the same way.
@@ -348,10 +379,29 @@ impl Lab {
     /// # Panics
     /// If there is none.
     pub fn kill_qemu(&self) {
-        let all = self.processes();
-        let qemu = all.iter().find(|process| process.is_qemu()).expect("a QEMU runs").pid;
-        kill_process(qemu, Signal::KILL).expect("it is ours");
-        self.wait_gone(qemu);
+        assert!(self.kill(Process::is_qemu) > 0, "a QEMU runs");
+    }
+
+    /// Kills those of its processes, whoever is there, waits until they are gone, and says how many they were.
+    ///
+    /// # Panics
+    /// If one does not end.
+    pub fn kill(&self, which: impl Fn(&Process) -> bool) -> usize {
+        let doomed: Vec<Pid> =
+            self.processes().iter().filter(|process| which(process)).map(|process| process.pid).collect();
+        // One of them may be leaving just now.
+        let killed: Vec<Pid> = doomed.into_iter().filter(|pid| kill_process(*pid, Signal::KILL).is_ok()).collect();
+        for pid in &killed {
+            self.wait_gone(*pid);
+        }
+        killed.len()
+    }
+
+    /// What a process has open: a path, or what else `/proc` calls it. Empty if it is gone.
+    pub fn descriptors(&self, pid: Pid) -> Vec<String> {
+        let links = entries(&PathBuf::from(format!("/proc/{}/fd", pid.as_raw_nonzero())));
+        let targets = links.filter_map(|link| std::fs::read_link(link).ok());
+        targets.map(|target| target.to_string_lossy().into_owned()).collect()
     }
 
     /// Waits until a process of this lab has ended.
@@ -396,7 +446,7 @@ impl Drop for Lab {
                 // It may be gone already.
                 let _ = kill_process(process.pid, Signal::KILL);
             }
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
     }
 }
@@ -411,11 +461,21 @@ pub struct Process {
 }
 
 impl Process {
+    /// Whether it is a machine's worker.
+    pub fn is_worker(&self) -> bool {
+        self.command.contains("\0worker\0")
+    }
+
     /// Whether it is a QEMU that runs a machine (not one that is asked for its version).
     pub fn is_qemu(&self) -> bool {
         let program = self.command.split('\0').next().unwrap_or_default();
         program.contains("qemu-system") && self.command.contains("\0-qmp") || self.command.contains("\0-kernel\0")
     }
+}
+
+/// What a folder holds; nothing, if there is none.
+fn entries(folder: &Path) -> impl Iterator<Item = PathBuf> + use<> {
+    std::fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()))
 }
 
 fn processes() -> impl Iterator<Item = Process> {

@@ -22,7 +22,7 @@ mod small;
 mod witness;
 
 pub use bare::Bare;
-pub use lab::{BASE, Lab, Output};
+pub use lab::{BASE, Lab, Output, Process};
 pub use place::{Guest, guest, qemu_10, qemu_72};
 pub use screen::Screen;
 pub use small::SmallDisk;

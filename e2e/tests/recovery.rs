@@ -1,9 +1,9 @@
 //! A worker that is killed at each step of each request, and at no step in particular. The next command recovers; the guest lives on;
 //! a request is either done or has changed nothing.
 
-use e2e::{BASE, DEADLINE, Lab, Output, Witness, wait_for};
+use e2e::{BASE, Lab, Output, Process, Witness, wait_for};
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// A running machine with the snapshots `one` and `two` and later changes; its journal runs flat out.
 struct Scene {
@@ -306,20 +306,7 @@ impl Random {
 
 /// Kills the worker some time into `request`, and gives what came of the command.
 fn killed_into(lab: &Lab, request: &[&str], after: Duration) -> i32 {
-    let mut command = lab.command(request);
-    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("the program runs");
-    std::thread::sleep(after);
-    if lab.worker().is_some() {
-        lab.kill_worker();
-    }
-    let start = Instant::now();
-    loop {
-        if let Some(status) = child.try_wait().expect("it is our child") {
-            return status.code().unwrap_or(-1);
-        }
-        assert!(start.elapsed() < DEADLINE, "{request:?} does not end");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    lab.struck(request, after, || _ = lab.kill(Process::is_worker)).code
 }
 
 /// Wherever the blow falls, the command tells the truth.
