@@ -1,8 +1,8 @@
 //! The crash test of the whole stack, for as many states as one likes.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
-use crate::{call, cargo, step};
+use crate::{call, cargo, number_after, step};
 
 /// Distinct states that are looked at if nobody says.
 const STATES: u64 = 100_000;
@@ -12,15 +12,10 @@ pub(crate) fn run(words: &[String]) -> Result<()> {
     let (mut states, mut seed, mut syncs) = (STATES, 1, false);
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        if word == "--syncs" {
-            syncs = true;
-            continue;
-        }
-        let value = words.next().with_context(|| format!("{word} wants a number"))?;
-        let number: u64 = value.parse().with_context(|| format!("{word} wants a number, not {value:?}"))?;
         match word.as_str() {
-            "--states" => states = number,
-            "--seed" => seed = number,
+            "--syncs" => syncs = true,
+            "--states" => states = number_after(word, &mut words)?,
+            "--seed" => seed = number_after(word, &mut words)?,
             other => bail!("there is no {other}"),
         }
     }

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use crate::{call, cargo, output_of, root, step, target};
+use crate::{call, cargo, number_after, output_of, root, step, target};
 
 /// Processes that fuzz at once. Each has one thread: memory and panics are counted by the process.
 const AT_ONCE: u64 = 2;
@@ -19,13 +19,9 @@ pub(crate) fn run(words: &[String]) -> Result<()> {
     let (mut seconds, mut seed, mut targets) = (SECONDS, None, Vec::new());
     let mut words = words.iter();
     while let Some(word) = words.next() {
-        let mut number = || -> Result<u64> {
-            let value = words.next().with_context(|| format!("{word} wants a number"))?;
-            value.parse().with_context(|| format!("{word} wants a number, not {value:?}"))
-        };
         match word.as_str() {
-            "--seconds" => seconds = number()?,
-            "--seed" => seed = Some(number()?),
+            "--seconds" => seconds = number_after(word, &mut words)?,
+            "--seed" => seed = Some(number_after(word, &mut words)?),
             other if other.starts_with('-') => bail!("there is no {other}"),
             _ => targets.push(word.clone()),
         }

@@ -6,6 +6,7 @@
 //!   qemu    both versions of QEMU, into target/qemu    bench   the numbers of SPECIFICATION.md
 //!   demo    a week in the life of a machine            fuzz    the parsers, for as long as one likes
 //!   crash   the whole stack under power cuts           coverage what of them the fuzzer's tests reach
+//!   soak    a live machine, killed at random
 //! ```
 
 mod bench;
@@ -17,6 +18,7 @@ mod emulators;
 mod fuzz;
 mod guest;
 mod setup;
+mod soak;
 mod suite;
 
 use std::path::{Path, PathBuf};
@@ -35,6 +37,7 @@ usage: cargo xtask <command>
   check    only the direction of dependencies between the crates
   bench    measure the numbers that SPECIFICATION.md promises
   crash    cut the power of the whole stack: [--states N] [--seed S] [--syncs]
+  soak     ask and kill a live machine at random: [--minutes N] [--seed S]
   fuzz     fuzz the parsers: [TARGET...] [--seconds N] [--seed S]
   coverage what of the parsers the fuzzer's tests reach: [--missing]
 ";
@@ -62,6 +65,7 @@ fn run(command: &str, rest: &[String]) -> Result<()> {
         "check" => check::run(),
         "bench" => bench::run(rest),
         "crash" => crash::run(rest),
+        "soak" => soak::run(rest),
         "fuzz" => fuzz::run(rest),
         "coverage" => fuzz::coverage(rest),
         "" | "help" | "-h" | "--help" => {
@@ -133,6 +137,12 @@ fn output_of(command: &mut Command) -> Result<String> {
         );
     }
     String::from_utf8(output.stdout).with_context(|| format!("{} printed something else than text", in_a_line(command)))
+}
+
+/// The number that follows `word` on the command line.
+fn number_after(word: &str, words: &mut std::slice::Iter<'_, String>) -> Result<u64> {
+    let value = words.next().with_context(|| format!("{word} wants a number"))?;
+    value.parse().with_context(|| format!("{word} wants a number, not {value:?}"))
 }
 
 /// A command as one would type it.
