@@ -367,6 +367,7 @@ fn everything_is_killed() {
     scene.lab.kill_worker();
     scene.lab.kill_qemu();
     assert_eq!(scene.lab.state(BASE), "off");
+    assert_eq!(scene.lab.sockets(), Vec::<std::path::PathBuf>::new(), "those of a QEMU that is gone");
     scene.lab.ok(&["vm", "start", BASE]);
     let mut witness = scene.lab.witness(BASE);
     assert!(witness.resync()["journal"]["found"]["seq"].as_u64().expect("a number") >= flushed);

@@ -110,6 +110,7 @@ impl Live {
         let run_dir = Root::runtime_folder(machine.id).join(&run.dir);
         let identity = Identity { pid: run.pid, started: run.started };
         if !qemu::alive(identity) {
+            remove_run_dir(&run_dir);
             return Ok(None);
         }
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
@@ -120,6 +121,7 @@ impl Live {
             }
             Err(qemu::Error::Gone { .. }) => {
                 blocking(move || served.end()).await?;
+                remove_run_dir(&run_dir);
                 Ok(None)
             }
             Err(e) => Err(qemu_problem(&machine.name, &e)),
