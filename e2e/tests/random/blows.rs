@@ -80,7 +80,7 @@ impl Run {
         }
         for _ in 0..=self.below(5) {
             if self.below(2) == 0 {
-                self.steer(&["throttle"], &["2M"]);
+                self.steer("throttle", Some("2M"));
             }
             let (soon, blow) = (self.within(SOONER), self.any_blow());
             std::thread::sleep(soon);

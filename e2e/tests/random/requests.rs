@@ -199,19 +199,19 @@ impl Run {
     pub(crate) fn settle(&mut self) {
         // One that was cancelled begins again with the next request.
         self.lab.ok(&["vm", "set", BASE, "--note", "settle"]);
-        self.steer(&["resume"], &[]);
-        self.steer(&["throttle"], &["0"]);
+        self.steer("resume", None);
+        self.steer("throttle", Some("0"));
         self.lab.settle();
     }
 
     /// Does this to the merge under way, if there is one.
-    pub(crate) fn steer(&mut self, verb: &[&str], value: &[&str]) {
+    pub(crate) fn steer(&mut self, verb: &str, value: Option<&str>) {
         let jobs = self.lab.json(&["job", "list", BASE])["jobs"].take();
         let merge =
             jobs.as_array().expect("a list").iter().find(|job| job["kind"] == "merge" && job["ended"].is_null());
         let Some(id) = merge.and_then(|job| job["id"].as_str()) else { return };
-        self.note(&format!("{} the merge {}", verb.join(" "), value.join(" ")));
-        let asked = self.lab.tenby(&[&["job"], verb, &[id], value].concat());
+        self.note(&format!("{verb} the merge {}", value.unwrap_or_default()));
+        let asked = self.lab.tenby(&["job", verb, id].into_iter().chain(value).collect::<Vec<_>>());
         // It may be done by now.
         let ended = || !self.lab.json(&["job", "show", id])["ended"].is_null();
         assert!(asked.code == 0 || asked.code == 3 && ended(), "{asked:?}");

@@ -1,6 +1,7 @@
 //! A machine beside its model.
 
-use crate::model::{Model, Shape};
+use crate::blows::Kills;
+use crate::model::{Content, Model, Shape};
 use e2e::{BASE, Lab, Witness};
 use serde_json::Value;
 
@@ -19,7 +20,7 @@ pub(crate) struct Run {
     next: u64,
     /// For the message of a failure.
     pub(crate) log: Vec<String>,
-    pub(crate) kills: crate::blows::Kills,
+    pub(crate) kills: Kills,
 }
 
 /// The seed that whoever runs this wants.
@@ -46,7 +47,7 @@ impl Run {
 
     fn new(seed: u64) -> Self {
         let (lab, _) = Lab::running();
-        let (model, kills) = (Model::running(), crate::blows::Kills::default());
+        let (model, kills) = (Model::running(), Kills::default());
         let mut run = Self { lab, witness: None, model, seed, next: 1, log: Vec::new(), kills };
         run.hurry();
         run.change(0);
@@ -157,7 +158,7 @@ impl Run {
     }
 
     /// The same of those snapshots that are worth it: without memory, a guest has to boot.
-    pub(crate) fn prove(&mut self, worth: impl Fn(&crate::model::Content) -> bool) {
+    pub(crate) fn prove(&mut self, worth: impl Fn(&Content) -> bool) {
         self.compare_all();
         let ids: Vec<String> = self.model.ids().cloned().collect();
         for id in ids {

@@ -86,10 +86,10 @@ impl Run {
 
     fn steer_any(&mut self) {
         match self.below(4) {
-            0 => self.steer(&["pause"], &[]),
-            1 => self.steer(&["resume"], &[]),
-            2 => self.steer(&["throttle"], &["4M"]),
-            _ => self.steer(&["cancel"], &[]),
+            0 => self.steer("pause", None),
+            1 => self.steer("resume", None),
+            2 => self.steer("throttle", Some("4M")),
+            _ => self.steer("cancel", None),
         }
     }
 
@@ -119,8 +119,8 @@ impl Run {
             self.grant(&wish);
         }
         self.prove_all();
-        let open = || (self.descriptors().len() <= descriptors).then_some(());
-        wait_for("no more to be open than in the beginning", open);
+        let what = format!("{:?} to be no more than the {descriptors} of the beginning", self.descriptors());
+        wait_for(&what, || (self.descriptors().len() <= descriptors).then_some(()));
         self.assert_no_leaks();
         self.grant(&Self::turn_off());
         self.check_files();
