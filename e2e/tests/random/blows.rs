@@ -13,7 +13,7 @@ const SOONER: usize = 100;
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Blow {
+pub(crate) enum Blow {
     Worker,
     Qemu,
     Both,
@@ -28,7 +28,7 @@ pub(crate) struct Kills {
 }
 
 impl Blow {
-    /// Whoever is there; gives how many QEMUs and others were.
+    /// On whoever is there; says on how many.
     fn fall(self, lab: &Lab) -> usize {
         match self {
             Self::Worker => lab.kill(Process::is_worker),
@@ -51,11 +51,7 @@ impl Run {
         self.lab.tree()["pending"].as_array().expect("a list").iter().any(|work| work["kind"] == "merge")
     }
 
-    pub(crate) fn kill_the_worker(&mut self) {
-        self.strike(Blow::Worker);
-    }
-
-    fn strike(&mut self, blow: Blow) {
+    pub(crate) fn strike(&mut self, blow: Blow) {
         // A console would wake another worker.
         self.witness = None;
         let merging = self.is_merging();

@@ -1,5 +1,6 @@
 //! What can be asked of a machine, each with what it makes of the model.
 
+use crate::blows::Blow;
 use crate::model::{Model, Shape};
 use crate::run::Run;
 use e2e::{BASE, wait_for};
@@ -47,7 +48,7 @@ impl Run {
                 let disk = self.below(2);
                 self.change(disk);
             }
-            11 if running => self.kill_the_worker(),
+            11 if running => self.strike(Blow::Worker),
             number => {
                 if let Some(wish) = self.wish(number) {
                     self.grant(&wish);
