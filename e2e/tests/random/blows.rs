@@ -9,7 +9,7 @@ use std::time::Duration;
 /// After a request was sent a blow falls within so many milliseconds.
 const SOON: usize = 300;
 /// The same after a merge was begun, which takes no longer.
-const SOONER: usize = 100;
+const SOONER: usize = 50;
 
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -51,7 +51,8 @@ impl Run {
         self.lab.tree()["pending"].as_array().expect("a list").iter().any(|work| work["kind"] == "merge")
     }
 
-    pub(crate) fn strike(&mut self, blow: Blow) {
+    /// Whether a merge was under way.
+    pub(crate) fn strike(&mut self, blow: Blow) -> bool {
         // A console would wake another worker.
         self.witness = None;
         let merging = self.is_merging();
@@ -62,6 +63,7 @@ impl Run {
             self.model.lose_qemu();
             wait_for("the machine to be known as off", || (self.shape() == self.model.shape()).then_some(()));
         }
+        merging
     }
 
     fn count(&mut self, killed: usize, merging: bool) {
@@ -69,18 +71,19 @@ impl Run {
         self.kills.merging += usize::from(killed > 0 && merging);
     }
 
-    /// Blow after blow, mostly while a merge is under way: each new worker begins it again.
+    /// Blow after blow, as long as a merge is under way: each new worker begins it again.
     pub(crate) fn beat(&mut self) {
         if self.below(8) > 0 && !self.is_merging() {
             self.stir();
         }
-        for _ in 0..=self.below(5) {
-            if self.below(2) == 0 {
+        let mut merging = true;
+        while merging && self.below(8) > 0 {
+            if self.below(4) == 0 {
                 self.steer("throttle", Some("2M"));
             }
             let (soon, blow) = (self.within(SOONER), self.any_blow());
             std::thread::sleep(soon);
-            self.strike(blow);
+            merging = self.strike(blow);
             assert_eq!(self.shape(), self.model.shape());
         }
     }

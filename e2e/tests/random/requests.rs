@@ -48,7 +48,7 @@ impl Run {
                 let disk = self.below(2);
                 self.change(disk);
             }
-            11 if running => self.strike(Blow::Worker),
+            11 if running => _ = self.strike(Blow::Worker),
             number => {
                 if let Some(wish) = self.wish(number) {
                     self.grant(&wish);
