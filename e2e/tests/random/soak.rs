@@ -5,7 +5,7 @@ use e2e::{BASE, Process, wait_for};
 use std::time::{Duration, Instant};
 
 /// Steps of the short one.
-const SHORT: usize = 20;
+const SHORT: usize = 12;
 /// After so many steps all that is there is settled and compared.
 const ROUND: usize = 25;
 /// More snapshots than these take too long to prove each time.
