@@ -2,7 +2,7 @@
 
 use crate::model::{Model, Shape};
 use crate::requests::Wish;
-use crate::run::{Run, fill};
+use crate::run::{Run, pile};
 use e2e::{BASE, Lab, Process, wait_for};
 use std::time::Duration;
 
@@ -107,19 +107,27 @@ impl Run {
         self.grant(&Self::delete(&gone, false));
     }
 
-    /// Somebody dies while the guest writes a pile. Without its worker it goes on; without its QEMU nobody knows how far it came.
+    /// Somebody dies while the guest writes a pile and flushes nothing. Without its worker it goes on, and what it was told is written is
+    /// there; without its QEMU nobody knows what is.
     pub(crate) fn pile_torn(&mut self, disk: usize) {
+        if self.model.now.piles[disk] == 0 {
+            self.pile(disk);
+        }
         let (number, before) = (self.number(), self.model.now.piles[disk]);
         let (blow, soon) = (self.any_blow(), self.within(SOON));
-        self.note(&format!("pile {number} on disk {disk}"));
-        let _heard = self.witness().try_ask(&fill(disk, number), soon);
+        self.note(&format!("pile {number} on disk {disk}, not flushed"));
+        self.witness().ask("journal pause");
+        let _heard = self.witness().try_ask(&pile("pour", disk, number), soon);
         self.strike(blow);
         self.model.now.piles[disk] = 0;
         if self.model.state == "running" {
             // It may not have heard what it was asked for.
-            let there = [number, before].into_iter().find(|number| *number > 0 && self.has_pile(disk, *number));
-            assert!(there.is_some() || before == 0, "neither pile {number} nor {before} is on disk {disk}");
-            self.model.now.piles[disk] = there.unwrap_or(0);
+            let there = [number, before].into_iter().find(|number| self.has_pile(disk, *number));
+            let there = there.unwrap_or_else(|| panic!("neither pile {number} nor {before} is on disk {disk}"));
+            self.model.now.piles[disk] = there;
+            // Once on each disk, with a flush.
+            self.witness().ask("journal step 2");
+            self.witness().ask("journal run");
         }
     }
 

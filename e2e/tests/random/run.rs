@@ -28,9 +28,9 @@ pub(crate) fn seed() -> Option<u64> {
     std::env::var("TENBY_SEED").ok()?.parse().ok()
 }
 
-/// What the guest is asked for to write a pile.
-pub(crate) fn fill(disk: usize, number: u64) -> String {
-    format!("fill-disk {} {} {} {number}", DISKS[disk], PILE.0, PILE.1)
+/// What the guest is asked for to do this with a pile: `fill`, `pour` (the same without a flush) or `sum`.
+pub(crate) fn pile(verb: &str, disk: usize, number: u64) -> String {
+    format!("{verb}-disk {} {} {} {number}", DISKS[disk], PILE.0, PILE.1)
 }
 
 impl Run {
@@ -92,12 +92,12 @@ impl Run {
     pub(crate) fn pile(&mut self, disk: usize) {
         let number = self.number();
         self.note(&format!("pile {number} on disk {disk}"));
-        self.witness().ask(&fill(disk, number));
+        self.witness().ask(&pile("fill", disk, number));
         self.model.now.piles[disk] = number;
     }
 
     pub(crate) fn has_pile(&mut self, disk: usize, number: u64) -> bool {
-        self.witness().ask(&format!("sum-disk {} {} {} {number}", DISKS[disk], PILE.0, PILE.1))["ok"] == true
+        self.witness().ask(&pile("sum", disk, number))["ok"] == true
     }
 
     fn remember(&mut self, number: u64) {
