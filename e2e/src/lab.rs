@@ -416,8 +416,9 @@ impl Lab {
 /// What the machines under a root noted, for the report of a test that failed.
 pub(crate) fn tell(root: &Path) {
     let machines = std::fs::read_dir(root).into_iter().flatten().filter_map(Result::ok);
-    let logs = machines
-        .flat_map(|machine| ["machine.log", "worker.log", "qemu.log"].map(|log| machine.path().join("log").join(log)));
+    let logs = machines.flat_map(|machine| {
+        ["machine.log", "worker.log", "qemu.log", "serial.log"].map(|log| machine.path().join("log").join(log))
+    });
     logs.for_each(|log| tell_end(&log));
 }
 
