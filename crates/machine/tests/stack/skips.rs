@@ -6,9 +6,10 @@
 use crate::world::{Moment, World};
 use crate::{check, live, number, runtime, sample};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::sync::Arc;
 use store::sim::{Synced, Unsynced};
 
-/// Syncs that can be left out, or come after the next one, without harm, by the end of their name, and why.
+/// Syncs that can be left out, or come after the next one, without harm: a part of how they are told, and why.
 const HARMLESS: &[(&str, &str)] = &[];
 
 /// A mistake that was noticed so often is not tried again.
@@ -18,12 +19,13 @@ const OFTEN: u32 = 3;
 #[derive(Debug, Default)]
 struct Tried {
     noticed: u32,
+    /// Operations of syncs of whose absence nothing was noticed.
     missed: BTreeSet<u64>,
-    /// How it was noticed first.
-    how: Option<String>,
+    /// One of those, for where in the code it was asked for.
+    example: Option<Arc<Synced>>,
 }
 
-/// A mistake, by the places in the code that ask for the sync.
+/// A mistake; a sync is the n-th of what was being done, and of a kind of file.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Mistake {
     LeftOut(String),
@@ -31,31 +33,42 @@ enum Mistake {
     Late(String, String),
 }
 
+impl std::fmt::Display for Mistake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::LeftOut(sync) => write!(f, "without {sync}"),
+            Self::Late(first, second) => write!(f, "{first} after {second}"),
+        }
+    }
+}
+
 #[derive(Default)]
 struct Trial {
     tried: BTreeMap<Mistake, Tried>,
-    /// Operations of syncs of this life that are known to be noticed.
+    /// Operations of syncs of this life, and those that are known to be noticed.
+    syncs: BTreeSet<u64>,
     noticed: HashSet<u64>,
-    names: BTreeMap<u64, String>,
+    diary: Vec<(u64, &'static str)>,
 }
 
 impl Trial {
-    /// The functions that asked for a sync, innermost first.
-    fn name(&mut self, sync: &Synced) -> String {
-        self.names.entry(sync.operation).or_insert_with(|| name(sync)).clone()
+    /// Which sync of what was being done it is.
+    fn name(&self, sync: &Synced) -> String {
+        let (begun, doing) = self.diary.iter().rev().find(|(at, _)| *at <= sync.operation).copied().unwrap_or_default();
+        let nth = self.syncs.range(begun..=sync.operation).count();
+        let kind = sync.name.rsplit(['.', '/']).next().unwrap_or_default();
+        format!("{doing} {nth} ({kind})")
     }
 
-    fn note(&mut self, mistake: Mistake, operation: u64, wrong: Option<&String>) {
+    fn note(&mut self, mistake: Mistake, sync: &Arc<Synced>, wrong: bool) {
+        let operation = sync.operation;
         let tried = self.tried.entry(mistake).or_default();
-        match wrong {
-            None => {
-                tried.missed.insert(operation);
-            }
-            Some(wrong) => {
-                tried.noticed += 1;
-                tried.missed.remove(&operation);
-                tried.how.get_or_insert_with(|| wrong.clone());
-            }
+        if wrong {
+            tried.noticed += 1;
+            tried.missed.remove(&operation);
+        } else {
+            tried.missed.insert(operation);
+            tried.example.get_or_insert_with(|| Arc::clone(sync));
         }
     }
 
@@ -66,39 +79,35 @@ impl Trial {
     /// At a moment; `late` are the last two syncs, if it is right after them.
     fn look(&mut self, moment: &Moment, late: Option<(u64, u64)>) {
         let all = moment.disk.last_syncs();
-        let name = |trial: &mut Self, operation| {
-            let sync = all.iter().find(|sync| sync.operation == operation)?;
-            Some(trial.name(sync))
-        };
-        let pair = late.and_then(|(first, second)| Some(Mistake::Late(name(self, first)?, name(self, second)?)));
+        let named = |operation| all.iter().find(|sync| sync.operation == operation).map(|sync| self.name(sync));
+        let pair = late.and_then(|(first, second)| Some(Mistake::Late(named(first)?, named(second)?)));
         for sync in &all {
-            let operation = sync.operation;
             let left_out = Mistake::LeftOut(self.name(sync));
-            let late = pair.clone().filter(|pair| late.is_some_and(|late| late.0 == operation) && !self.is_known(pair));
-            let old = self.noticed.contains(&operation) || self.is_known(&left_out);
+            let is_late = late.is_some_and(|late| late.0 == sync.operation);
+            let late = pair.clone().filter(|pair| is_late && !self.is_known(pair));
+            let old = self.noticed.contains(&sync.operation) || self.is_known(&left_out);
             if old && late.is_none() {
                 continue;
             }
-            let wrong = wrong(moment, operation);
-            if wrong.is_some() {
-                self.noticed.insert(operation);
+            let wrong = is_wrong(moment, sync.operation);
+            if wrong {
+                self.noticed.insert(sync.operation);
             }
             for mistake in late.into_iter().chain((!old).then_some(left_out)) {
-                self.note(mistake, operation, wrong.as_ref());
+                self.note(mistake, sync, wrong);
             }
         }
     }
 }
 
-/// What is wrong with what a power cut leaves then.
-fn wrong(moment: &Moment, without: u64) -> Option<String> {
-    let Unsynced { nothing, all_else } = moment.disk.without_sync(without)?;
-    [nothing, all_else].into_iter().find_map(|disk| check(&disk, &moment.models, moment.at).err())
+/// Whether it shows in what a power cut leaves then.
+fn is_wrong(moment: &Moment, without: u64) -> bool {
+    let Some(Unsynced { nothing, all_else }) = moment.disk.without_sync(without) else { return false };
+    [nothing, all_else].iter().any(|disk| check(disk, &moment.models, moment.at).is_err())
 }
 
-/// The functions that asked for a sync, innermost first, and the kind of file.
-fn name(sync: &Synced) -> String {
-    let kind = sync.name.rsplit(['.', '/']).next().unwrap_or_default();
+/// The functions that asked for a sync, innermost first. (It takes a while to find them out.)
+fn place(sync: &Synced) -> String {
     let trace = sync.by.to_string();
     let lines: Vec<&str> = trace.lines().map(str::trim_start).collect();
     let ours = |pair: &[&str]| {
@@ -113,7 +122,7 @@ fn name(sync: &Synced) -> String {
     let mut functions: Vec<String> = lines.windows(2).filter_map(ours).collect();
     functions.dedup();
     functions.truncate(7);
-    format!("{kind}: {}", functions.join(" < "))
+    functions.join(" < ")
 }
 
 /// Takes long: `cargo xtask crash --syncs`.
@@ -131,9 +140,11 @@ fn a_sync_that_is_left_out_or_late_is_noticed() {
         let moments = world.moments(world.disk.counts().operations..once.disk.counts().operations);
         assert!(live(&mut world, &runtime()), "seed {seed}");
         let (mut before, mut last) = (None, None);
-        (trial.noticed, trial.names) = Default::default();
+        (trial.noticed, trial.syncs) = Default::default();
+        trial.diary.clone_from(&world.diary);
         for moment in moments.take() {
             let newest = moment.disk.last_syncs().iter().map(|sync| sync.operation).max();
+            trial.syncs.extend(newest);
             let fresh = newest != last;
             if fresh {
                 (before, last) = (last, newest);
@@ -145,17 +156,13 @@ fn a_sync_that_is_left_out_or_late_is_noticed() {
     }
     let mut unknown = Vec::new();
     for (mistake, tried) in &trial.tried {
-        let words = match mistake {
-            Mistake::LeftOut(sync) => format!("left out: {sync}"),
-            Mistake::Late(first, second) => {
-                format!("late:     {first}\n                                  after: {second}")
-            }
-        };
-        println!("{:>5} noticed, {:>5} not: {words}", tried.noticed, tried.missed.len());
+        let place = tried.example.as_ref().filter(|_| tried.noticed == 0).map(|sync| place(sync)).unwrap_or_default();
+        let told = format!("{mistake}: {place}");
+        println!("{:>5} noticed, {:>5} not: {told}", tried.noticed, tried.missed.len());
         if tried.noticed == 0 {
-            unknown.push(words);
+            unknown.push(told);
         }
     }
-    unknown.retain(|words| !HARMLESS.iter().any(|(harmless, _)| words.contains(harmless)));
+    unknown.retain(|told| !HARMLESS.iter().any(|(harmless, _)| told.contains(harmless)));
     assert!(unknown.is_empty(), "nobody notices: {unknown:#?}");
 }
