@@ -299,9 +299,15 @@ impl Keeper {
         let beneath = beneath.map(&mut open).transpose()?;
         let mut layers = rows.iter().map(|row| open(row)).collect::<Result<Vec<_>, _>>()?;
         let plan = plan(beneath.as_ref(), &layers)?;
-        let direction = way(lowest, &plan);
-        let moves = plan.moves(direction).iter().sum();
-        let room = self.scarce_room(lowest, moves).filter(|_| direction == Direction::Down);
+        let mut direction = way(lowest, &plan);
+        let mut moves = plan.moves(direction).iter().sum();
+        let scarce = self.scarce_room(lowest, moves);
+        if scarce.is_some() && plan.down.is_some() && direction == Direction::Up {
+            // More moves that way, but it can be given up piece by piece.
+            direction = Direction::Down;
+            moves = plan.moves(direction).iter().sum();
+        }
+        let room = scarce.filter(|_| direction == Direction::Down);
         if room.is_some() && run.len() > 1 {
             return self.open_fold(machine, &run[..1], disks, begin);
         }
