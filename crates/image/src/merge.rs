@@ -218,8 +218,8 @@ pub fn can_fold_up(beneath: &dyn Layer, top: &dyn Layer) -> bool {
 
 /// Folds `child` into `parent`, live in `chain` (where they stand next to each other; see [`Chain::replace`]) or offline (`None`).
 ///
-/// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table. `progress` is called after each piece, while nothing is held: it may take its
-/// time. `commit` runs once, when all is durable; it must not change the layers of the chain. Ends with neither layer closed; the child's
+/// Both must be writable: the child's link and the parent's content and id change. `g` is the fresh id of the module's table.
+/// `progress` is called after each piece, while nothing is held: it may take its time. `commit` runs once, when all is durable; it must not change the layers of the chain. Ends with neither layer closed; the child's
 /// file is the caller's to remove.
 ///
 /// Refused: a child whose size the parent cannot have ([`Layer::check_resize`]).

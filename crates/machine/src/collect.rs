@@ -430,16 +430,22 @@ impl Keeper {
             self.steps.at("merge:committed");
             Ok::<(), Problem>(())
         };
+        // Whichever way it moves: a guest may come to write to a leaf, be it much later.
+        let may_mark = !self.is_leaf(top_of(run));
         let mut marked = *mark;
         let mut progress = |progress: merge::Progress| {
             task.progress(progress.done, progress.total);
-            if progress.mark.is_some() && progress.mark != marked {
+            if may_mark && progress.mark.is_some() && progress.mark != marked {
                 marked = progress.mark;
                 self.mark(run, marked);
             }
             self.steps.at("merge:copying");
             task.keep_pace(progress.done, || stop.asked());
             if stop.asked() || task.cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let marks = match may_mark {
+            true => Marks { from: *mark, every: self.sizes.mark_every },
+            false => Marks { from: None, every: u64::MAX },
         };
         let live = chain.as_deref();
         let (stays, outcome) = if let (Direction::Up, Some(beneath)) = (direction, beneath) {
@@ -448,7 +454,7 @@ impl Keeper {
             let all: Vec<_> = beneath.iter().chain(layers).cloned().collect();
             (layers.first(), merge::move_down(live, &all, *room, uuid::Uuid::new_v4(), &mut progress, commit))
         } else {
-            let (g, marks) = (uuid::Uuid::new_v4(), self.marks(run, *mark));
+            let g = uuid::Uuid::new_v4();
             (layers.first(), merge::fold_run(live, &layers[1..], &layers[0], g, marks, &mut progress, commit))
         };
         let outcome = outcome.map_err(|e| match e {
@@ -465,11 +471,8 @@ impl Keeper {
         Ok(outcome)
     }
 
-    /// A guest may come to write to a leaf, be it much later.
-    fn marks(&self, run: &[Fold], from: Option<Mark>) -> Marks {
-        let rows = self.rows();
-        let is_leaf = rows.machine.now.disks.values().any(|leaf| *leaf == top_of(run));
-        if is_leaf { Marks { from: None, every: u64::MAX } } else { Marks { from, every: self.sizes.mark_every } }
+    fn is_leaf(&self, layer: LayerId) -> bool {
+        self.rows().machine.now.disks.values().any(|leaf| *leaf == layer)
     }
 
     /// Notes how far a fold is. Without that it only has more to do again.
