@@ -139,16 +139,23 @@ impl<'a> Asking<'a> {
                 }
                 client => client?,
             };
-            let answer = match &self.request {
-                // What its user has given up is not asked for again: if nobody knows the job, nothing has changed.
-                Some(request) if !self.cancelling => tokio::select! {
-                    answer = client.submit(self.found.id, self.id, request.clone()) => answer,
-                    _ = self.interrupts.recv() => {
-                        self.cancelling = true;
-                        continue;
+            let (request, cancelling) = (&self.request, self.cancelling);
+            let asking = async {
+                match request {
+                    // What its user has given up is not asked for again: if nobody knows the job, nothing has changed.
+                    Some(request) if !cancelling => client.submit(self.found.id, self.id, request.clone()).await,
+                    _ => client.job(self.id, None, Duration::ZERO).await,
+                }
+            };
+            let answer = tokio::select! {
+                answer = asking => answer,
+                _ = self.interrupts.recv() => {
+                    if cancelling {
+                        return Err(self.left_running());
                     }
-                },
-                _ => client.job(self.id, None, Duration::ZERO).await,
+                    self.give_up();
+                    continue;
+                }
             };
             match answer {
                 Ok(job) => {
@@ -175,10 +182,7 @@ impl<'a> Asking<'a> {
 
     /// Asks the job to cancel. Whatever the answer, the job itself tells how it ends.
     async fn cancel(&mut self, client: &Client) -> Result<(), Problem> {
-        if !self.cancelling {
-            self.cancelling = true;
-            self.session.out.note("cancelling; once more leaves it running");
-        }
+        self.give_up();
         tokio::select! {
             answer = client.cancel(self.id) => {
                 if let Err(Error::Problem(problem)) = answer {
@@ -187,6 +191,13 @@ impl<'a> Asking<'a> {
                 Ok(())
             }
             _ = self.interrupts.recv() => Err(self.left_running()),
+        }
+    }
+
+    fn give_up(&mut self) {
+        if !self.cancelling {
+            self.cancelling = true;
+            self.session.out.note("cancelling; once more leaves it running");
         }
     }
 
@@ -201,10 +212,10 @@ impl<'a> Asking<'a> {
     }
 
     fn interrupted_before(&self) -> Problem {
-        match &self.last {
-            None => cancelled(format!("cancelled; nothing was asked of {}", self.found.name)),
-            Some(_) => self.left_running(),
+        if self.last.is_none() && !self.cancelling {
+            return cancelled(format!("cancelled; nothing was asked of {}", self.found.name));
         }
+        self.left_running()
     }
 
     fn left_running(&self) -> Problem {

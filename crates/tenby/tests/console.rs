@@ -132,6 +132,15 @@ fn the_console_works_with_pipes_and_over_a_workers_death() {
     assert!(again.out.contains("!first;") && again.out.ends_with("third;"), "{:?}", again.out);
 }
 
+/// Whether every thread of a process is stopped: on a busy machine some run on for a while after the signal was sent.
+fn stands(process: Pid) -> bool {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.as_raw_nonzero())).unwrap();
+    tasks.flatten().all(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+        stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T'))
+    })
+}
+
 #[test]
 fn ctrl_c_asks_the_job_to_cancel_and_a_second_one_leaves_it() {
     let place = echoing();
@@ -155,6 +164,7 @@ fn ctrl_c_asks_the_job_to_cancel_and_a_second_one_leaves_it() {
     let (mut child, err) = stopping();
     let worker = Pid::from_raw(i32::try_from(place.machine("echo")["worker"].as_i64().unwrap()).unwrap()).unwrap();
     kill_process(worker, Signal::STOP).unwrap();
+    eventually("a stop of all of its threads", || stands(worker));
     interrupt(&child);
     err.hears("cancelling");
     interrupt(&child);
