@@ -102,9 +102,14 @@ fn cut_everywhere(seed: u64, seen: &Seen) -> Checked {
         if seen.enough() {
             break;
         }
+        let mut looked_at = HashSet::new();
         for crash in Crash::several(at, STATES) {
             let disk = disk.after_crash(crash);
-            seen.note(doing, disk.digest());
+            let digest = disk.digest();
+            if !looked_at.insert(digest) {
+                continue;
+            }
+            seen.note(doing, digest);
             check(&disk, &models, at)
                 .map_err(|error| format!("seed {seed}, cut at {at} while {doing}, {crash:?}: {error}"))?;
         }
