@@ -13,15 +13,14 @@
 //! captured. The table is written last: before it, the disk is not one.
 
 mod batch;
-mod seen;
 mod writer;
 
+use crate::seen::Seen;
 use crate::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
 use crate::table::{Content, DESCRIPTION_ROOM, Layout, PRELUDE_ROOM, STATE_ROOM, Table};
 use crate::{Error, ErrorKind, Result};
 use batch::Batch;
 use image::Chain;
-use seen::Seen;
 use std::io::Read;
 use std::ops::ControlFlow;
 use std::sync::Arc;

@@ -6,12 +6,14 @@
 //! ```text
 //!   QEMU ──migrate──► stream::Parser ──► Capture ──► image::Chain     table │ RAM blocks… │ prelude │ description │ state
 //!   QEMU ◄─incoming── stream::Emitter ◄─ restore ◄── image::Chain     (docs/formats/memory.md)
+//!   QEMU ◄─pages──► it asks for ◄──────── lend ◄──────── image::Chain
 //! ```
 //!
 //! - [`stream`]: the codec, pure.
 //! - [`table`]: what lies where on a memory disk.
 //! - [`capture`](mod@capture): from a stream to a chain.
 //! - [`restore`](mod@restore): from a chain to a stream, all of it before the guest runs (*eager*).
+//! - [`lend`](mod@lend): from a chain into a guest that runs already, first what it asks for (*lazy*).
 //!
 //! Rules. A memory disk is written once, by one capture, its table last; afterwards it is sealed. A disk without a table whose
 //! checksum holds is no memory disk. Nothing here knows what a snapshot is, opens a file, or speaks to QEMU other than through
@@ -19,12 +21,15 @@
 
 pub mod capture;
 mod format;
+pub mod lend;
 pub mod restore;
+mod seen;
 mod spans;
 pub mod stream;
 pub mod table;
 
 pub use capture::{Captured, Counts, NewLayer, Signal, capture};
+pub use lend::{Beginning, Lending, Pace, can_lend, lend};
 pub use restore::{MemoryInfo, inspect, restore};
 
 /// What went wrong, coarsely.

@@ -45,15 +45,8 @@ pub fn inspect(chain: &Chain) -> Result<MemoryInfo> {
 /// The table and everything that is not RAM is read and checked before the first byte is written. `progress` gets the bytes of RAM
 /// done, of all; it never goes back. Returns the bytes written.
 pub fn restore(chain: &Chain, to: impl Write, progress: impl FnMut(u64, u64)) -> Result<u64> {
-    let table = Table::read(chain)?;
+    let Parts { table, prelude, devices } = read_parts(chain)?;
     let layout = table.layout();
-    let prelude = read_content(chain, layout.prelude, table.prelude)?;
-    machine_of(&prelude)?;
-    let devices = DeviceState {
-        state: read_content(chain, layout.state, table.state)?,
-        description: read_content(chain, layout.description, table.description)?,
-    };
-
     let mut sender = Sender { chain, to, out: Vec::with_capacity(READ * 2), sent: 0, progress };
     let mut emitter = Emitter::new(table.section, &table.blocks);
     sender.out.extend_from_slice(&prelude);
@@ -65,6 +58,26 @@ pub fn restore(chain: &Chain, to: impl Write, progress: impl FnMut(u64, u64)) ->
     sender.send()?;
     sender.to.flush().map_err(write_error)?;
     Ok(sender.sent)
+}
+
+/// What a memory disk holds beside RAM.
+pub(crate) struct Parts {
+    pub(crate) table: Table,
+    pub(crate) prelude: Vec<u8>,
+    pub(crate) devices: DeviceState,
+}
+
+/// Reads and checks all that is not RAM.
+pub(crate) fn read_parts(chain: &Chain) -> Result<Parts> {
+    let table = Table::read(chain)?;
+    let layout = table.layout();
+    let prelude = read_content(chain, layout.prelude, table.prelude)?;
+    machine_of(&prelude)?;
+    let devices = DeviceState {
+        state: read_content(chain, layout.state, table.state)?,
+        description: read_content(chain, layout.description, table.description)?,
+    };
+    Ok(Parts { table, prelude, devices })
 }
 
 /// The stream on its way out.

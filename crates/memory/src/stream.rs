@@ -16,6 +16,7 @@ mod device;
 mod emitter;
 mod format;
 mod parser;
+pub mod postcopy;
 #[cfg(test)]
 mod tests;
 

@@ -105,7 +105,7 @@ fn put_record(out: &mut Vec<u8>, offset: u64, flags: u64) {
     out.extend_from_slice(&(offset | flags).to_be_bytes());
 }
 
-fn put_name(out: &mut Vec<u8>, name: &str) {
+pub(super) fn put_name(out: &mut Vec<u8>, name: &str) {
     let len = u8::try_from(name.len()).expect("a name in a stream has at most 255 bytes");
     out.push(len);
     out.extend_from_slice(name.as_bytes());

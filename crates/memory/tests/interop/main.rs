@@ -1,5 +1,6 @@
 //! Against the real thing: QEMU's own streams captured, ours loaded by QEMU; and streams of both versions kept as they were.
 
+mod lending;
 mod qemu;
 mod recorded;
 #[path = "../support/mod.rs"]

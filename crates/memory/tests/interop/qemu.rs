@@ -198,15 +198,29 @@ impl Qemu {
         stream
     }
 
+    /// Goes on with an incoming migration whose source is gone; its new stream.
+    pub(crate) fn recovering(&mut self) -> UnixStream {
+        let stream = self.stream();
+        self.command("migrate-recover", &json!({"uri": "fd:stream"}));
+        stream
+    }
+
     /// Waits until the migration has ended; how.
     pub(crate) fn migration_end(&mut self) -> String {
+        self.migration_is_one_of(&["completed", "failed", "cancelled"])
+    }
+
+    /// Waits until the migration is in this state.
+    pub(crate) fn migration_is(&mut self, status: &str) {
+        self.migration_is_one_of(&[status]);
+    }
+
+    fn migration_is_one_of(&mut self, wanted: &[&str]) -> String {
         loop {
             let event =
                 self.events.pop_front().unwrap_or_else(|| self.wait_for(|message| message.get("event").is_some()));
             match event["data"]["status"].as_str() {
-                Some(status @ ("completed" | "failed" | "cancelled")) if event["event"] == "MIGRATION" => {
-                    return status.into();
-                }
+                Some(status) if event["event"] == "MIGRATION" && wanted.contains(&status) => return status.into(),
                 _ => {}
             }
         }

@@ -1,4 +1,4 @@
-//! Which pages of RAM a stream has brought.
+//! Which pages of RAM a stream has brought, or has taken.
 
 use crate::stream::{Block, PAGE};
 use crate::{Error, ErrorKind, Result};
@@ -9,7 +9,7 @@ const STRETCH: u64 = 512;
 
 /// Which pages have been seen: a bit each, of the stretches of which any was. So the memory that this takes grows with what was sent,
 /// not with what the stream says that it will send.
-pub(super) struct Seen<'a> {
+pub(crate) struct Seen<'a> {
     blocks: &'a [Block],
     /// By block and number of the stretch.
     stretches: BTreeMap<(usize, u64), [u64; STRETCH as usize / 64]>,
@@ -17,12 +17,16 @@ pub(super) struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    pub(super) fn new(blocks: &'a [Block]) -> Self {
+    pub(crate) fn new(blocks: &'a [Block]) -> Self {
         Self { blocks, stretches: BTreeMap::new(), pages: 0 }
     }
 
-    pub(super) fn mark(&mut self, block: usize, offset: u64) {
-        let page = offset / PAGE as u64;
+    /// The page at this offset in a block, bytes.
+    pub(crate) fn mark(&mut self, block: usize, offset: u64) {
+        self.mark_page(block, offset / PAGE as u64);
+    }
+
+    pub(crate) fn mark_page(&mut self, block: usize, page: u64) {
         let words = self.stretches.entry((block, page / STRETCH)).or_default();
         let word = &mut words[(page % STRETCH / 64) as usize];
         let bit = 1 << (page % 64);
@@ -30,16 +34,16 @@ impl<'a> Seen<'a> {
         *word |= bit;
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.pages * PAGE as u64
     }
 
-    pub(super) fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.blocks.iter().map(|block| block.len).sum()
     }
 
     /// Whether every page of every block was seen.
-    pub(super) fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         let missing = self.total() - self.bytes();
         if missing == 0 {
             return Ok(());
@@ -58,7 +62,7 @@ impl<'a> Seen<'a> {
         })
     }
 
-    fn has(&self, block: usize, page: u64) -> bool {
+    pub(crate) fn has(&self, block: usize, page: u64) -> bool {
         let words = self.stretches.get(&(block, page / STRETCH));
         words.is_some_and(|words| words[(page % STRETCH / 64) as usize] >> (page % 64) & 1 == 1)
     }

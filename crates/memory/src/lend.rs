@@ -1,0 +1,305 @@
+//! From a memory disk into a guest that runs already: its devices first, then the pages that it asks for, and the rest when it asks for none.
+//!
+//! ```text
+//!            lend, this thread                        the answers' thread
+//!   chain ──► devices, then pages ──► QEMU ──► asked for ──► Asked
+//!               ▲      the next one asked for, else the next of the disk      │
+//!               └──────────────────────────────────────────────────┘
+//! ```
+//!
+//! A guest that asks for a page stands still until it has come, so what is asked for goes first, and what is not is sent in small pieces
+//! while somebody asks ([`Pace::Gentle`]): a large one would lie in the socket before the page that the guest waits for.
+//!
+//! Pages of zeros are sent only if they are asked for: what never came reads as zeros once everything has been sent.
+//!
+//! When this side is gone QEMU keeps what it has; the guest runs until it needs a page that is missing. Another [`lend`] goes on then,
+//! with [`Beginning::Again`].
+
+mod asked;
+
+use crate::restore::{Parts, read_parts};
+use crate::seen::Seen;
+use crate::stream::{Block, Emitter, PAGE, postcopy};
+use crate::{Error, Result};
+use asked::{Asked, Next};
+use image::{Chain, ChainRun, RunKind};
+use std::collections::VecDeque;
+use std::io::Write;
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::thread;
+
+/// Pages that are sent together: those around the one that was asked for, or the next ones.
+const CLUSTER: u64 = 16;
+/// Runs of the disk that are looked up at a time.
+const RUNS: usize = 1024;
+
+/// How fast the pages come that nobody has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pace {
+    /// Not at all: the guest is being loaded.
+    #[default]
+    OnDemand,
+    /// A few at a time while the guest asks for others; all that there are while it does not.
+    Gentle,
+    /// As fast as they can.
+    Full,
+}
+
+/// A handle on a [`lend`] under way. A clone is the same.
+#[derive(Debug, Clone, Default)]
+pub struct Lending(Arc<Asked>);
+
+impl Lending {
+    /// Changes the pace.
+    pub fn pace(&self, pace: Pace) {
+        self.0.set_pace(pace);
+    }
+
+    /// Ends it soon, whatever is missing.
+    pub fn give_up(&self) {
+        self.0.give_up();
+    }
+}
+
+/// How it begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beginning {
+    /// With a QEMU that waits for a stream, and allows postcopy.
+    Anew,
+    /// With one whose earlier source of pages is gone, and that was told to recover.
+    Again,
+}
+
+/// Whether what a memory disk holds can be lent: its devices' state fits into a package.
+///
+/// # Errors
+/// As [`crate::inspect`].
+pub fn can_lend(chain: &Chain) -> Result<bool> {
+    Ok(postcopy::fits(&read_parts(chain)?.devices.state))
+}
+
+/// Lends a memory disk to a QEMU, until it has everything. Blocks.
+///
+/// `socket` is read and written. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
+/// QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
+///
+/// # Errors
+/// Those of the disk's table before the first byte is sent; [`ErrorKind::Stream`] and [`ErrorKind::Truncated`] if QEMU or the user gives
+/// up; [`ErrorKind::Damaged`] for what QEMU does not say.
+pub fn lend(
+    chain: &Chain,
+    socket: &UnixStream,
+    beginning: Beginning,
+    lending: &Lending,
+    trouble: impl FnMut(&image::Error),
+    progress: impl FnMut(u64, u64),
+) -> Result<()> {
+    let parts = read_parts(chain)?;
+    let asked = &*lending.0;
+    thread::scope(|scope| {
+        let answers = thread::Builder::new().name("memory-asked".into());
+        let blocks = &parts.table.blocks;
+        let answers = answers.spawn_scoped(scope, move || asked.listen(socket, blocks));
+        let answers = answers.map_err(|error| Error::stream("no thread to hear what the guest asks for", error))?;
+        let sent = Lender::new(chain, socket, &parts, asked, trouble, progress).run(beginning);
+        if sent.is_err() {
+            // Wakes the other thread; and QEMU, which keeps what it has.
+            let _ = socket.shutdown(Shutdown::Both);
+        }
+        let heard = answers.join().expect("who listens does not panic");
+        // If QEMU said something unsound, that is why no more was sent.
+        sent.or_else(|error| heard.and(Err(error)))
+    })
+}
+
+struct Lender<'a, T, P> {
+    chain: &'a Chain,
+    socket: &'a UnixStream,
+    parts: &'a Parts,
+    starts: Vec<u64>,
+    emitter: Emitter<'a>,
+    asked: &'a Asked,
+    sent: Seen<'a>,
+    /// What the disk holds from where the push is on, in order.
+    runs: VecDeque<ChainRun>,
+    /// Where in which block it is, bytes.
+    at: (usize, u64),
+    /// What could not be read: a page of a block each.
+    unread: Vec<(usize, u64)>,
+    out: Vec<u8>,
+    data: Vec<u8>,
+    trouble: T,
+    progress: P,
+}
+
+impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
+    fn new(
+        chain: &'a Chain,
+        socket: &'a UnixStream,
+        parts: &'a Parts,
+        asked: &'a Asked,
+        trouble: T,
+        progress: P,
+    ) -> Self {
+        let blocks = &parts.table.blocks;
+        Self {
+            chain,
+            socket,
+            parts,
+            starts: parts.table.layout().blocks,
+            emitter: Emitter::new(parts.table.section, blocks),
+            asked,
+            sent: Seen::new(blocks),
+            runs: VecDeque::new(),
+            at: (0, 0),
+            unread: Vec::new(),
+            out: Vec::new(),
+            data: Vec::new(),
+            trouble,
+            progress,
+        }
+    }
+
+    fn run(mut self, beginning: Beginning) -> Result<()> {
+        match beginning {
+            Beginning::Anew => self.begin(),
+            Beginning::Again => self.begin_again(),
+        }?;
+        let mut more = true;
+        while more || !self.unread.is_empty() {
+            match self.asked.next(more, !self.unread.is_empty())? {
+                Next::Asked(block, page) => self.lend_around(block, page)?,
+                Next::Push => more = self.push()?,
+                Next::Retry => {
+                    for (block, page) in std::mem::take(&mut self.unread) {
+                        self.lend_around(block, page)?;
+                    }
+                }
+            }
+        }
+        self.end()
+    }
+
+    /// Devices first: the guest can run then.
+    fn begin(&mut self) -> Result<()> {
+        self.out.extend_from_slice(&self.parts.prelude);
+        postcopy::advise(&mut self.out);
+        self.emitter.start(&mut self.out);
+        for block in &self.parts.table.blocks {
+            postcopy::discard(&mut self.out, block);
+        }
+        postcopy::package(&mut self.out, &self.parts.devices.state);
+        self.send()
+    }
+
+    /// QEMU says what it has.
+    fn begin_again(&mut self) -> Result<()> {
+        let blocks = &self.parts.table.blocks;
+        for (block, Block { name, len }) in blocks.iter().enumerate() {
+            postcopy::ask_received(&mut self.out, &blocks[block]);
+            self.send()?;
+            let bits = self.asked.received(name)?;
+            let pages = (0..len / PAGE as u64).filter(|page| has_bit(&bits, *page));
+            pages.for_each(|page| self.sent.mark_page(block, page));
+        }
+        postcopy::resume(&mut self.out);
+        self.send()?;
+        self.asked.resumed()
+    }
+
+    /// The page that was asked for, with its neighbours.
+    fn lend_around(&mut self, block: usize, page: u64) -> Result<()> {
+        if self.sent.has(block, page) {
+            return Ok(());
+        }
+        let (first, pages) = (page / CLUSTER * CLUSTER, self.parts.table.blocks[block].len / PAGE as u64);
+        self.lend_pages(block, first, CLUSTER.min(pages - first), Some(page))
+    }
+
+    /// Sends some more of what nobody has asked for; `false` if there is no more.
+    fn push(&mut self) -> Result<bool> {
+        let Some((block, first, count)) = self.next_unsent()? else { return Ok(false) };
+        self.lend_pages(block, first, count, None)?;
+        Ok(true)
+    }
+
+    /// The next pages that the disk holds and that were not sent: of one cluster at most.
+    fn next_unsent(&mut self) -> Result<Option<(usize, u64, u64)>> {
+        loop {
+            let (block, at) = self.at;
+            let Some(len) = self.parts.table.blocks.get(block).map(|block| block.len) else { return Ok(None) };
+            if at == len {
+                self.at = (block + 1, 0);
+                self.runs.clear();
+                continue;
+            }
+            let Some(run) = self.runs.front().copied() else {
+                self.runs = self.chain.runs(self.starts[block] + at, len - at, RUNS)?.into();
+                continue;
+            };
+            let (page, end) = (at / PAGE as u64, (run.offset + run.len - self.starts[block]) / PAGE as u64);
+            if run.kind != RunKind::Data || page == end {
+                self.advance(block, end);
+                self.runs.pop_front();
+                continue;
+            }
+            let next = end.min((page / CLUSTER + 1) * CLUSTER);
+            self.advance(block, next);
+            if (page..next).any(|page| !self.sent.has(block, page)) {
+                return Ok(Some((block, page, next - page)));
+            }
+        }
+    }
+
+    fn advance(&mut self, block: usize, page: u64) {
+        self.at = (block, page * PAGE as u64);
+        let before: u64 = self.parts.table.blocks[..block].iter().map(|block| block.len).sum();
+        (self.progress)(before + self.at.1, self.sent.total());
+    }
+
+    /// Sends those of these pages that were not sent yet; `wanted` even if it is all zeros.
+    fn lend_pages(&mut self, block: usize, first: u64, count: u64, wanted: Option<u64>) -> Result<()> {
+        self.data.resize(count as usize * PAGE, 0);
+        if let Err(error) = self.chain.read(&mut self.data, self.starts[block] + first * PAGE as u64) {
+            (self.trouble)(&error);
+            self.unread.push((block, wanted.unwrap_or(first)));
+            return Ok(());
+        }
+        self.emitter.open_part(&mut self.out);
+        for (page, data) in (first..).zip(self.data.chunks_exact(PAGE)) {
+            let empty = *data == [0; PAGE];
+            if self.sent.has(block, page) || (empty && wanted != Some(page)) {
+                continue;
+            }
+            self.sent.mark_page(block, page);
+            match empty {
+                true => self.emitter.zero_page(&mut self.out, block, page * PAGE as u64),
+                false => self.emitter.page(&mut self.out, block, page * PAGE as u64, data),
+            }
+        }
+        self.emitter.close(&mut self.out);
+        self.send()
+    }
+
+    fn end(mut self) -> Result<()> {
+        self.emitter.open_end(&mut self.out);
+        self.emitter.close(&mut self.out);
+        postcopy::end(&mut self.out);
+        self.send()?;
+        let total = self.sent.total();
+        (self.progress)(total, total);
+        Ok(())
+    }
+
+    fn send(&mut self) -> Result<()> {
+        let written = (&mut &*self.socket).write_all(&self.out);
+        self.out.clear();
+        written.map_err(|error| Error::stream("QEMU takes no more of its memory", error))
+    }
+}
+
+fn has_bit(bits: &[u8], page: u64) -> bool {
+    bits.get((page / 8) as usize).is_some_and(|byte| byte >> (page % 8) & 1 == 1)
+}
