@@ -334,7 +334,7 @@ fn a_run_of_files_is_merged_as_one() {
         assert_eq!(disk["depth"], 1, "{disk}");
     }
     let log = lab.ok(&["vm", "log", BASE]);
-    assert_eq!(log.matches("merging ").count(), 2, "{log}");
+    assert_eq!(log.matches("merging disks/").count(), 2, "{log}");
     lab.settle();
     lab.assert_tidy();
     lab.ok(&["vm", "stop", BASE, "--turn-off"]);

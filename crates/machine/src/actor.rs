@@ -308,7 +308,7 @@ impl Owner {
                 ask = queue.recv() => ask.unwrap_or(Ask::Close),
                 folded = Underway::next(&mut self.folding) => { self.folded(&folded); continue }
                 () = self.hashing.ended() => continue,
-                event = Live::next(&mut self.live) => { self.react(event).await; continue }
+                happening = Live::next(&mut self.live) => { self.happened(happening).await; continue }
                 () = until(due) => { self.look_for_room().await; continue }
                 () = tokio::time::sleep(LINGER), if quiet => {
                     self.shared.life.send_replace(Life::Idle);

@@ -22,6 +22,10 @@ impl Machine {
             self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
         }
         self.check_names("now", &self.now.config, &self.now.disks, self.now.memory)?;
+        let is_none = |id: LayerId| self.layers.get(&id).is_none_or(|row| row.kind != LayerKind::Memory);
+        if let Some(id) = self.now.restoring.filter(|id| is_none(*id)) {
+            return Err(format!("now is being restored from {id}, which is no memory"));
+        }
         self.check_trash()?;
         self.check_leaves()?;
         if self.now.state == State::Saved && self.now.memory.is_none() {

@@ -87,12 +87,14 @@ pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Dire
     machine.now.memory_base = machine.now.memory_base.filter(|base| *base != into);
 }
 
-/// The layers that a snapshot, Now or the trash holds. (`memory_base` holds nothing: it is a hint.)
+/// The layers that a snapshot, Now or the trash holds. (`memory_base` holds nothing: it is a hint.) What RAM is being filled from is read all the
+/// while, by who has it open as it was: nothing of its chain may be folded.
 fn named(machine: &Machine) -> BTreeSet<LayerId> {
     let Now { disks, memory, .. } = &machine.now;
+    let read = machine.now.restoring.into_iter().flat_map(|layer| machine.chain(layer));
     let snapshots = machine.snapshots.values().flat_map(Snapshot::layers);
     let trash = machine.trash.values().flat_map(Trash::layers);
-    disks.values().chain(memory).copied().chain(snapshots).chain(trash).collect()
+    disks.values().chain(memory).copied().chain(read).chain(snapshots).chain(trash).collect()
 }
 
 /// The unnamed layers without children, then those that are left without by their going, and so on. Takes them out of `children`.

@@ -37,6 +37,7 @@ pub mod job;
 pub mod keeper;
 pub mod label;
 pub mod ledger;
+mod lent;
 mod live;
 pub mod log;
 pub mod mark;

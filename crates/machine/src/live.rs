@@ -12,11 +12,13 @@
 use crate::disks::Disks;
 use crate::files::{Files, image_problem};
 use crate::keeper::Keeper;
+use crate::lent::{self, Lent};
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
+use memory::Beginning;
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -32,10 +34,28 @@ const GRACE: Duration = Duration::from_secs(10);
 pub(crate) struct Live {
     pub(crate) qemu: Qemu,
     served: Served,
+    /// Memory that is still on its way into it.
+    lent: Option<Lent>,
     /// Its ports are open.
     published: AtomicBool,
     run_dir: PathBuf,
     state: watch::Receiver<RunState>,
+}
+
+/// A memory layer with what it stands on, base first.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    pub(crate) layer: LayerId,
+    pub(crate) layers: Vec<Arc<dyn Layer>>,
+}
+
+/// What happens to a machine that runs.
+#[derive(Debug)]
+pub(crate) enum Happening {
+    /// Its guest has come to something.
+    Guest(RunState),
+    /// So has the memory that is on its way.
+    Memory(lent::Happening),
 }
 
 /// The disks of one QEMU, served.
@@ -75,7 +95,7 @@ impl Live {
         keeper: &Keeper,
         machine: &Machine,
         installed: &Installed,
-        memory: Option<Vec<Arc<dyn Layer>>>,
+        memory: Option<Memory>,
     ) -> Result<Self, Problem> {
         let run_dir = new_run_dir(machine)?;
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
@@ -94,15 +114,22 @@ impl Live {
                 return Err(problem);
             }
         };
-        let live = Self { state: qemu.watch(), qemu, served, published: AtomicBool::new(false), run_dir };
-        let Some(layers) = memory else { return Ok(live) };
-        match restore(&live.qemu, layers, &machine.name).await {
-            Ok(()) => Ok(live),
+        let mut live = Self::of(qemu, served, None, run_dir);
+        let Some(memory) = memory else { return Ok(live) };
+        match restore(&live.qemu, memory, &machine.name, &live.run_dir).await {
+            Ok(lent) => {
+                live.lent = lent;
+                Ok(live)
+            }
             Err(problem) => {
                 live.end().await?;
                 Err(problem)
             }
         }
+    }
+
+    fn of(qemu: Qemu, served: Served, lent: Option<Lent>, run_dir: PathBuf) -> Self {
+        Self { state: qemu.watch(), qemu, served, lent, published: AtomicBool::new(false), run_dir }
     }
 
     /// Takes over the QEMU that an earlier worker left running; `None` if it is gone.
@@ -115,9 +142,13 @@ impl Live {
         }
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
         let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
+        // Before QEMU is asked for anything: it may wait for a page, and not answer.
+        let lent = take_over(keeper, machine, identity, &run_dir)?;
         match Qemu::adopt(identity, &run_dir, &qemu_log(&keeper.files)).await {
             Ok(qemu) => {
-                Ok(Some(Self { state: qemu.watch(), qemu, served, published: AtomicBool::new(false), run_dir }))
+                let mut live = Self::of(qemu, served, lent, run_dir);
+                live.take_up_again(keeper, machine).await?;
+                Ok(Some(live))
             }
             Err(qemu::Error::Gone { .. }) => {
                 blocking(move || served.end()).await?;
@@ -157,14 +188,51 @@ impl Live {
         }
     }
 
-    /// What the guest comes to; never, if there is none.
-    pub(crate) async fn next(live: &mut Option<Self>) -> RunState {
+    /// What happens next; never, if there is none.
+    pub(crate) async fn next(live: &mut Option<Self>) -> Happening {
         let Some(live) = live else { return std::future::pending().await };
-        if live.state.changed().await.is_err() {
-            // QEMU's follower has ended: with the process.
-            return RunState::Exited(live.qemu.wait().await);
+        tokio::select! {
+            biased;
+            changed = live.state.changed() => match changed {
+                Ok(()) => Happening::Guest(*live.state.borrow_and_update()),
+                // QEMU's follower has ended: with the process.
+                Err(_) => Happening::Guest(RunState::Exited(live.qemu.wait().await)),
+            },
+            happening = Lent::next(&mut live.lent) => Happening::Memory(happening),
         }
-        *live.state.borrow_and_update()
+    }
+
+    /// The memory that is still on its way into it.
+    pub(crate) fn lent(&self) -> Option<&Lent> {
+        self.lent.as_ref()
+    }
+
+    /// Nothing more comes from there.
+    pub(crate) fn forget_lent(&mut self) {
+        self.lent = None;
+    }
+
+    /// See [`Lent::next`].
+    pub(crate) async fn next_of_memory(&mut self) -> lent::Happening {
+        Lent::next(&mut self.lent).await
+    }
+
+    /// All of its memory has been sent: waits until it has arrived.
+    pub(crate) async fn filled(&mut self) -> Result<(), qemu::Error> {
+        self.lent = None;
+        let finished = self.qemu.restoring().finished().await;
+        self.qemu.let_lender_go().await;
+        finished
+    }
+
+    /// Goes on lending where that was broken off, if the guest still needs it.
+    pub(crate) async fn take_up_again(&mut self, keeper: &Keeper, machine: &Machine) -> Result<(), Problem> {
+        let Some(layer) = machine.now.restoring.filter(|_| self.lent.is_none()) else { return Ok(()) };
+        let restore = self.qemu.restore_again().await.map_err(|e| qemu_problem(&machine.name, &e))?;
+        let Some(mut restore) = restore else { return Ok(()) };
+        let layers = keeper.files.open_chain(machine, layer)?;
+        self.lent = Some(Lent::begin(layer, layers, restore.writer(), Beginning::Recovered, &self.run_dir)?);
+        Ok(())
     }
 
     /// The folder of its sockets.
@@ -202,7 +270,35 @@ impl Live {
     }
 }
 
-async fn restore(qemu: &Qemu, layers: Vec<Arc<dyn Layer>>, name: &str) -> Result<(), Problem> {
+/// Brings memory into a new QEMU: all of it, or so that the guest can run while the rest is on its way.
+async fn restore(qemu: &Qemu, memory: Memory, name: &str, run_dir: &Path) -> Result<Option<Lent>, Problem> {
+    let Memory { layer, layers } = memory;
+    if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
+        return restore_whole(qemu, layers, name).await.map(|()| None);
+    }
+    let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
+    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew, run_dir)?;
+    restore.loaded().await.map_err(|e| qemu_problem(name, &e))?;
+    Ok(Some(lent))
+}
+
+/// Goes on lending memory to a QEMU whose worker has died, over the socket that it kept.
+fn take_over(keeper: &Keeper, machine: &Machine, qemu: Identity, run_dir: &Path) -> Result<Option<Lent>, Problem> {
+    let Some(layer) = machine.now.restoring else { return Ok(None) };
+    match qemu::lent(qemu, run_dir) {
+        Ok(Some(socket)) => {
+            let layers = keeper.files.open_chain(machine, layer)?;
+            Lent::begin(layer, layers, socket, Beginning::TakenOver, run_dir).map(Some)
+        }
+        Ok(None) => Ok(None),
+        Err(error) => {
+            tracing::warn!("the memory of {} cannot be lent as before, but anew: {error}", machine.name);
+            Ok(None)
+        }
+    }
+}
+
+async fn restore_whole(qemu: &Qemu, layers: Vec<Arc<dyn Layer>>, name: &str) -> Result<(), Problem> {
     let mut restore = qemu.restore(RestoreMode::Eager).await.map_err(|e| qemu_problem(name, &e))?;
     let writer = restore.writer();
     let written = tokio::task::spawn_blocking(move || crate::ram::restore(layers, writer));

@@ -183,12 +183,14 @@ impl Machine {
         }
     }
 
-    /// The machine has come up, in `run`; its RAM is what `memory` holds, if that was loaded.
+    /// The machine has come up, in `run`; its RAM is what `memory` holds, if that was loaded. What is still on its way into it is for the caller
+    /// to note ([`crate::tree::Now::restoring`]).
     pub fn start(&mut self, state: State, memory: Option<LayerId>, run: Run) {
         let now = &mut self.now;
         now.state = state;
         now.memory = None;
         now.memory_base = memory;
+        now.restoring = None;
         now.run = Some(run);
         now.touched = true;
     }
@@ -199,6 +201,7 @@ impl Machine {
         now.state = State::Off;
         now.memory = None;
         now.memory_base = None;
+        now.restoring = None;
         now.run = None;
         now.touched = true;
     }
@@ -209,6 +212,7 @@ impl Machine {
         now.state = State::Saved;
         now.memory = Some(written.layer.id);
         now.memory_base = None;
+        now.restoring = None;
         now.run = None;
         now.touched = true;
         self.layers.insert(written.layer.id, written.layer);
@@ -239,6 +243,7 @@ impl Machine {
         self.now.state = if memory.is_some() { State::Saved } else { State::Off };
         self.now.memory = memory;
         self.now.memory_base = None;
+        self.now.restoring = None;
         self.now.run = None;
         self.now.generation = uuid::Uuid::new_v4();
         // Without its memory Now is not the snapshot's state, though nothing was written yet.

@@ -161,13 +161,18 @@ fn is_echo(problem: &Problem) -> bool {
     problem.message.contains("ended early") || problem.message.contains(GIVEN_UP)
 }
 
+/// Whether the guest can run before all of the memory in `layers` has arrived. What is not sound is found out later.
+pub(crate) fn can_lend(layers: &[Arc<dyn Layer>]) -> bool {
+    Chain::new(layers.to_vec(), Access::Read).is_ok_and(|chain| memory::can_lend(&chain).unwrap_or(false))
+}
+
 /// Writes the memory in `layers` (base first) to a QEMU that waits for it. Blocks.
 pub(crate) fn restore(layers: Vec<Arc<dyn Layer>>, to: UnixStream) -> Result<(), Problem> {
     let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
     memory::restore(&chain, to, |_, _| {}).map(|_| ()).map_err(|e| memory_problem(&e))
 }
 
-fn memory_problem(error: &memory::Error) -> Problem {
+pub(crate) fn memory_problem(error: &memory::Error) -> Problem {
     let kind = match error.kind {
         memory::ErrorKind::Damaged => ProblemKind::Damaged,
         _ => ProblemKind::Failed,

@@ -103,6 +103,10 @@ impl Owner {
 
     async fn agree_with_qemu(&mut self) -> Result<(), Problem> {
         let Some(live) = &self.live else { return Ok(()) };
+        if live.lent().is_none() && self.machine().machine.now.restoring.is_some() {
+            // It arrived while nobody looked.
+            self.keeper.book.commit(|rows| rows.machine.now.restoring = None)?;
+        }
         let rows = self.machine();
         let name = &rows.machine.name;
         end_capture(&live.qemu).await.map_err(|e| qemu_problem(name, &e))?;

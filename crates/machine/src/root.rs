@@ -486,6 +486,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
             disks: BTreeMap::new(),
             memory: None,
             memory_base: None,
+            restoring: None,
             touched: true,
             generation: uuid::Uuid::new_v4(),
             run: None,

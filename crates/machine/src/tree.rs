@@ -297,6 +297,9 @@ pub struct Now {
     pub memory: Option<LayerId>,
     /// What the RAM of this run was last equal to: the parent of the next capture, if it still exists then.
     pub memory_base: Option<LayerId>,
+    /// The memory that its RAM is still being filled from, while it may run already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restoring: Option<LayerId>,
     /// Set by the first start, save or settings change after the snapshot that Now stands on was taken or applied.
     /// (That disks changed is read off the leaves.)
     pub touched: bool,

@@ -12,10 +12,16 @@
 //!
 //! Pages of zeros are sent only if they are asked for: what never came reads as zeros once everything has been sent.
 //!
-//! When this side is gone QEMU keeps what it has; the guest runs until it needs a page that is missing. Another [`lend`] goes on then,
-//! with [`Beginning::Again`].
+//! When this side dies the guest runs until it needs a page that is missing. Another [`lend`] goes on then, over the same socket, if somebody
+//! has kept that open ([`Beginning::TakenOver`]): what was sent is told by a [`Trail`]. So that it finds the socket between two messages, each is
+//! written and read in one go, which a socket does whole or not at all. What the guest had asked for and not got comes with the rest of the
+//! pages. (QEMU's own way, a new connection that asks for what is missing, is [`Beginning::Recovered`]. It needs QEMU's monitor, which does not
+//! answer while QEMU itself waits for a page.)
 
 mod asked;
+mod trail;
+
+pub use trail::Trail;
 
 use crate::restore::{Parts, read_parts};
 use crate::seen::Seen;
@@ -23,15 +29,24 @@ use crate::stream::{Block, Emitter, PAGE, postcopy};
 use crate::{Error, Result};
 use asked::{Asked, Next};
 use image::{Chain, ChainRun, RunKind};
+use rustix::net::sockopt::set_socket_send_buffer_size;
 use std::collections::VecDeque;
 use std::io::Write;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
+use trail::Piece;
 
-/// Pages that are sent together: those around the one that was asked for, or the next ones.
+/// Pages that are looked at together: those around the one that was asked for, or the next ones.
 const CLUSTER: u64 = 16;
+/// Pages that are sent together. A socket takes so many bytes whole or not at all: Linux makes one buffer of up to 48 KiB of them
+/// (`unix_stream_sendmsg`), if it may hold twice that ([`SEND_BUFFER`]).
+const PIECE: usize = 8;
+/// The number of a ping that is of no piece.
+const SYNC: u32 = 0;
+/// Bytes that the socket is to hold: few, so that what the guest waits for does not queue behind what it did not ask for.
+const SEND_BUFFER: usize = 96 << 10;
 /// Runs of the disk that are looked up at a time.
 const RUNS: usize = 1024;
 
@@ -56,11 +71,6 @@ impl Lending {
     pub fn pace(&self, pace: Pace) {
         self.0.set_pace(pace);
     }
-
-    /// Ends it soon, whatever is missing.
-    pub fn give_up(&self) {
-        self.0.give_up();
-    }
 }
 
 /// How it begins.
@@ -68,8 +78,10 @@ impl Lending {
 pub enum Beginning {
     /// With a QEMU that waits for a stream, and allows postcopy.
     Anew,
-    /// With one whose earlier source of pages is gone, and that was told to recover.
-    Again,
+    /// With one whose earlier source of pages is gone, over the same socket.
+    TakenOver,
+    /// With one whose earlier source of pages is gone, and that was told to recover (`migrate-recover`), over a new socket.
+    Recovered,
 }
 
 /// Whether what a memory disk holds can be lent: its devices' state fits into a package.
@@ -82,28 +94,31 @@ pub fn can_lend(chain: &Chain) -> Result<bool> {
 
 /// Lends a memory disk to a QEMU, until it has everything. Blocks.
 ///
-/// `socket` is read and written. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
+/// `socket` is read and written; what was sent is recorded in `trail`. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
 /// QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
 ///
 /// # Errors
-/// Those of the disk's table before the first byte is sent; [`ErrorKind::Stream`] and [`ErrorKind::Truncated`] if QEMU or the user gives
-/// up; [`ErrorKind::Damaged`] for what QEMU does not say.
+/// Those of the disk's table before the first byte is sent; [`crate::ErrorKind::Stream`] and [`crate::ErrorKind::Truncated`] if QEMU gives up,
+/// or if somebody shuts the socket; [`crate::ErrorKind::Damaged`] for what QEMU does not say.
 pub fn lend(
     chain: &Chain,
     socket: &UnixStream,
     beginning: Beginning,
     lending: &Lending,
+    trail: &Trail,
     trouble: impl FnMut(&image::Error),
     progress: impl FnMut(u64, u64),
 ) -> Result<()> {
     let parts = read_parts(chain)?;
     let asked = &*lending.0;
+    set_socket_send_buffer_size(socket, SEND_BUFFER)
+        .map_err(|error| Error::stream("a socket's buffer", error.into()))?;
     thread::scope(|scope| {
         let answers = thread::Builder::new().name("memory-asked".into());
         let blocks = &parts.table.blocks;
-        let answers = answers.spawn_scoped(scope, move || asked.listen(socket, blocks));
+        let answers = answers.spawn_scoped(scope, move || asked.listen(socket, blocks, trail));
         let answers = answers.map_err(|error| Error::stream("no thread to hear what the guest asks for", error))?;
-        let sent = Lender::new(chain, socket, &parts, asked, trouble, progress).run(beginning);
+        let sent = Lender::new(chain, socket, &parts, asked, trail, trouble, progress).run(beginning);
         if sent.is_err() {
             // Wakes the other thread; and QEMU, which keeps what it has.
             let _ = socket.shutdown(Shutdown::Both);
@@ -121,7 +136,10 @@ struct Lender<'a, T, P> {
     starts: Vec<u64>,
     emitter: Emitter<'a>,
     asked: &'a Asked,
+    trail: &'a Trail,
     sent: Seen<'a>,
+    /// The number of the last piece that was sent.
+    piece: u32,
     /// What the disk holds from where the push is on, in order.
     runs: VecDeque<ChainRun>,
     /// Where in which block it is, bytes.
@@ -140,6 +158,7 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         socket: &'a UnixStream,
         parts: &'a Parts,
         asked: &'a Asked,
+        trail: &'a Trail,
         trouble: T,
         progress: P,
     ) -> Self {
@@ -151,7 +170,9 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
             starts: parts.table.layout().blocks,
             emitter: Emitter::new(parts.table.section, blocks),
             asked,
+            trail,
             sent: Seen::new(blocks),
+            piece: 0,
             runs: VecDeque::new(),
             at: (0, 0),
             unread: Vec::new(),
@@ -165,7 +186,8 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
     fn run(mut self, beginning: Beginning) -> Result<()> {
         match beginning {
             Beginning::Anew => self.begin(),
-            Beginning::Again => self.begin_again(),
+            Beginning::TakenOver => self.take_over(),
+            Beginning::Recovered => self.recover(),
         }?;
         let mut more = true;
         while more || !self.unread.is_empty() {
@@ -194,16 +216,43 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         self.send()
     }
 
+    /// The trail says what was sent; of the last piece, QEMU.
+    fn take_over(&mut self) -> Result<()> {
+        let told = self.trail.read()?;
+        postcopy::ping(&mut self.out, SYNC);
+        self.send()?;
+        let arrived = self.asked.synced()?;
+        let mut sent = told.sent;
+        if let Some(last) = told.last {
+            // Its number is not used again.
+            self.piece = last.piece.number;
+            match last.piece.number == arrived {
+                true => sent.push(last.piece),
+                false => self.trail.forget(last)?,
+            }
+        }
+        for piece in sent {
+            self.piece = self.piece.max(piece.number);
+            piece.pages().for_each(|page| self.sent.mark_page(piece.block(), page));
+        }
+        Ok(())
+    }
+
     /// QEMU says what it has.
-    fn begin_again(&mut self) -> Result<()> {
+    fn recover(&mut self) -> Result<()> {
+        let mut known = Vec::new();
         let blocks = &self.parts.table.blocks;
         for (block, Block { name, len }) in blocks.iter().enumerate() {
             postcopy::ask_received(&mut self.out, &blocks[block]);
             self.send()?;
             let bits = self.asked.received(name)?;
             let pages = (0..len / PAGE as u64).filter(|page| has_bit(&bits, *page));
-            pages.for_each(|page| self.sent.mark_page(block, page));
+            known.extend(pages.map(|page| (block, page)));
         }
+        for (block, page) in &known {
+            self.sent.mark_page(*block, *page);
+        }
+        self.trail.begin_anew(known)?;
         postcopy::resume(&mut self.out);
         self.send()?;
         self.asked.resumed()
@@ -267,20 +316,36 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
             self.unread.push((block, wanted.unwrap_or(first)));
             return Ok(());
         }
+        let mut pages: Vec<u64> = (first..first + count).filter(|page| !self.sent.has(block, *page)).collect();
+        if let Some(wanted) = wanted {
+            let before = pages.partition_point(|page| *page < wanted);
+            pages.rotate_left(before);
+        }
+        pages.retain(|page| wanted == Some(*page) || *self.page(first, *page) != [0; PAGE]);
+        pages.chunks(PIECE).try_for_each(|pages| self.send_pages(block, first, pages))
+    }
+
+    fn send_pages(&mut self, block: usize, first: u64, pages: &[u64]) -> Result<()> {
+        self.piece += 1;
+        self.trail.sending(Piece::new(self.piece, block, pages.iter().copied()))?;
+        self.asked.sending(self.piece);
         self.emitter.open_part(&mut self.out);
-        for (page, data) in (first..).zip(self.data.chunks_exact(PAGE)) {
-            let empty = *data == [0; PAGE];
-            if self.sent.has(block, page) || (empty && wanted != Some(page)) {
-                continue;
-            }
-            self.sent.mark_page(block, page);
-            match empty {
+        for page in pages {
+            self.sent.mark_page(block, *page);
+            let data = &self.data[(page - first) as usize * PAGE..][..PAGE];
+            match *data == [0; PAGE] {
                 true => self.emitter.zero_page(&mut self.out, block, page * PAGE as u64),
                 false => self.emitter.page(&mut self.out, block, page * PAGE as u64, data),
             }
         }
         self.emitter.close(&mut self.out);
+        postcopy::ping(&mut self.out, self.piece);
         self.send()
+    }
+
+    /// Of what was read from page `first` on.
+    fn page(&self, first: u64, page: u64) -> &[u8] {
+        &self.data[(page - first) as usize * PAGE..][..PAGE]
     }
 
     fn end(mut self) -> Result<()> {

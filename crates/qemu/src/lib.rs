@@ -30,7 +30,7 @@ pub use launch::{
     Accel, Boot, Bus, Disk, Kernel, Launch, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
     SPARE_QMP_SOCKET, VNC_SOCKET,
 };
-pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode, Stream};
+pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode, Stream, lent};
 pub use probe::{BINARY_VARIABLE, Installed, best_accel, cpu_model, find_binary, kvm, userfaultfd};
 pub use process::{Ending, Identity, Process, alive};
 pub use qemu::{Qemu, RunState};

@@ -11,9 +11,10 @@
 //! stopped the guest in between; whoever captures gives no stop, cont or reset before [`Capture::point`] has returned.
 
 use crate::error::{Error, Result};
+use crate::process::{Identity, Process};
 use crate::qemu::Qemu;
 use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Stamp, Version};
-use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_setfl, mknodat, open, unlink};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fcntl_setfl, fstat, mknodat, open, unlink};
 use rustix::pipe::fcntl_setpipe_size;
 use rustix::time::{ClockId, clock_gettime};
 use std::fs::File;
@@ -39,6 +40,10 @@ const PIPE_SIZE: usize = 1 << 20;
 
 /// The name under which QEMU keeps that reading end.
 const KEEPER: &str = "tenby-stream-keeper";
+
+/// The source's end of the stream of a lazy restore, which QEMU itself keeps open too, so that it does not break when the worker dies; whoever
+/// comes next takes it over ([`lent`]). Under this name QEMU keeps it; in the run folder this file has its inode.
+const LENDER: &str = "tenby-memory";
 
 /// The first QEMU that captures a guest in the background who stands still, and leaves him standing: 7.2 lets him run.
 const STANDING: Version = Version { major: 9, minor: 0, micro: 0 };
@@ -188,23 +193,87 @@ impl Qemu {
         Ok(())
     }
 
+    /// Whether memory can be restored while the guest runs already ([`RestoreMode::Lazy`]).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] with the reason: the host does not let QEMU track memory.
+    pub fn restores_lazily(&self) -> Result<()> {
+        crate::probe::userfaultfd().map_err(Error::Unsupported)
+    }
+
     /// Begins to restore memory into a process launched with [`crate::Launch::incoming`]. Give [`Restore::writer`] to a thread at once.
     ///
     /// # Errors
     /// [`Error::Refused`] with QEMU's words.
     pub async fn restore(&self, mode: RestoreMode) -> Result<Restore> {
         let qmp = self.qmp();
-        qmp.set_capabilities(&[
-            (Capability::BackgroundSnapshot, false),
-            (Capability::PostcopyRam, mode == RestoreMode::Lazy),
-        ])
-        .await?;
+        let lazy = mode == RestoreMode::Lazy;
+        qmp.set_capabilities(&[(Capability::BackgroundSnapshot, false), (Capability::PostcopyRam, lazy)]).await?;
         let (writer, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+        if lazy {
+            self.keep_lender(&writer).await?;
+        }
         let events = qmp.events();
         qmp.pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
         qmp.migrate_from(DESCRIPTOR).await?;
         Ok(Restore { qemu: self.clone(), events, writer: Some(writer), mode })
     }
+
+    /// QEMU keeps the source's end open, and whoever comes after us finds it.
+    async fn keep_lender(&self, end: &UnixStream) -> Result<()> {
+        let path = self.run_dir().join(LENDER);
+        let inode = fstat(end).map_err(Error::os("look at a socket"))?.st_ino;
+        std::fs::write(&path, inode.to_string()).map_err(Error::io(Error::at("write", &path)))?;
+        let kept = end.try_clone().map_err(Error::io("keep a socket"))?;
+        self.qmp().pass(LENDER, OwnedFd::from(kept)).await
+    }
+
+    /// All of the memory has arrived, or nobody will bring it: its stream need not be kept any more. No error if it was not.
+    pub async fn let_lender_go(&self) {
+        if unlink(self.run_dir().join(LENDER)).is_ok() {
+            let _ = self.qmp().close(LENDER).await;
+        }
+    }
+
+    /// Takes up a lazy restore whose stream has broken, with a new one; `None` if it has ended meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with QEMU's words; those of the monitor.
+    pub async fn restore_again(&self) -> Result<Option<Restore>> {
+        self.let_lender_go().await;
+        loop {
+            match self.qmp().migration().await?.status {
+                MigrationStatus::PostcopyPaused => break,
+                MigrationStatus::PostcopyActive | MigrationStatus::PostcopyRecover => {
+                    tokio::time::sleep(SETTLE_EVERY).await;
+                }
+                _ => return Ok(None),
+            }
+        }
+        let (writer, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
+        self.keep_lender(&writer).await?;
+        let events = self.events();
+        self.qmp().pass(DESCRIPTOR, OwnedFd::from(theirs)).await?;
+        self.qmp().migrate_again(DESCRIPTOR).await?;
+        Ok(Some(Restore { qemu: self.clone(), events, writer: Some(writer), mode: RestoreMode::Lazy }))
+    }
+
+    /// A restore that goes on: to wait for its end.
+    pub fn restoring(&self) -> Restore {
+        Restore { qemu: self.clone(), events: self.events(), writer: None, mode: RestoreMode::Lazy }
+    }
+}
+
+/// The source's end of the stream over which a QEMU gets its memory, of which the worker that lent it has died; `None` if there is none. To be
+/// asked before QEMU is asked for anything: it may wait for a page, and not answer.
+///
+/// # Errors
+/// [`Error::Io`] if it cannot be taken over (not everybody may take a descriptor of another process): see [`Qemu::restore_again`].
+pub fn lent(identity: Identity, run_dir: &Path) -> Result<Option<UnixStream>> {
+    let Ok(inode) = std::fs::read_to_string(run_dir.join(LENDER)) else { return Ok(None) };
+    let Some(process) = Process::adopt(identity)? else { return Ok(None) };
+    let taken = process.take_socket(&inode)?;
+    Ok(taken.map(UnixStream::from))
 }
 
 impl Capture {
@@ -524,7 +593,7 @@ impl Restore {
     /// The stream, for a thread (it blocks).
     ///
     /// # Panics
-    /// If it was taken before.
+    /// If it was taken before, or there is none.
     pub fn writer(&mut self) -> UnixStream {
         self.writer.take().expect("the writer is taken once")
     }
@@ -534,9 +603,23 @@ impl Restore {
     /// # Errors
     /// [`Error::Exited`] with QEMU's words if it could not load the stream; [`Error::Migration`].
     pub async fn loaded(&mut self) -> Result<()> {
-        let ready =
-            if self.mode == RestoreMode::Eager { MigrationStatus::Completed } else { MigrationStatus::PostcopyActive };
-        self.reached(ready).await
+        match self.mode {
+            RestoreMode::Eager => self.reached(MigrationStatus::Completed).await,
+            RestoreMode::Lazy => self.devices_loaded().await,
+        }
+    }
+
+    /// Waits until the devices are loaded. No event tells; and QEMU does not answer while it loads them.
+    async fn devices_loaded(&mut self) -> Result<()> {
+        loop {
+            match self.qemu.qmp().status().await {
+                Ok(status) if status.status == "inmigrate" => tokio::time::sleep(SETTLE_EVERY).await,
+                Ok(_) => return Ok(()),
+                // QEMU ends when it cannot load a machine.
+                Err(Error::Disconnected) => return Err(self.qemu.ended().await),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     /// Waits until all pages are there.

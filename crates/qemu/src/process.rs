@@ -5,7 +5,9 @@
 
 use crate::error::{Error, Result};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, PidfdGetfdFlags, Signal, WaitId, WaitIdOptions, pidfd_getfd, pidfd_open, pidfd_send_signal, waitid,
+};
 use std::ffi::OsString;
 use std::fmt;
 use std::io::Read;
@@ -145,6 +147,22 @@ impl Process {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(error) => Err(Error::os(format!("kill process {}", self.identity.pid))(error)),
         }
+    }
+
+    /// A duplicate of a socket that it has open; `None` if it has none of this inode.
+    pub(crate) fn take_socket(&self, inode: &str) -> Result<Option<OwnedFd>> {
+        let pid = self.identity.pid;
+        let what = || format!("look at the descriptors of process {pid}");
+        let wanted = format!("socket:[{inode}]");
+        for entry in std::fs::read_dir(format!("/proc/{pid}/fd")).map_err(Error::io(what()))?.flatten() {
+            let is_it = std::fs::read_link(entry.path()).is_ok_and(|link| link.as_os_str() == wanted.as_str());
+            let number = entry.file_name().to_str().and_then(|name| name.parse().ok());
+            if let (true, Some(number)) = (is_it, number) {
+                let taken = pidfd_getfd(self.pidfd.get_ref(), number, PidfdGetfdFlags::empty());
+                return taken.map(Some).map_err(Error::os(what()));
+            }
+        }
+        Ok(None)
     }
 
     /// Waits for its end.

@@ -7,6 +7,7 @@ use crate::actor::Owner;
 use crate::disks::Disks;
 use crate::job::Task;
 use crate::keeper::Keeper;
+use crate::lent::Lent;
 use crate::live::{Live, qemu_problem};
 use crate::log;
 use crate::ops::snapshot::{Leaves, files_of};
@@ -92,6 +93,10 @@ impl Owner {
     ) -> Result<Value, Problem> {
         self.doing("applying");
         let plan = self.plan_apply(to, present, start, memory)?;
+        if plan.present.memory().is_some() {
+            self.fill(task).await?;
+            self.doing("applying");
+        }
         let disks = self.live.as_mut().map(Live::disks);
         self.keeper.begin_apply(task, &plan.leaves, plan.present.memory(), disks.as_deref()).await?;
         let (name, kept) = (self.name_of(to), plan.present.kept().map(|take| (take.id, take.name.clone())));
@@ -190,6 +195,7 @@ impl Owner {
         let memory = next.now.memory;
         let live = self.bring_up(next, memory).await?;
         next.start(State::Running, memory, live.run());
+        next.now.restoring = live.lent().map(Lent::layer);
         Ok(live)
     }
 

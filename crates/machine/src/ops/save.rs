@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 impl Owner {
     /// Writes the memory out and ends QEMU.
     pub(crate) async fn save(&mut self, task: &Task) -> Result<Value, Problem> {
+        self.fill(task).await?;
         self.passing(State::Saving);
         let row = self.keeper.memory_row();
         self.keeper.journal(task, "save", vec![row.file.clone()])?;

@@ -35,6 +35,7 @@ pub type Made = BTreeMap<LayerId, Leaf>;
 impl Owner {
     /// Takes a snapshot of the machine as it is.
     pub(crate) async fn snapshot(&mut self, task: &Task, name: Option<&str>, note: &str) -> Result<Value, Problem> {
+        self.fill(task).await?;
         self.doing("snapshotting");
         let rows = self.machine();
         let machine = &rows.machine;

@@ -3,15 +3,14 @@
 use crate::actor::Owner;
 use crate::files::Files;
 use crate::job::Task;
-use crate::live::{Live, pin, qemu_problem};
+use crate::lent::{self, Lent};
+use crate::live::{Happening, Live, Memory, pin, qemu_problem};
 use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
 use crate::tree::{LayerId, Machine, State};
-use image::Layer;
 use qemu::{Installed, RunState};
 use serde_json::{Value, json};
-use std::sync::Arc;
 use store::Mode;
 
 impl Owner {
@@ -28,6 +27,7 @@ impl Owner {
         }
         let state = if paused { State::Paused } else { State::Running };
         next.start(state, memory, live.run());
+        next.now.restoring = live.lent().map(Lent::layer);
         let result = json!({ "state": state });
         if let Err(problem) = self.keeper.settle(task, &result, |machine| *machine = next) {
             self.end(live).await;
@@ -51,8 +51,8 @@ impl Owner {
     pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
         let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
         pin(&mut next.now.config, &installed)?;
-        let layers = memory.map(|id| open_memory(&self.keeper.files, next, id)).transpose()?;
-        Live::bring_up(&self.keeper, next, &installed, layers).await
+        let memory = memory.map(|id| open_memory(&self.keeper.files, next, id)).transpose()?;
+        Live::bring_up(&self.keeper, next, &installed, memory).await
     }
 
     /// This QEMU is the machine's from now on.
@@ -67,6 +67,7 @@ impl Owner {
         if let Err(error) = live.qemu.attach_console(&self.console) {
             tracing::warn!("the console cannot be typed on: {error}");
         }
+        live.lent().inspect(|lent| lent.come());
         self.live = Some(live);
     }
 
@@ -147,6 +148,14 @@ impl Owner {
         read().map_err(|e: store::Error| crate::files::file_problem(&e))
     }
 
+    /// Something has happened that nobody asked for.
+    pub(crate) async fn happened(&mut self, happening: Happening) {
+        match happening {
+            Happening::Guest(event) => self.react(event).await,
+            Happening::Memory(happening) => self.remember(happening).await,
+        }
+    }
+
     /// The guest has come to something by itself: it powered off, its QEMU ended, a disk failed.
     pub(crate) async fn react(&mut self, event: RunState) {
         match event {
@@ -163,6 +172,63 @@ impl Owner {
             RunState::Broken => self.halted("QEMU cannot let the guest run any further"),
             RunState::Running | RunState::Paused | RunState::Incoming => {}
         }
+    }
+
+    /// Something is to be told of the memory that is on its way into the guest.
+    pub(crate) async fn remember(&mut self, happening: lent::Happening) {
+        match happening {
+            lent::Happening::Trouble(problem) => {
+                let alert = format!("a part of the guest's memory cannot be read, and it waits for it: {problem}");
+                if self.shared.moment().alert.as_ref() != Some(&alert) {
+                    log::write(&self.keeper.files, None, &alert);
+                    self.shared.set_moment(|moment| moment.alert = Some(alert));
+                }
+            }
+            lent::Happening::Ended(ended) => {
+                let ended = match ended {
+                    Ok(()) => self.filled().await,
+                    Err(problem) => self.lend_again(problem).await,
+                };
+                if let Err(problem) = ended {
+                    tracing::error!("{problem}");
+                }
+            }
+        }
+    }
+
+    /// All of the guest's memory has been sent: what it came from is not needed any more.
+    async fn filled(&mut self) -> Result<(), Problem> {
+        let name = self.shared.name();
+        let Some(live) = &mut self.live else { return Ok(()) };
+        live.filled().await.map_err(|e| qemu_problem(&name, &e))?;
+        self.keeper.book.commit(|rows| rows.machine.now.restoring = None)?;
+        self.keeper.steps.at("restore:filled");
+        Ok(())
+    }
+
+    /// No more of the guest's memory comes, though it is needed: once more, over a new connection, unless QEMU has ended.
+    async fn lend_again(&mut self, problem: Problem) -> Result<(), Problem> {
+        let rows = self.machine();
+        let Some(live) = self.live.as_mut().filter(|live| qemu::alive(live.qemu.identity())) else { return Ok(()) };
+        log::write(&self.keeper.files, None, &format!("{problem}; it is tried once more"));
+        live.forget_lent();
+        live.take_up_again(&self.keeper, &rows.machine).await?;
+        if live.lent().is_some() { Ok(()) } else { self.filled().await }
+    }
+
+    /// Waits until all of the guest's memory has arrived: before that it cannot be captured.
+    pub(crate) async fn fill(&mut self, task: &Task) -> Result<(), Problem> {
+        let words = "waiting for the rest of its memory";
+        while let Some(live) = self.live.as_mut().filter(|live| live.lent().is_some()) {
+            live.lent().inspect(|lent| lent.hurry());
+            self.shared.set_moment(|moment| moment.doing = vec![words.to_owned()]);
+            let happening = tokio::select! {
+                happening = live.next_of_memory() => happening,
+                () = task.cancel().wait() => return task.check(),
+            };
+            self.remember(happening).await;
+        }
+        Ok(())
     }
 
     fn halted(&self, why: &str) {
@@ -221,6 +287,6 @@ impl Owner {
 }
 
 /// A memory layer with what it stands on, base first.
-pub(crate) fn open_memory(files: &Files, machine: &Machine, id: LayerId) -> Result<Vec<Arc<dyn Layer>>, Problem> {
-    files.open_chain(machine, id)
+fn open_memory(files: &Files, machine: &Machine, id: LayerId) -> Result<Memory, Problem> {
+    Ok(Memory { layer: id, layers: files.open_chain(machine, id)? })
 }

@@ -518,6 +518,7 @@ impl<'a> Rebuild<'a> {
                 disks: now.map(|now| now.disks).unwrap_or_default(),
                 memory: None,
                 memory_base: None,
+                restoring: None,
                 touched: true,
                 generation: Uuid::new_v4(),
                 run: None,

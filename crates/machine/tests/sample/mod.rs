@@ -26,6 +26,7 @@ pub(crate) fn machine(disks: u32) -> Machine {
             disks: BTreeMap::new(),
             memory: None,
             memory_base: None,
+            restoring: None,
             touched: false,
             generation: uuid::Uuid::nil(),
             run: None,

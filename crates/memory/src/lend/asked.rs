@@ -1,9 +1,10 @@
 //! What the guest has asked for, and when.
 
-use super::Pace;
-use crate::stream::postcopy::Answer;
+use super::{Pace, SYNC, Trail};
+use crate::stream::postcopy::{self, Answer};
 use crate::stream::{Block, PAGE};
 use crate::{Error, ErrorKind, Result};
+use rustix::net::{RecvFlags, recv};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -28,7 +29,6 @@ pub(super) struct Asked {
 #[derive(Debug, Default)]
 struct State {
     pace: Pace,
-    given_up: bool,
     /// Pages that were asked for: block, number in the block.
     pages: VecDeque<(usize, u64)>,
     /// When a page was last asked for, sent unasked, or tried in vain.
@@ -38,6 +38,10 @@ struct State {
     /// What arrived earlier, by block, until it is taken.
     received: BTreeMap<String, Vec<u8>>,
     resumed: bool,
+    /// The last piece that was sent, and the last that has arrived.
+    sent: u32,
+    arrived: u32,
+    synced: bool,
     /// QEMU has hung up, or has said something unsound.
     deaf: bool,
 }
@@ -56,11 +60,6 @@ pub(super) enum Next {
 impl Asked {
     pub(super) fn set_pace(&self, pace: Pace) {
         self.state().pace = pace;
-        self.changed.notify_all();
-    }
-
-    pub(super) fn give_up(&self) {
-        self.state().given_up = true;
         self.changed.notify_all();
     }
 
@@ -100,6 +99,16 @@ impl Asked {
         self.wait(|state| state.received.remove(block))
     }
 
+    /// A piece is about to be sent.
+    pub(super) fn sending(&self, number: u32) {
+        self.state().sent = number;
+    }
+
+    /// Waits until QEMU has taken in everything: the last piece of which that was heard.
+    pub(super) fn synced(&self) -> Result<u32> {
+        self.wait(|state| state.synced.then_some(state.arrived))
+    }
+
     /// Waits until QEMU takes pages again.
     pub(super) fn resumed(&self) -> Result<()> {
         self.wait(|state| state.resumed.then_some(()))
@@ -122,48 +131,79 @@ impl Asked {
     }
 
     /// Hears QEMU to the end.
-    pub(super) fn listen(&self, socket: &UnixStream, blocks: &[Block]) -> Result<()> {
-        let heard = self.hear(socket, blocks);
+    pub(super) fn listen(&self, socket: &UnixStream, blocks: &[Block], trail: &Trail) -> Result<()> {
+        let mut last = None;
+        let heard = hear(socket, |answer| self.take(answer, blocks, &mut last, trail));
         self.state().deaf = true;
         self.changed.notify_all();
         heard
     }
 
-    fn hear(&self, socket: &UnixStream, blocks: &[Block]) -> Result<()> {
-        let mut last = None;
-        while let Some(answer) = Answer::read(socket)? {
-            match answer {
-                Answer::Pages { block, start, len } => {
-                    if let Some(name) = block {
-                        last = blocks.iter().position(|block| block.name == name);
-                    }
-                    let block = last.filter(|block| start.saturating_add(len.into()) <= blocks[*block].len);
-                    let block = block.ok_or_else(|| {
-                        Error::new(ErrorKind::Damaged, "QEMU asks for a page that the machine does not have")
-                    })?;
-                    let pages = start / PAGE as u64..(start + u64::from(len)).div_ceil(PAGE as u64);
-                    let mut state = self.state();
-                    state.asked_at = Some(Instant::now());
-                    state.pages.extend(pages.map(|page| (block, page)));
+    /// Notes what was said. `last` is the block of the last request.
+    fn take(&self, answer: Answer, blocks: &[Block], last: &mut Option<usize>, trail: &Trail) -> Result<()> {
+        match answer {
+            Answer::Pages { block, start, len } => {
+                if let Some(name) = block {
+                    *last = blocks.iter().position(|block| block.name == name);
                 }
-                Answer::Received { block, bits } => drop(self.state().received.insert(block, bits)),
-                Answer::Resumed => self.state().resumed = true,
-                // It has everything; or it says why not in its own log.
-                Answer::Shut(_) => return Ok(()),
-                Answer::Other => {}
+                // Who has taken over does not know what the last block was: it comes with the rest.
+                let Some(block) = *last else { return Ok(()) };
+                if start.saturating_add(len.into()) > blocks[block].len {
+                    let message = "QEMU asks for a page that the machine does not have";
+                    return Err(Error::new(ErrorKind::Damaged, message));
+                }
+                let pages = start / PAGE as u64..(start + u64::from(len)).div_ceil(PAGE as u64);
+                let mut state = self.state();
+                state.asked_at = Some(Instant::now());
+                state.pages.extend(pages.map(|page| (block, page)));
             }
-            self.changed.notify_all();
+            Answer::Received { block, bits } => drop(self.state().received.insert(block, bits)),
+            Answer::Resumed => self.state().resumed = true,
+            Answer::Pong(SYNC) => self.state().synced = true,
+            Answer::Pong(number) => {
+                // That an earlier one has arrived is told by the record of the next.
+                if self.state().sent <= number {
+                    trail.arrived(number)?;
+                }
+                self.state().arrived = number;
+            }
+            Answer::Shut(_) | Answer::Other => {}
         }
+        self.changed.notify_all();
         Ok(())
+    }
+}
+
+/// Hands out what QEMU says until it hangs up, or has all that it needs (or says in its own log why not). An answer is taken off the socket in one
+/// go, once it was taken notice of: so who reads after us finds the next. (But for a bitmap, which is longer than a socket may hold, and comes only
+/// when it was asked for.)
+fn hear(socket: &UnixStream, mut take: impl FnMut(Answer) -> Result<()>) -> Result<()> {
+    let failed = |error: rustix::io::Errno| postcopy::broken(error.into());
+    loop {
+        let mut seen = [0; 512];
+        let (_, len) = recv(socket, &mut seen, RecvFlags::PEEK).map_err(failed)?;
+        let mut rest = &seen[..len];
+        let (answer, used) = match Answer::read(&mut rest) {
+            Ok(answer @ Some(_)) => (answer, len - rest.len()),
+            _ => (Answer::read(socket)?, 0),
+        };
+        let Some(answer) = answer else { return Ok(()) };
+        let ends = matches!(answer, Answer::Shut(_));
+        take(answer)?;
+        if used > 0 {
+            recv(socket, &mut [0; 512][..used], RecvFlags::empty()).map_err(failed)?;
+        }
+        if ends {
+            return Ok(());
+        }
     }
 }
 
 impl State {
     fn check(&self) -> Result<()> {
-        match (self.given_up, self.deaf) {
-            (true, _) => Err(Error::new(ErrorKind::Truncated, "lending the memory was given up")),
-            (_, true) => Err(Error::new(ErrorKind::Truncated, "QEMU has hung up before it had all of its memory")),
-            _ => Ok(()),
+        match self.deaf {
+            true => Err(Error::new(ErrorKind::Truncated, "QEMU has hung up before it had all of its memory")),
+            false => Ok(()),
         }
     }
 

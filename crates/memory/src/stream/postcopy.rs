@@ -3,6 +3,7 @@
 //! ```text
 //!   anew    prelude ► OPEN_RETURN_PATH ► ADVISE ► ram START ► DISCARD a block ► PACKAGED { LISTEN ► devices ► RUN } ► parts of pages … ► END ► EOF
 //!   again   RECV_BITMAP a block ◄► Answer::Received ► RESUME ◄► Answer::Resumed ► parts of pages … ► END ► EOF
+//!   between any of them   PING ◄► Answer::Pong
 //! ```
 //!
 //! A command is `08`, its number (u16), the length of its body (u16), its body. An answer is its number (u16), the length of its body (u16), its
@@ -15,6 +16,7 @@ use crate::{Error, ErrorKind, Result};
 use std::io::Read;
 
 const OPEN_RETURN_PATH: u16 = 1;
+const PING: u16 = 2;
 const POSTCOPY_ADVISE: u16 = 3;
 const POSTCOPY_LISTEN: u16 = 4;
 const POSTCOPY_RUN: u16 = 5;
@@ -75,6 +77,11 @@ pub fn ask_received(out: &mut Vec<u8>, block: &Block) {
     command(out, RECV_BITMAP, &body);
 }
 
+/// Asks for [`Answer::Pong`] once everything before has been taken in.
+pub fn ping(out: &mut Vec<u8>, number: u32) {
+    command(out, PING, &number.to_be_bytes());
+}
+
 /// Another source goes on with the pages: [`Answer::Resumed`].
 pub fn resume(out: &mut Vec<u8>) {
     command(out, POSTCOPY_RESUME, &[]);
@@ -115,6 +122,8 @@ pub enum Answer {
     },
     /// It is ready to take pages again.
     Resumed,
+    /// What came before the ping of this number has been taken in.
+    Pong(u32),
     /// Nothing that matters here.
     Other,
 }
@@ -137,7 +146,7 @@ impl Answer {
         let word = || body.first_chunk().map(|bytes| u32::from_be_bytes(*bytes));
         let answer = match number {
             SHUT => Self::Shut(word().ok_or_else(damaged)?),
-            PONG => Self::Other,
+            PONG => Self::Pong(word().ok_or_else(damaged)?),
             REQ_PAGES | REQ_PAGES_ID => Self::pages(&body, number == REQ_PAGES_ID)?,
             RECEIVED => Self::received(&body, from)?,
             RESUME_ACK => Self::Resumed,
@@ -186,7 +195,7 @@ fn damaged() -> Error {
     Error::new(ErrorKind::Damaged, "QEMU's answer to the source of its memory is not sound")
 }
 
-fn broken(error: std::io::Error) -> Error {
+pub(crate) fn broken(error: std::io::Error) -> Error {
     Error::stream("what QEMU answers to the source of its memory cannot be read", error)
 }
 
@@ -211,7 +220,7 @@ mod tests {
             Answer::Pages { block: None, start: 4096, len: 8192 },
             Answer::Received { block: "ab".into(), bits: vec![0xff, 1] },
             Answer::Resumed,
-            Answer::Other,
+            Answer::Pong(9),
             Answer::Shut(0),
         ];
         assert_eq!(answers(&bytes).unwrap(), told);

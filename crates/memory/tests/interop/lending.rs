@@ -5,23 +5,28 @@ use crate::qemu::{Guest, PAGES, Qemu};
 use crate::support::Disks;
 use image::{Access, Chain};
 use memory::stream::PAGE;
-use memory::{Beginning, ErrorKind, Lending, Pace};
+use memory::{Beginning, ErrorKind, Lending, Pace, Trail};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread::{JoinHandle, spawn};
+use store::sim::Sim;
 
 /// A source of pages on a thread of its own.
 struct Source {
     lending: Lending,
+    socket: UnixStream,
     ended: JoinHandle<memory::Result<()>>,
 }
 
 impl Source {
     fn begin(chain: Chain, socket: UnixStream, beginning: Beginning) -> Self {
         let lending = Lending::default();
-        let ours = lending.clone();
-        let ended = spawn(move || memory::lend(&chain, &socket, beginning, &ours, |e| panic!("{e}"), |_, _| {}));
-        Self { lending, ended }
+        let (ours, kept) = (lending.clone(), socket.try_clone().unwrap());
+        let trail = Trail::new(Sim::new().root().create("trail").unwrap()).unwrap();
+        let ended =
+            spawn(move || memory::lend(&chain, &socket, beginning, &ours, &trail, |e| panic!("{e}"), |_, _| {}));
+        Self { lending, socket: kept, ended }
     }
 
     fn end(self) -> memory::Result<()> {
@@ -99,11 +104,11 @@ fn another_source_goes_on() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
         let (mut qemu, source) = loaded(&emulator, machine, LARGE, disks.open(0, Access::Read));
-        source.lending.give_up();
+        source.socket.shutdown(Shutdown::Both).unwrap();
         assert_eq!(source.end().unwrap_err().kind, ErrorKind::Truncated);
         qemu.migration_is("postcopy-paused");
         let socket = qemu.recovering();
-        let source = Source::begin(disks.open(0, Access::Read), socket, Beginning::Again);
+        let source = Source::begin(disks.open(0, Access::Read), socket, Beginning::Recovered);
         qemu.run_until_it_speaks();
         assert!(!source.ended.is_finished(), "{machine}");
         source.lending.pace(Pace::Full);

@@ -163,6 +163,11 @@ impl Qmp {
         self.order("migrate-incoming", json!({ "uri": format!("fd:{descriptor}") })).await
     }
 
+    /// Goes on receiving the machine's memory from a descriptor passed before.
+    pub async fn migrate_again(&self, descriptor: &str) -> Result<()> {
+        self.order("migrate-recover", json!({ "uri": format!("fd:{descriptor}") })).await
+    }
+
     /// Cancels what is being sent.
     pub async fn migrate_cancel(&self) -> Result<()> {
         self.order("migrate_cancel", Value::Null).await

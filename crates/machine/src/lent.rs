@@ -1,0 +1,108 @@
+//! Memory on its way into a guest that runs already ([`memory::lend`]).
+//!
+//! ```text
+//!   bring up ── Lent::begin ─► devices loaded ── committed, the guest runs ─► pages … ─► Happening::Ended
+//!                                                       │ the worker dies
+//!                                                       └─► Lent::take_over: over the socket that QEMU has kept
+//! ```
+//!
+//! Until it has ended, Now names the memory that it comes from ([`crate::tree::Now::restoring`]): whatever becomes of the snapshot, that is needed. What
+//! it stands on is not folded meanwhile. And QEMU does not let such a guest be captured.
+
+use crate::files::{file_problem, image_problem};
+use crate::ram::memory_problem;
+use crate::request::Problem;
+use crate::tree::LayerId;
+use image::{Access, Chain, Layer};
+use memory::{Beginning, Lending, Pace, Trail, lend};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use store::host::HostFolder;
+use store::{Folder, Mode};
+use tokio::sync::mpsc;
+
+/// The file in which it is recorded what was sent, in the folder of QEMU's sockets.
+const TRAIL: &str = "memory.trail";
+
+/// A memory layer whose pages are being lent.
+#[derive(Debug)]
+pub(crate) struct Lent {
+    layer: LayerId,
+    lending: Lending,
+    happens: mpsc::UnboundedReceiver<Happening>,
+}
+
+/// What there is to tell of it.
+#[derive(Debug)]
+pub(crate) enum Happening {
+    /// A page cannot be read; it is tried again.
+    Trouble(Problem),
+    /// Everything has been sent; or no more will be.
+    Ended(Result<(), Problem>),
+}
+
+impl Lent {
+    /// Lends the memory in `layers` (base first; the topmost is `layer`), on a thread of its own.
+    pub(crate) fn begin(
+        layer: LayerId,
+        layers: Vec<Arc<dyn Layer>>,
+        socket: UnixStream,
+        beginning: Beginning,
+        run_dir: &Path,
+    ) -> Result<Self, Problem> {
+        let trail = trail(run_dir, beginning)?;
+        let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
+        let lending = Lending::default();
+        if beginning != Beginning::Anew {
+            // What its guest had asked for was heard by somebody else: it comes with the rest.
+            lending.pace(Pace::Full);
+        }
+        let (tell, happens) = mpsc::unbounded_channel();
+        let ours = lending.clone();
+        let work = move || {
+            let trouble = |error: &image::Error| drop(tell.send(Happening::Trouble(image_problem(error))));
+            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, |_, _| {});
+            if ended.is_err() {
+                // QEMU holds our end as well: nobody else would tell it.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+            let _ = tell.send(Happening::Ended(ended.map_err(|e| memory_problem(&e))));
+        };
+        std::thread::Builder::new()
+            .name("memory-lent".into())
+            .spawn(work)
+            .map_err(|e| Problem::failed(format!("no thread for the guest's memory: {e}")))?;
+        Ok(Self { layer, lending, happens })
+    }
+
+    /// Which memory it is.
+    pub(crate) fn layer(&self) -> LayerId {
+        self.layer
+    }
+
+    /// Its guest is about to run: what it does not ask for comes too.
+    pub(crate) fn come(&self) {
+        self.lending.pace(Pace::Gentle);
+    }
+
+    /// Somebody waits for the rest.
+    pub(crate) fn hurry(&self) {
+        self.lending.pace(Pace::Full);
+    }
+
+    /// What happens next; never, if there is none. Nothing is lost if the future is dropped.
+    pub(crate) async fn next(lent: &mut Option<Self>) -> Happening {
+        let Some(lent) = lent else { return std::future::pending().await };
+        let broke = || Happening::Ended(Err(Problem::failed("lending the guest's memory broke off")));
+        lent.happens.recv().await.unwrap_or_else(broke)
+    }
+}
+
+fn trail(run_dir: &Path, beginning: Beginning) -> Result<Trail, Problem> {
+    let folder = HostFolder::open(run_dir).map_err(|e| file_problem(&e))?;
+    let known = beginning != Beginning::Anew;
+    let file = folder.open(TRAIL, Mode::Write).ok().filter(|_| known).map_or_else(|| folder.create(TRAIL), Ok);
+    file.map_err(|e| file_problem(&e)).and_then(|file| Trail::new(file).map_err(|e| memory_problem(&e)))
+}
