@@ -486,6 +486,7 @@ fn a_disk_that_a_guest_writes_is_its_own() {
     }
     assert!(!lab.path("copy.raw").exists());
     lab.snapshot("Monday");
+    lab.settle();
     lab.ok(&["disk", "hash", &own]);
 }
 

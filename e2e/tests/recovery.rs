@@ -134,6 +134,28 @@ fn apply_dies_at(step: &str, keep: bool) {
     scene.assert_whole();
 }
 
+/// The guest runs, and has not got all of its memory: what is missing comes from the next worker, and the one after that.
+fn lending_dies_at(step: &str) {
+    let mut scene = Scene::new();
+    scene.arm(step);
+    let doomed = scene.lab.worker().expect("a worker");
+    scene.lab.ok(&["snapshot", "apply", BASE, "one", "--discard"]);
+    scene.lab.wait_gone(doomed);
+    // The next one is killed at once, in the middle of this or after it.
+    scene.lab.json(&["vm", "show", BASE]);
+    scene.lab.kill_worker();
+    assert_eq!(scene.day(), "one");
+    let log = scene.lab.ok(&["vm", "log", BASE]);
+    assert!(!log.contains("tried once more"), "{log}");
+    // A guest whose memory has not come is not captured: this waits for it.
+    scene.lab.snapshot("three");
+    scene.mark("later");
+    scene.lab.ok(&["snapshot", "apply", BASE, "three", "--discard"]);
+    assert_eq!(scene.day(), "one");
+    scene.lab.ok(&["snapshot", "delete", BASE, "three"]);
+    scene.assert_whole();
+}
+
 fn delete_dies_at(step: &str, name: &str) {
     delete_dies(Scene::new(), step, name);
 }
@@ -229,6 +251,8 @@ steps! {
     apply_committed: apply_dies_at("apply:committed", false);
     apply_committed_kept: apply_dies_at("apply:committed", true);
     apply_old_ended: apply_dies_at("apply:old-ended", false);
+    lending_begun: lending_dies_at("restore:sending");
+    lending_under_way: lending_dies_at("restore:sending#150");
     delete_committed: delete_dies_at("delete:committed", "one");
     remove_committed: delete_dies_at("remove:committed", "two");
     undo_committed: undo_dies_at("undo:committed");

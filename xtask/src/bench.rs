@@ -5,6 +5,7 @@
 
 mod contest;
 mod disk;
+mod memory;
 mod merge;
 mod nbd;
 mod snapshots;
@@ -34,6 +35,7 @@ const BENCHES: &[Bench] = &[
     Bench { name: "disk-deep", what: "a chain of 1,000 layers opened", run: disk::deep },
     Bench { name: "merge-live", what: "a merge while somebody writes, and what they see of it", run: merge::live },
     Bench { name: "merge-many", what: "snapshots by the thousand deleted", run: merge::many },
+    Bench { name: "memory", what: "pauses and applies, beside savevm and loadvm", run: memory::run },
     Bench { name: "snapshot-off", what: "snapshots of a machine that is off, 1,000 present", run: snapshots::off },
     Bench { name: "snapshot-pause", what: "what a running guest notices, and what is stored", run: snapshots::running },
 ];

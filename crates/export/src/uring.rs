@@ -1,6 +1,6 @@
 //! Many reads of files under way at a time, begun and awaited by one thread: an io_uring.
 //!
-//! The only unsafe code of the workspace. The kernel writes into buffers while we do something else; what keeps that sound:
+//! Unsafe code. The kernel writes into buffers while we do something else; what keeps that sound:
 //!
 //! - A buffer belongs to the [`Ring`] from [`Ring::read`] until the read's completion was seen, and nobody touches it in between.
 //! - A ring that is dropped waits for what is under way. If it cannot, those buffers are never freed; nor are they if the ring itself

@@ -12,9 +12,10 @@
 use crate::files::{file_problem, image_problem};
 use crate::ram::memory_problem;
 use crate::request::Problem;
+use crate::steps::Steps;
 use crate::tree::LayerId;
 use image::{Access, Chain, Layer};
-use memory::{Beginning, Lending, Pace, Trail, lend};
+use memory::{Beginning, Lending, Pace, Stretch, Trail, lend};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -39,8 +40,8 @@ pub(crate) struct Lent {
 pub(crate) enum Happening {
     /// A page cannot be read; it is tried again.
     Trouble(Problem),
-    /// Everything has been sent; or no more will be.
-    Ended(Result<(), Problem>),
+    /// Everything has been sent, and this of it is mostly in use; or no more will be.
+    Ended(Result<Vec<Stretch>, Problem>),
 }
 
 impl Lent {
@@ -51,6 +52,7 @@ impl Lent {
         socket: UnixStream,
         beginning: Beginning,
         run_dir: &Path,
+        steps: Arc<Steps>,
     ) -> Result<Self, Problem> {
         let trail = trail(run_dir, beginning)?;
         let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
@@ -63,7 +65,7 @@ impl Lent {
         let ours = lending.clone();
         let work = move || {
             let trouble = |error: &image::Error| drop(tell.send(Happening::Trouble(image_problem(error))));
-            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, |_, _| {});
+            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, |_, _| steps.at("restore:sending"));
             if ended.is_err() {
                 // QEMU holds our end as well: nobody else would tell it.
                 let _ = socket.shutdown(Shutdown::Both);

@@ -15,11 +15,12 @@ use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
+use crate::steps::Steps;
 use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
-use memory::Beginning;
-use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
+use memory::{Beginning, Stretch};
+use qemu::{Collapse, Identity, Installed, Launch, Qemu, RestoreMode, RunState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,6 +30,9 @@ use tokio::sync::watch;
 /// How long QEMU gets to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// How long a snapshot waits for huge pages; without them it pauses the guest longer.
+const COLLAPSE: Duration = Duration::from_secs(5);
+
 /// A QEMU and its disks.
 #[derive(Debug)]
 pub(crate) struct Live {
@@ -36,6 +40,8 @@ pub(crate) struct Live {
     served: Served,
     /// Memory that is still on its way into it.
     lent: Option<Lent>,
+    /// Its RAM is being put into huge pages again.
+    collapsing: Option<Collapse>,
     /// Its ports are open.
     published: AtomicBool,
     run_dir: PathBuf,
@@ -116,7 +122,7 @@ impl Live {
         };
         let mut live = Self::of(qemu, served, None, run_dir);
         let Some(memory) = memory else { return Ok(live) };
-        match restore(&live.qemu, memory, &machine.name, &live.run_dir).await {
+        match restore(&live.qemu, memory, &machine.name, &live.run_dir, &keeper.steps).await {
             Ok(lent) => {
                 live.lent = lent;
                 Ok(live)
@@ -129,7 +135,7 @@ impl Live {
     }
 
     fn of(qemu: Qemu, served: Served, lent: Option<Lent>, run_dir: PathBuf) -> Self {
-        Self { state: qemu.watch(), qemu, served, lent, published: AtomicBool::new(false), run_dir }
+        Self { state: qemu.watch(), qemu, served, lent, collapsing: None, published: AtomicBool::new(false), run_dir }
     }
 
     /// Takes over the QEMU that an earlier worker left running; `None` if it is gone.
@@ -225,13 +231,40 @@ impl Live {
         finished
     }
 
+    /// Puts these pieces of its RAM into huge pages again, in the background: what a capture or a restore leaves makes the next pause longer.
+    pub(crate) async fn collapse(&mut self, pieces: Vec<Stretch>) {
+        if pieces.is_empty() || qemu::collapses().is_err() {
+            return;
+        }
+        let pieces: Vec<_> = pieces.into_iter().map(|Stretch { block, offset }| (block, offset)).collect();
+        match self.qemu.collapse(&pieces).await {
+            Ok(collapse) => self.collapsing = Some(collapse),
+            Err(error) => tracing::warn!("no huge pages for the guest's RAM: {error}"),
+        }
+    }
+
+    /// Waits until that is done, but not for long.
+    pub(crate) async fn collapsed(&mut self, name: &str) {
+        let Some(mut collapse) = self.collapsing.take() else { return };
+        if tokio::time::timeout(COLLAPSE, collapse.ended()).await.is_err() {
+            tracing::info!("{name}: its RAM is not in huge pages yet; the pause may be longer");
+        }
+    }
+
     /// Goes on lending where that was broken off, if the guest still needs it.
     pub(crate) async fn take_up_again(&mut self, keeper: &Keeper, machine: &Machine) -> Result<(), Problem> {
         let Some(layer) = machine.now.restoring.filter(|_| self.lent.is_none()) else { return Ok(()) };
         let restore = self.qemu.restore_again().await.map_err(|e| qemu_problem(&machine.name, &e))?;
         let Some(mut restore) = restore else { return Ok(()) };
         let layers = keeper.files.open_chain(machine, layer)?;
-        self.lent = Some(Lent::begin(layer, layers, restore.writer(), Beginning::Recovered, &self.run_dir)?);
+        self.lent = Some(Lent::begin(
+            layer,
+            layers,
+            restore.writer(),
+            Beginning::Recovered,
+            &self.run_dir,
+            Arc::clone(&keeper.steps),
+        )?);
         Ok(())
     }
 
@@ -253,7 +286,8 @@ impl Live {
 
     /// Ends QEMU, then the service of its disks. Fails if a disk did not take its last writes.
     pub(crate) async fn end(self) -> Result<(), Problem> {
-        let Self { qemu, served, run_dir, .. } = self;
+        let Self { qemu, served, run_dir, collapsing, .. } = self;
+        drop(collapsing);
         if let Err(error) = qemu.quit(GRACE).await {
             tracing::error!("QEMU could not be ended: {error}");
         }
@@ -271,13 +305,19 @@ impl Live {
 }
 
 /// Brings memory into a new QEMU: all of it, or so that the guest can run while the rest is on its way.
-async fn restore(qemu: &Qemu, memory: Memory, name: &str, run_dir: &Path) -> Result<Option<Lent>, Problem> {
+async fn restore(
+    qemu: &Qemu,
+    memory: Memory,
+    name: &str,
+    run_dir: &Path,
+    steps: &Arc<Steps>,
+) -> Result<Option<Lent>, Problem> {
     let Memory { layer, layers } = memory;
     if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
         return restore_whole(qemu, layers, name).await.map(|()| None);
     }
     let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
-    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew, run_dir)?;
+    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew, run_dir, Arc::clone(steps))?;
     restore.loaded().await.map_err(|e| qemu_problem(name, &e))?;
     Ok(Some(lent))
 }
@@ -288,7 +328,7 @@ fn take_over(keeper: &Keeper, machine: &Machine, qemu: Identity, run_dir: &Path)
     match qemu::lent(qemu, run_dir) {
         Ok(Some(socket)) => {
             let layers = keeper.files.open_chain(machine, layer)?;
-            Lent::begin(layer, layers, socket, Beginning::TakenOver, run_dir).map(Some)
+            Lent::begin(layer, layers, socket, Beginning::TakenOver, run_dir, Arc::clone(&keeper.steps)).map(Some)
         }
         Ok(None) => Ok(None),
         Err(error) => {

@@ -7,7 +7,7 @@ use crate::plan::Written;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerRow, Machine, Stats};
 use image::{Access, Chain, Layer};
-use memory::{Captured, NewLayer, Signal};
+use memory::{Captured, NewLayer, Signal, Stretch};
 use qemu::{Capture, Stream};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -77,14 +77,14 @@ pub(crate) async fn no_point(_: &mut Capture) -> Result<Option<u64>, Problem> {
     Ok(None)
 }
 
-/// Writes a capture to its end. `at_point` waits for the point, while the stream is being read, and says how long the guest stood
+/// Writes a capture to its end; says also what of RAM is mostly in use. `at_point` waits for the point, while the stream is being read, and says how long the guest stood
 /// still (microseconds). When anything fails, or the task is cancelled, the capture ends and the guest is as it was before it.
 pub(crate) async fn write(
     task: &Task,
     capture: &mut Capture,
     target: Target,
     at_point: impl AsyncFnOnce(&mut Capture) -> Result<Option<u64>, Problem>,
-) -> Result<Written, Problem> {
+) -> Result<(Written, Vec<Stretch>), Problem> {
     let began = Instant::now();
     let name = target.name.clone();
     let given_up = Arc::<AtomicBool>::default();
@@ -128,7 +128,7 @@ pub(crate) async fn write(
         pages_same: captured.counts.same,
         pages_zero: captured.counts.empty,
     };
-    Ok(Written { layer, stats })
+    Ok((Written { layer, stats }, captured.used))
 }
 
 /// The stream as the capture reads it: it fails as soon as the capture is given up.

@@ -15,7 +15,7 @@
 mod batch;
 mod writer;
 
-use crate::seen::Seen;
+use crate::seen::{Seen, Stretch};
 use crate::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
 use crate::table::{Content, DESCRIPTION_ROOM, Layout, PRELUDE_ROOM, STATE_ROOM, Table};
 use crate::{Error, ErrorKind, Result};
@@ -85,6 +85,8 @@ pub struct Captured {
     pub ram: u64,
     /// What became of the pages.
     pub counts: Counts,
+    /// What of RAM is mostly in use.
+    pub used: Vec<Stretch>,
 }
 
 /// Captures a migration stream into a new memory disk.
@@ -119,11 +121,11 @@ pub fn capture(
         ));
     }
 
-    let (tail, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
-    write_rest(&chain, &layout, &prelude, DeviceState::split(tail)?, counts)?;
+    let (Tail { devices, used }, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
+    write_rest(&chain, &layout, &prelude, DeviceState::split(devices)?, counts)?;
     chain.flush()?;
     let ram = prelude.blocks.iter().map(|block| block.len).sum();
-    Ok(Captured { chain, on_parent, machine: prelude.machine, ram, counts })
+    Ok(Captured { chain, on_parent, machine: prelude.machine, ram, counts, used })
 }
 
 /// Whether a disk holds RAM of these very blocks. One that cannot be read holds nothing to stand on: the new disk is then larger,
@@ -138,14 +140,21 @@ fn holds(parent: &Chain, blocks: &[Block]) -> bool {
     }
 }
 
-/// Reads the pages to the stream's end and has them written; returns what followed them.
+/// What is known once the stream has ended.
+struct Tail {
+    /// What followed the pages.
+    devices: Vec<u8>,
+    used: Vec<Stretch>,
+}
+
+/// Reads the pages to the stream's end and has them written.
 fn copy_pages(
     source: &mut Source<impl Read>,
     prelude: &Prelude,
     layout: &Layout,
     chain: &Chain,
     signal: &mut impl FnMut(Signal),
-) -> Result<(Vec<u8>, Counts)> {
+) -> Result<(Tail, Counts)> {
     let (full, to_write) = sync_channel(BATCHES);
     let (written, empty) = channel();
     for _ in 0..BATCHES {
@@ -264,6 +273,8 @@ impl<R: Read> Source<R> {
 struct Collector<'a, S> {
     layout: &'a Layout,
     seen: Seen<'a>,
+    /// Of these, those that are not all zeros.
+    used: Seen<'a>,
     batch: Batch,
     full: SyncSender<Batch>,
     empty: Receiver<Batch>,
@@ -280,16 +291,16 @@ impl<'a, S: FnMut(Signal)> Collector<'a, S> {
         empty: Receiver<Batch>,
         signal: &'a mut S,
     ) -> Self {
-        let seen = Seen::new(&prelude.blocks);
-        Self { layout, seen, batch: Batch::default(), full, empty, started: false, tail: Vec::new(), signal }
+        let (seen, used) = (Seen::new(&prelude.blocks), Seen::new(&prelude.blocks));
+        Self { layout, seen, used, batch: Batch::default(), full, empty, started: false, tail: Vec::new(), signal }
     }
 
-    /// Reads to the stream's end; returns what followed the pages.
-    fn run(mut self, source: &mut Source<impl Read>) -> Result<Vec<u8>> {
+    /// Reads to the stream's end.
+    fn run(mut self, source: &mut Source<impl Read>) -> Result<Tail> {
         source.each(|event| self.take(event).map(ControlFlow::Continue))?;
         self.hand_over()?;
         self.seen.check()?;
-        Ok(self.tail)
+        Ok(Tail { used: self.used.stretches(), devices: self.tail })
     }
 
     fn take(&mut self, event: Event<'_>) -> Result<()> {
@@ -315,6 +326,9 @@ impl<'a, S: FnMut(Signal)> Collector<'a, S> {
 
     fn page(&mut self, block: usize, offset: u64, data: Option<&[u8; PAGE]>) -> Result<()> {
         self.seen.mark(block, offset);
+        if data.is_some() {
+            self.used.mark(block, offset);
+        }
         self.batch.push(self.layout.blocks[block] + offset, data);
         if self.batch.is_full() { self.hand_over() } else { Ok(()) }
     }

@@ -24,7 +24,7 @@ mod trail;
 pub use trail::Trail;
 
 use crate::restore::{Parts, read_parts};
-use crate::seen::Seen;
+use crate::seen::{Seen, Stretch};
 use crate::stream::{Block, Emitter, PAGE, postcopy};
 use crate::{Error, Result};
 use asked::{Asked, Next};
@@ -92,7 +92,7 @@ pub fn can_lend(chain: &Chain) -> Result<bool> {
     Ok(postcopy::fits(&read_parts(chain)?.devices.state))
 }
 
-/// Lends a memory disk to a QEMU, until it has everything. Blocks.
+/// Lends a memory disk to a QEMU, until it has everything; says what of RAM is mostly in use. Blocks.
 ///
 /// `socket` is read and written; what was sent is recorded in `trail`. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
 /// QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
@@ -108,7 +108,7 @@ pub fn lend(
     trail: &Trail,
     trouble: impl FnMut(&image::Error),
     progress: impl FnMut(u64, u64),
-) -> Result<()> {
+) -> Result<Vec<Stretch>> {
     let parts = read_parts(chain)?;
     let asked = &*lending.0;
     set_socket_send_buffer_size(socket, SEND_BUFFER)
@@ -183,7 +183,7 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         }
     }
 
-    fn run(mut self, beginning: Beginning) -> Result<()> {
+    fn run(mut self, beginning: Beginning) -> Result<Vec<Stretch>> {
         match beginning {
             Beginning::Anew => self.begin(),
             Beginning::TakenOver => self.take_over(),
@@ -348,14 +348,14 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         &self.data[(page - first) as usize * PAGE..][..PAGE]
     }
 
-    fn end(mut self) -> Result<()> {
+    fn end(mut self) -> Result<Vec<Stretch>> {
         self.emitter.open_end(&mut self.out);
         self.emitter.close(&mut self.out);
         postcopy::end(&mut self.out);
         self.send()?;
         let total = self.sent.total();
         (self.progress)(total, total);
-        Ok(())
+        Ok(self.sent.stretches())
     }
 
     fn send(&mut self) -> Result<()> {

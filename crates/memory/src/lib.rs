@@ -31,6 +31,7 @@ pub mod table;
 pub use capture::{Captured, Counts, NewLayer, Signal, capture};
 pub use lend::{Beginning, Lending, Pace, Trail, can_lend, lend};
 pub use restore::{MemoryInfo, inspect, restore};
+pub use seen::Stretch;
 
 /// What went wrong, coarsely.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,15 @@ use std::collections::BTreeMap;
 /// Pages that are noted together: 2 MiB of RAM.
 const STRETCH: u64 = 512;
 
+/// 2 MiB of RAM, as large as a huge page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stretch {
+    /// The block.
+    pub block: String,
+    /// Where in the block it begins, bytes.
+    pub offset: u64,
+}
+
 /// Which pages have been seen: a bit each, of the stretches of which any was. So the memory that this takes grows with what was sent,
 /// not with what the stream says that it will send.
 pub(crate) struct Seen<'a> {
@@ -40,6 +49,16 @@ impl<'a> Seen<'a> {
 
     pub(crate) fn total(&self) -> u64 {
         self.blocks.iter().map(|block| block.len).sum()
+    }
+
+    /// The stretches of which half or more was seen.
+    pub(crate) fn stretches(&self) -> Vec<Stretch> {
+        let full = |words: &[u64]| words.iter().map(|word| u64::from(word.count_ones())).sum::<u64>() >= STRETCH / 2;
+        let stretch = |(block, number): &(usize, u64)| Stretch {
+            block: self.blocks[*block].name.clone(),
+            offset: number * STRETCH * PAGE as u64,
+        };
+        self.stretches.iter().filter(|(_, words)| full(*words)).map(|(at, _)| stretch(at)).collect()
     }
 
     /// Whether every page of every block was seen.

@@ -17,6 +17,7 @@
 
 mod console;
 mod error;
+mod hugepages;
 mod launch;
 mod migrate;
 mod probe;
@@ -26,6 +27,7 @@ pub mod qmp;
 
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
+pub use hugepages::{Collapse, HUGE_PAGE, collapses};
 pub use launch::{
     Accel, Boot, Bus, Disk, Kernel, Launch, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
     SPARE_QMP_SOCKET, VNC_SOCKET,

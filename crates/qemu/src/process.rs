@@ -149,6 +149,12 @@ impl Process {
         }
     }
 
+    /// Another handle on it.
+    pub(crate) fn pidfd(&self) -> Result<OwnedFd> {
+        let again = self.pidfd.get_ref().try_clone();
+        again.map_err(Error::io(format!("hold process {}", self.identity.pid)))
+    }
+
     /// A duplicate of a socket that it has open; `None` if it has none of this inode.
     pub(crate) fn take_socket(&self, inode: &str) -> Result<Option<OwnedFd>> {
         let pid = self.identity.pid;

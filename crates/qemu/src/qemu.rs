@@ -126,6 +126,10 @@ impl Qemu {
         self.inner.process.identity()
     }
 
+    pub(crate) fn process(&self) -> &Process {
+        &self.inner.process
+    }
+
     pub(crate) fn run_dir(&self) -> &Path {
         &self.inner.run_dir
     }

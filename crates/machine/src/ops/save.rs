@@ -49,7 +49,7 @@ impl Owner {
         live.flush().await?;
         let target = ram::Target::new(&self.keeper.files, &self.machine().machine, row);
         let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
-        ram::write(task, &mut capture, target, ram::no_point).await
+        ram::write(task, &mut capture, target, ram::no_point).await.map(|(written, _)| written)
     }
 
     /// Lets a guest that was running go on, after something that had halted it came to nothing.

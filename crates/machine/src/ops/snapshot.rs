@@ -112,7 +112,11 @@ impl Owner {
             let in_background = !running && live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
             let mut capture = live.qemu.capture(mode).await.map_err(|e| qemu_problem(&name, &e))?;
-            ram::write(task, &mut capture, target, ram::no_point).await
+            let (written, used) = ram::write(task, &mut capture, target, ram::no_point).await?;
+            if in_background {
+                live.collapse(used).await;
+            }
+            Ok(written)
         }
         .await;
         self.go_on(running).await;
@@ -142,10 +146,11 @@ impl Owner {
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
+        live.collapsed(&name).await;
         let mut windows = self.keeper.push_ambiguous(live.disks(), leaves, made);
         let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
         let steps = Arc::clone(&self.keeper.steps);
-        ram::write(task, &mut capture, target, async |capture: &mut Capture| {
+        let captured = ram::write(task, &mut capture, target, async |capture: &mut Capture| {
             steps.at("snapshot:window");
             let point = find_point(capture, &mut windows).await.map_err(|e| match e {
                 Sorting::Qemu(e) => qemu_problem(&name, &e),
@@ -161,7 +166,10 @@ impl Owner {
             .await?;
             Ok(Some(point.pause_micros()))
         })
-        .await
+        .await;
+        let (written, used) = captured?;
+        live.collapse(used).await;
+        Ok(written)
     }
 }
 

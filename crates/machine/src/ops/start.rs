@@ -9,6 +9,7 @@ use crate::log;
 use crate::plan::quoted;
 use crate::request::Problem;
 use crate::tree::{LayerId, Machine, State};
+use memory::Stretch;
 use qemu::{Installed, RunState};
 use serde_json::{Value, json};
 use store::Mode;
@@ -186,7 +187,7 @@ impl Owner {
             }
             lent::Happening::Ended(ended) => {
                 let ended = match ended {
-                    Ok(()) => self.filled().await,
+                    Ok(used) => self.filled(used).await,
                     Err(problem) => self.lend_again(problem).await,
                 };
                 if let Err(problem) = ended {
@@ -197,23 +198,30 @@ impl Owner {
     }
 
     /// All of the guest's memory has been sent: what it came from is not needed any more.
-    async fn filled(&mut self) -> Result<(), Problem> {
+    async fn filled(&mut self, used: Vec<Stretch>) -> Result<(), Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Ok(()) };
         live.filled().await.map_err(|e| qemu_problem(&name, &e))?;
         self.keeper.book.commit(|rows| rows.machine.now.restoring = None)?;
         self.keeper.steps.at("restore:filled");
+        if let Some(live) = &mut self.live {
+            live.collapse(used).await;
+        }
         Ok(())
     }
 
-    /// No more of the guest's memory comes, though it is needed: once more, over a new connection, unless QEMU has ended.
+    /// No more of the guest's memory comes. If QEMU still needs it: once more, over a new connection.
     async fn lend_again(&mut self, problem: Problem) -> Result<(), Problem> {
         let rows = self.machine();
         let Some(live) = self.live.as_mut().filter(|live| qemu::alive(live.qemu.identity())) else { return Ok(()) };
-        log::write(&self.keeper.files, None, &format!("{problem}; it is tried once more"));
         live.forget_lent();
         live.take_up_again(&self.keeper, &rows.machine).await?;
-        if live.lent().is_some() { Ok(()) } else { self.filled().await }
+        if live.lent().is_none() {
+            // The last that we sent had arrived.
+            return self.filled(Vec::new()).await;
+        }
+        log::write(&self.keeper.files, None, &format!("{problem}; it is tried once more"));
+        Ok(())
     }
 
     /// Waits until all of the guest's memory has arrived: before that it cannot be captured.

@@ -5,7 +5,7 @@ use crate::qemu::{Guest, PAGES, Qemu};
 use crate::support::Disks;
 use image::{Access, Chain};
 use memory::stream::PAGE;
-use memory::{Beginning, ErrorKind, Lending, Pace, Trail};
+use memory::{Beginning, ErrorKind, Lending, Pace, Stretch, Trail};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,7 +16,7 @@ use store::sim::Sim;
 struct Source {
     lending: Lending,
     socket: UnixStream,
-    ended: JoinHandle<memory::Result<()>>,
+    ended: JoinHandle<memory::Result<Vec<Stretch>>>,
 }
 
 impl Source {
@@ -29,7 +29,7 @@ impl Source {
         Self { lending, socket: kept, ended }
     }
 
-    fn end(self) -> memory::Result<()> {
+    fn end(self) -> memory::Result<Vec<Stretch>> {
         self.ended.join().unwrap()
     }
 }

@@ -1,0 +1,166 @@
+//! A guest's RAM in huge pages again.
+//!
+//! A capture write-protects every page that QEMU has mapped, in its pause. In pages of 2 MiB that costs nothing; in pages of 4 KiB, which
+//! is what a capture or a lazy restore leaves, some 25 ms for each GiB (measured with QEMU 7.2 and 10.0 on Linux 6.18). The kernel's own daemon takes hours to mend it.
+//! So the worker asks for it, from outside: `process_madvise(MADV_COLLAPSE)`, Linux 6.1 and later, for who may trace QEMU and has `CAP_SYS_NICE`.
+//!
+//! A huge page takes 2 MiB, whatever it holds: only pieces are named here that are mostly in use.
+
+#![expect(unsafe_code, reason = "advice about the memory of another process, for which there is no safe binding")]
+
+use crate::error::{Error, Result};
+use crate::qemu::Qemu;
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::sync::watch;
+
+/// Bytes in a huge page.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// Pieces that could not be had in a row before it is given up: the host has no more memory in one piece.
+const PATIENCE: u32 = 16;
+
+/// Huge pages being made, in the background. Dropping it stops it.
+#[derive(Debug)]
+pub struct Collapse {
+    stop: Arc<AtomicBool>,
+    made: watch::Receiver<Option<u64>>,
+}
+
+impl Collapse {
+    /// Waits for its end: how many huge pages there are now. Nothing is lost if the future is dropped.
+    pub async fn ended(&mut self) -> u64 {
+        self.made.wait_for(Option::is_some).await.ok().and_then(|made| *made).unwrap_or_default()
+    }
+}
+
+impl Drop for Collapse {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Qemu {
+    /// Makes huge pages of pieces of RAM: [`HUGE_PAGE`] bytes at these offsets of these blocks. Not while memory is captured or restored.
+    ///
+    /// # Errors
+    /// Those of the monitor, [`Error::Io`].
+    pub async fn collapse(&self, pieces: &[(String, u64)]) -> Result<Collapse> {
+        let blocks = parse_blocks(&self.qmp().human("info ramblock").await?);
+        let address = |(name, offset): &(String, u64)| {
+            let block = blocks.iter().find(|block| block.name == *name)?;
+            // QEMU aligns what is worth it; and a piece at the end may not be whole.
+            let whole = block.host.is_multiple_of(HUGE_PAGE) && offset + HUGE_PAGE <= block.len;
+            whole.then(|| block.host + offset)
+        };
+        let addresses: Vec<u64> = pieces.iter().filter_map(address).collect();
+        let process = self.process().pidfd()?;
+        let (stop, (tell, made)) = (Arc::<AtomicBool>::default(), watch::channel(None));
+        let stopped = Arc::clone(&stop);
+        let work = move || {
+            let _ = tell.send(Some(collapse(&process, &addresses, &stopped)));
+        };
+        std::thread::Builder::new()
+            .name("huge-pages".into())
+            .spawn(work)
+            .map_err(Error::io("make a thread for huge pages"))?;
+        Ok(Collapse { stop, made })
+    }
+}
+
+fn collapse(process: &OwnedFd, addresses: &[u64], stop: &AtomicBool) -> u64 {
+    let (mut made, mut failures) = (0, 0);
+    for address in addresses {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        match advise(process, *address) {
+            Ok(()) => (made, failures) = (made + 1, 0),
+            // Not so for every piece: one may hold what cannot be moved just now.
+            Err(Errno::AGAIN | Errno::NOMEM | Errno::BUSY | Errno::INVAL) if failures < PATIENCE => failures += 1,
+            Err(error) => {
+                tracing::info!("no huge pages for the guest's RAM, its next snapshot will pause it longer: {error}");
+                break;
+            }
+        }
+    }
+    made
+}
+
+/// Whether this process may ask for the huge pages of others.
+///
+/// # Errors
+/// [`Error::Unsupported`] with the reason.
+pub fn collapses() -> Result<()> {
+    let me = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
+        .map_err(|error| Error::Unsupported(format!("no pidfd: {error}")))?;
+    // Of nothing: what it says is whether one may, and whether there is such advice.
+    match call(&me, &[]) {
+        Ok(()) => Ok(()),
+        Err(Errno::PERM) => Err(Error::Unsupported("process_madvise needs CAP_SYS_NICE".into())),
+        Err(error) => Err(Error::Unsupported(format!("process_madvise(MADV_COLLAPSE): {error}"))),
+    }
+}
+
+fn advise(process: &OwnedFd, address: u64) -> std::result::Result<(), Errno> {
+    call(process, &[libc::iovec { iov_base: address as *mut libc::c_void, iov_len: HUGE_PAGE as usize }])
+}
+
+fn call(process: &OwnedFd, pieces: &[libc::iovec]) -> std::result::Result<(), Errno> {
+    // SAFETY: the list of pieces lives through the call, which reads it; the addresses in it are another process's, and never followed
+    // here. This advice changes no byte of anybody's memory.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_process_madvise,
+            process.as_raw_fd(),
+            pieces.as_ptr(),
+            pieces.len(),
+            libc::MADV_COLLAPSE,
+            0,
+        )
+    };
+    if done >= 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
+}
+
+/// A block of RAM, where QEMU has it.
+#[derive(Debug, PartialEq, Eq)]
+struct Block {
+    name: String,
+    host: u64,
+    len: u64,
+}
+
+/// What `info ramblock` prints: a line a block, with its name, a page's size, and four numbers of which the third is its length and the last
+/// its address in QEMU. A line of another form is none.
+fn parse_blocks(text: &str) -> Vec<Block> {
+    let block = |line: &str| {
+        let number = |word: &&str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let numbers: Vec<u64> = words.iter().filter_map(number).collect();
+        let [_, len, _, host] = numbers.try_into().ok()?;
+        Some(Block { name: (*words.first()?).to_owned(), host, len })
+    };
+    text.lines().filter_map(block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_found() {
+        // QEMU 10.0, then 7.2.
+        let new = "              Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
+                   \x20                 pc.ram    4 KiB  0x0000000000000000 0x0000000020000000 0x0000000020000000 0x00007f0a3be00000  rw\r\n";
+        let old = "              Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
+                   \x20   /rom@etc/acpi/tables    4 KiB  0x0000000020080000 0x0000000000020000 0x0000000000200000 0x00007f0a3a200000  ro\r\n";
+        assert_eq!(parse_blocks(new), [Block { name: "pc.ram".into(), host: 0x7f0a_3be0_0000, len: 0x2000_0000 }]);
+        assert_eq!(
+            parse_blocks(old),
+            [Block { name: "/rom@etc/acpi/tables".into(), host: 0x7f0a_3a20_0000, len: 0x2_0000 }]
+        );
+        assert_eq!(parse_blocks("unknown command: 'info ramblock'"), []);
+    }
+}

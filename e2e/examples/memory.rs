@@ -1,0 +1,165 @@
+//! For `cargo xtask bench memory`: what a guest notices of its snapshots and applies, with Tenby or with QEMU's own. Prints JSON.
+//!
+//! `memory tenby MIB` and `memory qemu MIB`: a guest of so many MiB, of which it fills the half.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use e2e::{Lab, Witness, guest, wait_for};
+use serde_json::{Value, json};
+
+/// Snapshots that are taken one after the other.
+const SNAPSHOTS: usize = 10;
+/// How often one is applied.
+const APPLIES: usize = 5;
+/// The guest does what it likes in between.
+const BETWEEN: Duration = Duration::from_secs(2);
+
+fn main() -> Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu MIB") };
+    let told = match peer.as_str() {
+        "tenby" => tenby(mib)?,
+        "qemu" => qemu(mib)?,
+        other => bail!("{other}: tenby or qemu"),
+    };
+    println!("{told}");
+    Ok(())
+}
+
+/// Half of its RAM is a pattern.
+fn fill(witness: &mut Witness, mib: &str) -> Result<()> {
+    let half = mib.parse::<u64>()? / 2;
+    witness.ask(&format!("fill-ram {half} 7"));
+    witness.ask("journal pause");
+    Ok(())
+}
+
+/// The pattern is there. (It is looked at after the time was taken: that is when all of it is needed.)
+fn prove(witness: &mut Witness) {
+    assert_eq!(witness.ask("sum-ram")["ok"], true);
+}
+
+fn tenby(mib: &str) -> Result<Value> {
+    let (lab, guest) = (Lab::empty(), guest());
+    let (kernel, initrd) = (guest.kernel.to_string_lossy(), guest.initrd.to_string_lossy());
+    let (memory, append) = (format!("{mib}M"), guest.append.trim());
+    let hardware = ["--memory", &memory, "--accel", "tcg", "--disk", "new:64M", "--disk", "new:64M"];
+    let files = ["--kernel", &kernel, "--initrd", &initrd, "--append", append];
+    lab.ok(&[&["vm", "create", "big"], &hardware[..], &files[..]].concat());
+    lab.ok(&["vm", "start", "big"]);
+    let mut witness = lab.witness("big");
+    witness.wait_ready();
+    fill(&mut witness, mib)?;
+    let (mut pauses, mut stored) = (Vec::new(), Vec::new());
+    for number in 0..SNAPSHOTS {
+        std::thread::sleep(BETWEEN);
+        let name = number.to_string();
+        lab.ok(&["snapshot", "create", "big", &name]);
+        let told = lab.json(&["snapshot", "show", "big", &name]);
+        pauses.push(told["pause_ms"].clone());
+        stored.push(told["pages"]["stored"].clone());
+    }
+    let mut applied = Vec::new();
+    for number in 0..APPLIES {
+        let name = (number * 2).to_string();
+        let start = Instant::now();
+        lab.ok(&["snapshot", "apply", "big", &name, "--discard"]);
+        witness.ask("status");
+        applied.push(start.elapsed().as_secs_f64());
+        prove(&mut witness);
+    }
+    lab.ok(&["vm", "stop", "big", "--turn-off"]);
+    Ok(json!({ "pauses_ms": pauses, "stored_pages": stored, "applied_s": applied }))
+}
+
+/// A QEMU with the same guest on qcow2, killed when dropped.
+struct Plain {
+    child: Child,
+    monitor: BufReader<UnixStream>,
+    _folder: tempfile::TempDir,
+}
+
+impl Plain {
+    fn boot(mib: &str) -> Result<(Self, Witness)> {
+        let folder = tempfile::Builder::new().prefix("te-").tempdir_in("/tmp")?;
+        for disk in ["vda", "vdb"] {
+            let mut create = Command::new("qemu-img");
+            create.args(["create", "-q", "-f", "qcow2"]).arg(folder.path().join(disk)).arg("64M");
+            create.status()?.success().then_some(()).context("qemu-img")?;
+        }
+        let guest = guest();
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-machine", "q35,accel=tcg", "-cpu", "Nehalem", "-m", mib, "-nodefaults", "-no-user-config"]);
+        command.args(["-display", "none", "-append", &guest.append]).arg("-kernel").arg(guest.kernel);
+        command.arg("-initrd").arg(guest.initrd);
+        command.args(["-serial", "unix:serial,server=on,wait=on", "-qmp", "unix:qmp,server=on,wait=off"]);
+        for disk in ["vda", "vdb"] {
+            command.args(["-drive", &format!("file={disk},format=qcow2,if=virtio")]);
+        }
+        let child = command.current_dir(folder.path()).stdin(Stdio::null()).spawn()?;
+        let connect = |name: &str| wait_for("QEMU to listen", || UnixStream::connect(folder.path().join(name)).ok());
+        let serial = connect("serial");
+        let mut witness = Witness::new(serial.try_clone()?, serial, None);
+        witness.wait_ready();
+        let mut plain = Self { child, monitor: BufReader::new(connect("qmp")), _folder: folder };
+        plain.answer()?;
+        plain.execute(&json!({ "execute": "qmp_capabilities" }))?;
+        Ok((plain, witness))
+    }
+
+    fn execute(&mut self, command: &Value) -> Result<Value> {
+        self.monitor.get_mut().write_all(format!("{command}\n").as_bytes())?;
+        loop {
+            let answer = self.answer()?;
+            if answer.get("event").is_none() {
+                return Ok(answer);
+            }
+        }
+    }
+
+    fn answer(&mut self) -> Result<Value> {
+        let mut line = String::new();
+        self.monitor.read_line(&mut line)?;
+        Ok(serde_json::from_str(&line)?)
+    }
+
+    /// An order for people; how long it took, seconds. The guest stands still meanwhile.
+    fn human(&mut self, order: &str) -> Result<f64> {
+        let start = Instant::now();
+        let arguments = json!({ "command-line": order });
+        let answer = self.execute(&json!({ "execute": "human-monitor-command", "arguments": arguments }))?;
+        if answer["return"] != "" {
+            bail!("{order}: {answer}");
+        }
+        Ok(start.elapsed().as_secs_f64())
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn qemu(mib: &str) -> Result<Value> {
+    let (mut plain, mut witness) = Plain::boot(mib)?;
+    fill(&mut witness, mib)?;
+    let (mut pauses, mut applied) = (Vec::new(), Vec::new());
+    for number in 0..3 {
+        std::thread::sleep(BETWEEN);
+        pauses.push(plain.human(&format!("savevm s{number}"))? * 1e3);
+    }
+    for number in 0..3 {
+        let start = Instant::now();
+        plain.human(&format!("loadvm s{number}"))?;
+        witness.ask("status");
+        applied.push(start.elapsed().as_secs_f64());
+        prove(&mut witness);
+    }
+    Ok(json!({ "pauses_ms": pauses, "applied_s": applied }))
+}

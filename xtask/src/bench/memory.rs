@@ -1,0 +1,101 @@
+//! Memory: what a guest notices of its snapshots and of applies, beside QEMU's own `savevm` and `loadvm` on qcow2.
+
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::contest::{Promise, Report, Row};
+use super::tenby;
+use crate::{call, cargo, guest, output_of, target};
+
+/// RAM of the guests, MiB.
+const SIZES: [&str; 2] = ["512", "2048"];
+/// Bytes in a page, of MiB.
+const PAGES_A_MIB: f64 = 256.0;
+
+pub(super) fn run() -> Result<Vec<Report>> {
+    let guest = guest::build()?;
+    call(cargo().args(["build", "--release", "--package", "e2e", "--example", "memory"]))?;
+    let measure = |peer: &str, mib: &str| -> Result<Value> {
+        let mut command = Command::new(target().join("release/examples/memory"));
+        command.args([peer, mib]).env("TENBY_BIN", tenby()).env("TENBY_GUEST", &guest);
+        Ok(serde_json::from_str(&output_of(&mut command)?)?)
+    };
+    let (mut reports, mut heartbeats) = (Vec::new(), Vec::new());
+    for mib in SIZES {
+        let (ours, theirs) = (measure("tenby", mib)?, measure("qemu", mib)?);
+        reports.push(pause(mib, &ours, &theirs)?);
+        reports.push(stored(mib, &ours)?);
+        reports.push(apply(mib, &ours, &theirs)?);
+        heartbeats.push(Row { name: format!("{mib} MiB"), samples: numbers(&ours, "applied_s")? });
+    }
+    reports.push(Report {
+        name: "memory-apply-size".into(),
+        what: "apply to the first answer, by RAM".into(),
+        unit: "s",
+        rows: heartbeats,
+        promises: vec![Promise::TimesAtMost("2048 MiB", 1.25, "512 MiB")],
+    });
+    Ok(reports)
+}
+
+fn pause(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
+    let all = numbers(ours, "pauses_ms")?;
+    let one = |name: &str, nth: usize| Row { name: name.into(), samples: vec![all[nth]] };
+    let slowest = all.iter().copied().fold(0.0, f64::max);
+    let rows = vec![
+        Row { name: "savevm".into(), samples: numbers(theirs, "pauses_ms")? },
+        one("first", 0),
+        one("second", 1),
+        one("tenth", 9),
+        Row { name: "slowest of ten".into(), samples: vec![slowest] },
+        Row { name: "ten".into(), samples: all },
+    ];
+    Ok(Report {
+        name: format!("memory-pause-{mib}"),
+        what: format!("pause of a guest of {mib} MiB at ten snapshots in a row"),
+        unit: "ms",
+        rows,
+        promises: vec![
+            Promise::AtMost("ten", 5.0),
+            Promise::AtMost("slowest of ten", 20.0),
+            Promise::TimesAtMost("ten", 1.0 / 50.0, "savevm"),
+        ],
+    })
+}
+
+fn stored(mib: &str, ours: &Value) -> Result<Report> {
+    let all = mib.parse::<f64>()? * PAGES_A_MIB;
+    let samples = numbers(ours, "stored_pages")?.into_iter().skip(1).map(|pages| pages / all * 100.0).collect();
+    Ok(Report {
+        name: format!("memory-stored-{mib}"),
+        what: format!("RAM stored by each snapshot of an idle guest of {mib} MiB but the first"),
+        unit: "%",
+        rows: vec![Row { name: "stored".into(), samples }],
+        promises: vec![Promise::AtMost("stored", 1.0)],
+    })
+}
+
+fn apply(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
+    let rows = vec![
+        Row { name: "loadvm".into(), samples: numbers(theirs, "applied_s")? },
+        Row { name: "tenby".into(), samples: numbers(ours, "applied_s")? },
+    ];
+    let mut promises = vec![Promise::AtMost("tenby", 0.4)];
+    if mib == "2048" {
+        promises.push(Promise::TimesAtMost("tenby", 0.2, "loadvm"));
+    }
+    Ok(Report {
+        name: format!("memory-apply-{mib}"),
+        what: format!("a snapshot of a running guest of {mib} MiB applied, until the guest answers"),
+        unit: "s",
+        rows,
+        promises,
+    })
+}
+
+fn numbers(of: &Value, key: &str) -> Result<Vec<f64>> {
+    let list = of[key].as_array().with_context(|| format!("no {key} in {of}"))?;
+    list.iter().map(|value| value.as_f64().with_context(|| format!("{key} holds {value}"))).collect()
+}
