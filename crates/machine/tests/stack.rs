@@ -65,6 +65,9 @@ fn gave_up(panic: &(dyn std::any::Any + Send)) -> bool {
     panic.is::<Problem>()
 }
 
+/// A long run says each time that it has seen so many more.
+const TOLD: usize = 50_000;
+
 /// The life of this seed, as it was every few operations, more often during folds.
 fn moments(seed: u64, runtime: &tokio::runtime::Runtime) -> Vec<Moment> {
     let machine = sample::machine(2);
@@ -85,7 +88,11 @@ struct Seen {
 
 impl Seen {
     fn note(&self, doing: &'static str, digest: u64) {
-        self.states.lock().expect("not poisoned").entry(doing).or_default().insert(digest);
+        let mut states = self.states.lock().expect("not poisoned");
+        let all: usize = states.values().map(HashSet::len).sum();
+        if states.entry(doing).or_default().insert(digest) && (all + 1).is_multiple_of(TOLD) {
+            println!("{:>8} distinct crash states so far", all + 1);
+        }
     }
 
     /// As many as are wanted, and a third of them during folds.
