@@ -11,6 +11,8 @@
 use crate::error::{Error, Result};
 use crate::qemu::Qemu;
 use rustix::io::Errno;
+use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use rustix::thread::{CapabilitySet, capabilities};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -94,14 +96,14 @@ fn collapse(process: &OwnedFd, addresses: &[u64], stop: &AtomicBool) -> u64 {
 /// # Errors
 /// [`Error::Unsupported`] with the reason.
 pub fn collapses() -> Result<()> {
-    let me = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty())
-        .map_err(|error| Error::Unsupported(format!("no pidfd: {error}")))?;
-    // Of nothing: what it says is whether one may, and whether there is such advice.
-    match call(&me, &[]) {
-        Ok(()) => Ok(()),
-        Err(Errno::PERM) => Err(Error::Unsupported("process_madvise needs CAP_SYS_NICE".into())),
-        Err(error) => Err(Error::Unsupported(format!("process_madvise(MADV_COLLAPSE): {error}"))),
+    let not = |why: String| Error::Unsupported(why);
+    let ours = capabilities(None).map_err(|error| not(format!("no capabilities: {error}")))?;
+    if !ours.effective.contains(CapabilitySet::SYS_NICE) {
+        return Err(not("process_madvise needs CAP_SYS_NICE".into()));
     }
+    // Of nothing: whether there is such advice.
+    let me = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|error| not(format!("no pidfd: {error}")))?;
+    call(&me, &[]).map_err(|error| not(format!("process_madvise(MADV_COLLAPSE): {error}")))
 }
 
 fn advise(process: &OwnedFd, address: u64) -> std::result::Result<(), Errno> {

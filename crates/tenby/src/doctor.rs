@@ -58,7 +58,14 @@ pub(crate) async fn examine(root: &Path) -> Findings {
         Check::new(
             "userfaultfd",
             qemu::userfaultfd().map(|()| "a running machine's memory can be captured behind its back".to_owned()),
-            "a snapshot holds a running guest up until its memory is written: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
+            "a snapshot holds a running guest up until its memory is written, and apply until it is read: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
+        ),
+        Check::new(
+            "huge pages",
+            qemu::collapses()
+                .map(|()| "a guest's memory is put into huge pages again after each snapshot".to_owned())
+                .map_err(|error| error.to_string()),
+            "a guest's second snapshot pauses it longer, by some 25 ms for each GiB of its memory: run tenby as root",
         ),
     ];
     checks.extend(file_system(root));
