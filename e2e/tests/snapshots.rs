@@ -1,6 +1,6 @@
 //! Snapshots of a machine in each state, apply in both ways, and the three fates of a differencing disk.
 
-use e2e::{BASE, Lab, Witness, qemu_10, qemu_72};
+use e2e::{BASE, Lab, Witness, qemu_10, qemu_72, wait_for};
 use serde_json::Value;
 
 /// Leaves a mark in RAM and on both disks.
@@ -372,6 +372,54 @@ fn what_is_little_moves_up_into_what_is_much() {
     assert!(std::fs::read(&copy).expect("a copy")[4 << 20..].starts_with(b"now\0"));
     lab.ok(&["snapshot", "apply", BASE, "one", "--discard", "--start"]);
     assert_day(&mut witness, "one");
+    lab.settle();
+    lab.assert_tidy();
+}
+
+/// Whatever is asked for while the memory of a snapshot is still on its way into the guest that runs already.
+#[test]
+fn right_after_an_apply() {
+    let (lab, mut witness) = Lab::running();
+    witness.ask("fill-ram 48 5");
+    mark(&mut witness, "one");
+    lab.snapshot("one");
+    let apply = || lab.ok(&["snapshot", "apply", BASE, "one", "--discard"]);
+    let proven = |witness: &mut Witness| {
+        assert_day(witness, "one");
+        assert_eq!(witness.ask("sum-ram")["ok"], true);
+    };
+
+    // It is taken back once more, saved, snapped, kept: with all of its memory.
+    apply();
+    apply();
+    lab.ok(&["vm", "save", BASE]);
+    lab.ok(&["vm", "start", BASE]);
+    lab.snapshot("two");
+    apply();
+    lab.ok(&["snapshot", "apply", BASE, "two", "--keep-as", "three"]);
+    witness.resync();
+    proven(&mut witness);
+    lab.ok(&["snapshot", "apply", BASE, "three", "--discard"]);
+    lab.ok(&["vm", "pause", BASE]);
+    lab.ok(&["vm", "resume", BASE]);
+    witness.resync();
+    proven(&mut witness);
+
+    // QEMU dies, or is ended.
+    apply();
+    lab.kill_qemu();
+    wait_for("the machine to be off", || (lab.state(BASE) == "off").then_some(()));
+    apply();
+    lab.ok(&["vm", "start", BASE]);
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+
+    // The snapshot goes: what it held stays until it has arrived.
+    apply();
+    lab.ok(&["vm", "start", BASE]);
+    lab.ok(&["snapshot", "delete", BASE, "one", "--subtree"]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    proven(&mut witness);
     lab.settle();
     lab.assert_tidy();
 }
