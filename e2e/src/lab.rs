@@ -57,6 +57,8 @@ impl Output {
 pub struct Lab {
     folder: tempfile::TempDir,
     qemu: Option<PathBuf>,
+    /// It does without what takes privileges.
+    ordinary: bool,
 }
 
 impl Lab {
@@ -67,13 +69,20 @@ impl Lab {
     pub fn empty() -> Self {
         // Sockets are found below it, and their paths have to be short.
         let folder = tempfile::Builder::new().prefix("te-").tempdir_in("/tmp").expect("there is room for a folder");
-        Self { folder, qemu: None }
+        Self { folder, qemu: None, ordinary: false }
     }
 
     /// The same lab with another QEMU.
     #[must_use]
     pub fn on_qemu(mut self, qemu: PathBuf) -> Self {
         self.qemu = Some(qemu);
+        self
+    }
+
+    /// The same lab for somebody without privileges: QEMU cannot track memory.
+    #[must_use]
+    pub fn for_ordinary_users(mut self) -> Self {
+        self.ordinary = true;
         self
     }
 
@@ -132,6 +141,9 @@ impl Lab {
         command.current_dir(self.folder.path());
         if let Some(qemu) = &self.qemu {
             command.env("TENBY_QEMU", qemu);
+        }
+        if self.ordinary {
+            command.env("TENBY_NO_USERFAULTFD", "1");
         }
         command
     }

@@ -123,6 +123,11 @@ fn snapshot_dies(mut scene: Scene, step: &str) {
     scene.assert_whole();
 }
 
+fn ordinary_snapshot_dies_at(step: &str) {
+    let (lab, witness) = Lab::running();
+    snapshot_dies(Scene::of(lab.for_ordinary_users(), witness), step);
+}
+
 fn apply_dies_at(step: &str, keep: bool) {
     let mut scene = Scene::new();
     let present: &[&str] = if keep { &["--keep-as", "three"] } else { &["--discard"] };
@@ -244,6 +249,8 @@ steps! {
     snapshot_point: snapshot_dies_at("snapshot:point");
     snapshot_captured: snapshot_dies_at("snapshot:captured");
     snapshot_committed: snapshot_dies_at("snapshot:committed");
+    snapshot_point_ordinary: ordinary_snapshot_dies_at("snapshot:point");
+    snapshot_captured_ordinary: ordinary_snapshot_dies_at("snapshot:captured");
     apply_files: apply_dies_at("apply:files", false);
     apply_kept: apply_dies_at("apply:kept", true);
     apply_loaded: apply_dies_at("apply:loaded", false);

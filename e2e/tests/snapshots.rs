@@ -78,10 +78,34 @@ fn a_week_on_qemu_10_0() {
     a_week(&lab);
 }
 
+/// Where QEMU cannot track memory.
+#[test]
+fn a_week_of_an_ordinary_user() {
+    for qemu in [qemu_72(), qemu_10()] {
+        let lab = Lab::empty().on_qemu(qemu).for_ordinary_users();
+        lab.create_guest(BASE);
+        a_week(&lab);
+    }
+}
+
 /// The guest runs on while its memory is stored, and nothing that it does meanwhile is in the snapshot.
 #[test]
 fn a_busy_guest_is_caught_at_one_point() {
-    let (lab, mut witness) = Lab::running();
+    let (lab, witness) = Lab::running();
+    a_busy_guest(&lab, witness);
+}
+
+/// It is held up for what it changes, and is caught all the same.
+#[test]
+fn a_busy_guest_of_an_ordinary_user() {
+    let lab = Lab::with_base().for_ordinary_users();
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    a_busy_guest(&lab, witness);
+}
+
+fn a_busy_guest(lab: &Lab, mut witness: Witness) {
     witness.ask("fill-ram 24 9");
     witness.ask("dirty 8 4000");
     witness.ask("journal pace 0");

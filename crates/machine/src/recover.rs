@@ -127,11 +127,16 @@ impl Owner {
 /// A capture that was under way when the last worker died comes to its end (it is read and thrown away, or it fails) before
 /// anything else is asked of QEMU.
 async fn end_capture(qemu: &qemu::Qemu) -> qemu::Result<()> {
-    use qemu::MigrationStatus::{Active, Cancelling, Device, Setup};
-    while matches!(qemu.qmp().migration().await?.status, Setup | Active | Device | Cancelling) {
+    use qemu::MigrationStatus::{Active, Cancelling, Device, PreSwitchover, Setup};
+    loop {
+        match qemu.qmp().migration().await?.status {
+            // It waits for an order of the worker's, and notices nothing.
+            PreSwitchover => qemu.qmp().migrate_cancel().await?,
+            Setup | Active | Device | Cancelling => {}
+            _ => return Ok(()),
+        }
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
-    Ok(())
 }
 
 fn half_taken(machine: &Machine) -> Vec<SnapshotId> {

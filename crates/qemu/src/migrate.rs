@@ -48,6 +48,12 @@ const LENDER: &str = "tenby-memory";
 /// The first QEMU that captures a guest in the background who stands still, and leaves him standing: 7.2 lets him run.
 const STANDING: Version = Version { major: 9, minor: 0, micro: 0 };
 
+/// How long a guest may stand still for the rest of a [`CaptureMode::Converging`], as far as QEMU can tell before.
+const DOWNTIME: Duration = Duration::from_millis(20);
+
+/// After so long without an end, twice that; and so on.
+const LONGER_EVERY: Duration = Duration::from_secs(3);
+
 /// How often it is asked whether QEMU has cleaned up.
 const SETTLE_EVERY: Duration = Duration::from_millis(1);
 
@@ -58,6 +64,9 @@ pub enum CaptureMode {
     /// still, who then may run again as soon as the first page has arrived ([`Capture::release`]). Not every QEMU and host
     /// can: see [`Qemu::captures_in_background`].
     Background,
+    /// For a guest that runs, where the host does not let QEMU track memory: all of it is written while the guest runs on, and again what it has
+    /// changed meanwhile, until little is left; for that it stands still ([`Capture::converged`]). It stays so: [`Qemu::resume`] lets it run on.
+    Converging,
     /// For a guest that stands still and stays so until the end. The quicker way, and it needs nothing of the host; but it leaves the guest
     /// in a state in which it can be resumed, not captured again: see [`Qemu::pause_anew`].
     Stopped,
@@ -153,21 +162,30 @@ impl Qemu {
             CaptureMode::Stopped if was_running => {
                 return Err(Error::Unsupported("a running guest is captured in the background only".into()));
             }
-            CaptureMode::Stopped => {}
+            CaptureMode::Converging if !was_running => {
+                return Err(Error::Unsupported("a guest that stands still is captured as it is".into()));
+            }
+            CaptureMode::Stopped | CaptureMode::Converging => {}
         }
         settle(self).await?;
         // A process that was restored lazily refuses the one while the other is set.
         let background = mode == CaptureMode::Background;
-        qmp.set_capabilities(&[(Capability::PostcopyRam, false), (Capability::BackgroundSnapshot, background)]).await?;
+        qmp.set_capabilities(&[
+            (Capability::PostcopyRam, false),
+            (Capability::BackgroundSnapshot, background),
+            (Capability::PauseBeforeSwitchover, mode == CaptureMode::Converging),
+        ])
+        .await?;
         // The default is 128 MiB/s. In the background there is no limit at all.
         qmp.set_bandwidth(1 << 40).await?;
+        qmp.set_downtime(DOWNTIME).await?;
         let (reader, theirs) = match mode {
             CaptureMode::Background => {
                 let pipe = pipe(self.run_dir())?;
                 qmp.pass(KEEPER, pipe.keeper).await?;
                 (pipe.reader, pipe.writer)
             }
-            CaptureMode::Stopped => {
+            CaptureMode::Stopped | CaptureMode::Converging => {
                 let (ours, theirs) = UnixStream::pair().map_err(Error::io("make a socket"))?;
                 (OwnedFd::from(ours), OwnedFd::from(theirs))
             }
@@ -323,6 +341,41 @@ impl Capture {
         }
     }
 
+    /// Waits until so little is left to be written that the guest stands still for it ([`CaptureMode::Converging`]): its disks have drained. A guest
+    /// that changes more than can be written is held up longer the longer this takes. [`Capture::go_on`] writes the rest. Since when it stands still.
+    /// Nothing is lost if the future is dropped.
+    ///
+    /// # Errors
+    /// As [`Capture::finished`].
+    pub async fn converged(&mut self) -> Result<Stamp> {
+        let mut downtime = DOWNTIME;
+        let mut longer = tokio::time::interval_at(tokio::time::Instant::now() + LONGER_EVERY, LONGER_EVERY);
+        loop {
+            if self.course.waits {
+                return Ok(self.course.stopped.unwrap_or_else(Stamp::now));
+            }
+            if let Some(end) = self.course.end {
+                let (how, reason) = self.reason(end).await;
+                return Err(self.abandon(how, reason).await);
+            }
+            tokio::select! {
+                stepped = self.step() => stepped?,
+                _ = longer.tick() => {
+                    downtime *= 2;
+                    self.qemu.qmp().set_downtime(downtime).await?;
+                }
+            }
+        }
+    }
+
+    /// Writes what is left, see [`Capture::converged`].
+    ///
+    /// # Errors
+    /// Those of the monitor.
+    pub async fn go_on(&self) -> Result<()> {
+        self.qemu.qmp().migrate_continue().await
+    }
+
     /// Waits until QEMU has written everything. The stream must be read meanwhile. Nothing is lost if the future is dropped.
     ///
     /// # Errors
@@ -349,7 +402,7 @@ impl Capture {
         if let Some(mut reader) = self.reader.take() {
             std::thread::spawn(move || reader.drain());
         }
-        if self.course.end.is_none() && self.mode == CaptureMode::Stopped {
+        if self.course.end.is_none() && self.mode != CaptureMode::Background {
             self.qemu.qmp().migrate_cancel().await?;
         }
         while self.course.end.is_none() {
@@ -484,6 +537,8 @@ struct Course {
     resumed: Option<Stamp>,
     disturbed: Option<String>,
     stopped_by_others: bool,
+    /// QEMU waits for an order to write the rest.
+    waits: bool,
     end: Option<MigrationStatus>,
 }
 
@@ -506,6 +561,7 @@ impl Course {
     fn take_status(&mut self, status: MigrationStatus) {
         match status {
             MigrationStatus::Active => self.active = true,
+            MigrationStatus::PreSwitchover => self.waits = true,
             end if end.is_end() => self.end = Some(end),
             _ => {}
         }

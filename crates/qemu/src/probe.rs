@@ -8,6 +8,9 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use tokio::process::Command;
 
+/// The variable that does without what only a privileged user can do: for tests.
+const NO_USERFAULTFD: &str = "TENBY_NO_USERFAULTFD";
+
 /// The variable that names the QEMU to use.
 pub const BINARY_VARIABLE: &str = "TENBY_QEMU";
 
@@ -125,6 +128,9 @@ pub fn cpu_model(accel: Accel) -> &'static str {
 /// # Errors
 /// The reason, in words.
 pub fn userfaultfd() -> Result<(), String> {
+    if std::env::var_os(NO_USERFAULTFD).is_some_and(|value| !value.is_empty()) {
+        return Err(format!("switched off by {NO_USERFAULTFD}"));
+    }
     let everybody = read("/proc/sys/vm/unprivileged_userfaultfd", 16).is_some_and(|text| text.trim() == "1");
     let node = access("/dev/userfaultfd", Access::READ_OK | Access::WRITE_OK).is_ok();
     if everybody || node || rustix::process::geteuid().is_root() {

@@ -375,6 +375,48 @@ fn memory_is_captured_while_the_guest_runs_and_restored() {
     });
 }
 
+/// Without the host's help: written again and again until little is left.
+#[test]
+fn memory_of_a_guest_that_runs_converges() {
+    with_each(|place| async move {
+        let (qemu, console, mut reader) = start_guest(&place, "run").await;
+        console.write(b"x").await.expect("typed");
+        expect(&mut reader, "xA").await;
+        for number in 0..2 {
+            let mut capture = qemu.capture(CaptureMode::Converging).await.expect("it begins");
+            let stream = collect(&mut capture);
+            capture.converged().await.expect("it stands still");
+            assert_eq!(qemu.state(), RunState::Paused);
+            capture.go_on().await.expect("it goes on");
+            capture.finished().await.expect("it completes");
+            qemu.resume().await.expect("resume");
+            let stream = stream.join().expect("the stream");
+
+            let copy = restore(place.launch_guest(&format!("copy{number}")), stream).await;
+            copy.attach_console(&console).expect("the serial port");
+            copy.resume().await.expect("resume");
+            console.write(b"y").await.expect("typed");
+            expect(&mut reader, "yB").await;
+            copy.kill().await.expect("kill");
+            qemu.attach_console(&console).expect("the serial port");
+        }
+
+        // Given up before and after it stands still.
+        for converged in [false, true] {
+            let mut capture = qemu.capture(CaptureMode::Converging).await.expect("it begins");
+            let stream = collect(&mut capture);
+            if converged {
+                capture.converged().await.expect("it stands still");
+            }
+            capture.cancel().await.expect("it is given up");
+            stream.join().expect("the stream");
+            assert_eq!(qemu.state(), RunState::Running, "{converged}");
+        }
+        console.write(b"z").await.expect("typed");
+        expect(&mut reader, "zB").await;
+    });
+}
+
 #[test]
 fn memory_of_a_guest_that_stands_still() {
     with_each(|place| async move {

@@ -58,7 +58,7 @@ pub(crate) async fn examine(root: &Path) -> Findings {
         Check::new(
             "userfaultfd",
             qemu::userfaultfd().map(|()| "a running machine's memory can be captured behind its back".to_owned()),
-            "a snapshot holds a running guest up until its memory is written, and apply until it is read: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
+            "a snapshot writes a running guest's memory more than once and holds it up for the rest, and apply holds it up until its memory is read: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
         ),
         Check::new(
             "huge pages",

@@ -2,7 +2,8 @@
 //!
 //! A machine that stands still with its memory on disk, or has none, takes one transaction. A running one goes by sequence A: QEMU
 //! stops and resumes itself for a few milliseconds; what it writes to its disks around that moment is logged and sorted out by
-//! QEMU's own stamps; its memory streams into the new layer while it runs on.
+//! QEMU's own stamps; its memory streams into the new layer while it runs on. Where the host does not let QEMU track memory, all of it is written
+//! first, and the guest stands still for what it has changed meanwhile.
 
 use crate::actor::Owner;
 use crate::carry::Carries;
@@ -17,7 +18,7 @@ use crate::ram;
 use crate::request::Problem;
 use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
 use image::{Chain, Layer, Received};
-use qemu::{Capture, CaptureMode};
+use qemu::{Capture, CaptureMode, Stamp};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -83,33 +84,29 @@ impl Owner {
     ) -> Result<Written, Problem> {
         let running = self.machine().machine.now.state == State::Running;
         let target = ram::Target::new(&self.keeper.files, &self.machine().machine, memory);
-        if running && self.live.as_ref().is_some_and(|live| live.qemu.captures_in_background().is_ok()) {
-            self.capture_running(task, target, leaves, made).await
-        } else {
-            self.capture_halted(task, target, leaves, made, running).await
+        let in_background = self.running()?.0.qemu.captures_in_background().is_ok();
+        match (running, in_background) {
+            (true, true) => self.capture_running(task, target, leaves, made).await,
+            (true, false) => self.capture_converging(task, target, leaves, made).await,
+            (false, _) => self.capture_halted(task, target, leaves, made).await,
         }
     }
 
-    /// Sequence C: the guest stands still until its memory is written.
+    /// Sequence C: the guest stands still.
     async fn capture_halted(
         &mut self,
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
         made: Made,
-        running: bool,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
-        let began = std::time::Instant::now();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
-        if running {
-            live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
-        }
-        let mut captured = async {
+        let captured = async {
             live.flush().await?;
             self.keeper.push(live.disks(), leaves, made);
-            // The quick way leaves a state that is no ordinary pause: only for a guest that runs on afterwards, if there is a choice.
-            let in_background = !running && live.qemu.captures_standing().await.is_ok();
+            // The quick way leaves a state that is no ordinary pause: only if there is no choice.
+            let in_background = live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
             let mut capture = live.qemu.capture(mode).await.map_err(|e| qemu_problem(&name, &e))?;
             let (written, used) = ram::write(task, &mut capture, target, ram::no_point).await?;
@@ -119,14 +116,40 @@ impl Owner {
             Ok(written)
         }
         .await;
-        self.go_on(running).await;
-        if !running {
-            self.pause_anew().await?;
-        }
-        if let (Ok(written), true) = (&mut captured, running) {
-            written.stats.pause_us = Some(began.elapsed().as_micros() as u64);
-        }
+        self.pause_anew().await?;
         captured
+    }
+
+    /// Where the host does not let QEMU track memory: the guest runs while it is written, again and again, until it stands still for what is left.
+    async fn capture_converging(
+        &mut self,
+        task: &Task,
+        target: ram::Target,
+        leaves: &Leaves,
+        made: Made,
+    ) -> Result<Written, Problem> {
+        let name = self.shared.name();
+        let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
+        let mut stopped = None;
+        let captured = async {
+            let mut capture = live.qemu.capture(CaptureMode::Converging).await.map_err(|e| qemu_problem(&name, &e))?;
+            ram::write(task, &mut capture, target, async |capture: &mut Capture| {
+                stopped = Some(capture.converged().await.map_err(|e| qemu_problem(&name, &e))?);
+                live.flush().await?;
+                self.keeper.push(live.disks(), leaves, made);
+                self.keeper.steps.at("snapshot:point");
+                capture.go_on().await.map_err(|e| qemu_problem(&name, &e))?;
+                Ok(None)
+            })
+            .await
+        }
+        .await;
+        // A capture that failed has let it run on already.
+        self.go_on(stopped.is_some()).await;
+        let pause = stopped.map(|stopped| Stamp::now().micros_since(stopped));
+        let (mut written, _) = captured?;
+        written.stats.pause_us = pause;
+        Ok(written)
     }
 
     /// Makes an ordinary pause of the state in which a capture may leave a guest that stood still: QEMU captures no guest a second time

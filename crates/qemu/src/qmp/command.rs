@@ -5,6 +5,7 @@ use super::{Qmp, Value, json};
 use crate::error::{Error, Result};
 use serde::Deserialize;
 use std::path::Path;
+use std::time::Duration;
 
 /// What `query-status` tells.
 #[derive(Debug, Clone, Deserialize)]
@@ -62,6 +63,8 @@ pub enum Capability {
     BackgroundSnapshot,
     /// The guest runs before its memory is complete.
     PostcopyRam,
+    /// The guest stands still, and an order is waited for, before the rest of it is moved.
+    PauseBeforeSwitchover,
 }
 
 impl Capability {
@@ -70,6 +73,7 @@ impl Capability {
             Self::Events => "events",
             Self::BackgroundSnapshot => "background-snapshot",
             Self::PostcopyRam => "postcopy-ram",
+            Self::PauseBeforeSwitchover => "pause-before-switchover",
         }
     }
 }
@@ -151,6 +155,16 @@ impl Qmp {
     /// Lifts the limit on migration's speed, bytes per second.
     pub async fn set_bandwidth(&self, bytes_per_second: u64) -> Result<()> {
         self.order("migrate-set-parameters", json!({ "max-bandwidth": bytes_per_second })).await
+    }
+
+    /// How long the guest may stand still while the rest of its memory is moved, as far as QEMU can tell before.
+    pub async fn set_downtime(&self, most: Duration) -> Result<()> {
+        self.order("migrate-set-parameters", json!({ "downtime-limit": most.as_millis() as u64 })).await
+    }
+
+    /// Lets a migration go on that waits in [`MigrationStatus::PreSwitchover`].
+    pub async fn migrate_continue(&self) -> Result<()> {
+        self.order("migrate-continue", json!({ "state": "pre-switchover" })).await
     }
 
     /// Begins to send the machine into a descriptor passed before.

@@ -107,6 +107,8 @@ pub enum MigrationStatus {
     Completed,
     /// It failed.
     Failed,
+    /// The guest stands still, and the rest waits for an order to move.
+    PreSwitchover,
     /// The rest moves, the guest stands still.
     Device,
     /// Any other word.
