@@ -257,6 +257,7 @@ steps! {
     apply_loaded_kept: apply_dies_at("apply:loaded", true);
     apply_committed: apply_dies_at("apply:committed", false);
     apply_committed_kept: apply_dies_at("apply:committed", true);
+    apply_swapped: apply_dies_at("apply:swapped", false);
     apply_old_ended: apply_dies_at("apply:old-ended", false);
     lending_begun: lending_dies_at("restore:sending");
     lending_under_way: lending_dies_at("restore:sending#150");

@@ -178,6 +178,17 @@ impl Live {
         Ok(())
     }
 
+    /// Closes them again, for another QEMU to open them.
+    pub(crate) async fn retract(&self, config: &Config) {
+        let closed = match ports(config) {
+            Ok(ports) => self.qemu.unpublish(&ports).await.map_err(|e| e.to_string()),
+            Err(problem) => Err(problem.to_string()),
+        };
+        if let Err(error) = closed {
+            tracing::warn!("a port stays open for a while: {error}");
+        }
+    }
+
     /// How the next worker finds it.
     pub(crate) fn run(&self) -> Run {
         let Identity { pid, started } = self.qemu.identity();

@@ -6,6 +6,7 @@ use rustix::fs::{Access, Mode, OFlags, access, open};
 use std::cmp::Reverse;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use tokio::process::Command;
 
 /// The variable that does without what only a privileged user can do: for tests.
@@ -28,13 +29,39 @@ pub struct Installed {
     pub machine_types: Vec<String>,
 }
 
+/// A file as it was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Stamped {
+    inode: (u64, u64),
+    len: i64,
+    modified: (i64, i64),
+}
+
+impl Stamped {
+    fn of(path: &Path) -> Option<Self> {
+        let stat = rustix::fs::stat(path).ok()?;
+        let modified = (stat.st_mtime, stat.st_mtime_nsec as i64);
+        Some(Self { inode: (stat.st_dev, stat.st_ino), len: stat.st_size, modified })
+    }
+}
+
 impl Installed {
     /// Finds the QEMU of this host: [`BINARY_VARIABLE`], else `qemu-system-x86_64` on the search path.
     ///
     /// # Errors
     /// [`Error::NoQemu`] if there is none or if it does not answer as a QEMU does.
     pub async fn find() -> Result<Self> {
-        Self::probe(&find_binary()?).await
+        // What it was when it was asked; an upgrade replaces the file.
+        static ASKED: Mutex<Option<(Stamped, Installed)>> = Mutex::new(None);
+        let binary = find_binary()?;
+        let Some(now) = Stamped::of(&binary) else { return Self::probe(&binary).await };
+        let asked = || ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, known)) = asked().as_ref().filter(|(then, known)| *then == now && known.binary == binary) {
+            return Ok(known.clone());
+        }
+        let found = Self::probe(&binary).await?;
+        *asked() = Some((now, found.clone()));
+        Ok(found)
     }
 
     /// Asks `binary` what it has. Takes some 40 ms.

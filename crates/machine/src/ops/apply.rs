@@ -13,7 +13,7 @@ use crate::log;
 use crate::ops::snapshot::{Leaves, files_of};
 use crate::plan::{Take, Written, quoted, shorten};
 use crate::request::{Present, Problem};
-use crate::tree::{LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, State};
+use crate::tree::{Config, LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, State};
 use crate::views;
 use serde_json::{Value, json};
 
@@ -171,13 +171,14 @@ impl Owner {
             false => None,
         };
         self.keeper.steps.at("apply:loaded");
+        let before = self.machine();
         if let Err(problem) = self.keeper.end_apply(task, result, next) {
             if let Some(live) = live {
                 self.end(live).await;
             }
             return Err(problem);
         }
-        self.swap(live).await
+        self.swap(live, &before.machine.now.config).await
     }
 
     /// Halts the guest, and writes its memory if the present is kept.
@@ -199,19 +200,27 @@ impl Owner {
         Ok(live)
     }
 
-    /// The old QEMU ends, the new one runs.
-    async fn swap(&mut self, live: Option<Live>) -> Result<(), Problem> {
+    /// The new QEMU runs, the old one ends. It stands still and stands on files of its own: the guest need not wait for its end, but for its ports.
+    async fn swap(&mut self, live: Option<Live>, before: &Config) -> Result<(), Problem> {
         self.shared.set_moment(|moment| {
             moment.sockets = None;
             moment.qemu = None;
         });
-        if let Some(old) = self.live.take() {
+        let old = self.live.take();
+        let mut ran = Ok(());
+        if let Some(live) = live {
+            if let Some(old) = &old {
+                old.retract(before).await;
+            }
+            self.go_live(live);
+            self.keeper.steps.at("apply:swapped");
+            ran = self.let_run().await;
+        }
+        if let Some(old) = old {
             self.end(old).await;
         }
         self.keeper.steps.at("apply:old-ended");
-        let Some(live) = live else { return Ok(()) };
-        self.go_live(live);
-        self.let_run().await
+        ran
     }
 
     /// The refusal of an apply that would lose something, saying what.
