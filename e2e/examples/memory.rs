@@ -1,6 +1,7 @@
 //! For `cargo xtask bench memory`: what a guest notices of its snapshots and applies, with Tenby or with QEMU's own. Prints JSON.
 //!
-//! `memory tenby MIB` and `memory qemu MIB`: a guest of so many MiB, of which it fills the half.
+//! `memory tenby MIB` and `memory qemu MIB`: a guest of so many MiB, of which it fills the half; `memory hundred MIB`: one snapshot of it applied a
+//! hundred times.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -20,11 +21,12 @@ const BETWEEN: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu MIB") };
+    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu|hundred MIB") };
     let told = match peer.as_str() {
         "tenby" => tenby(mib)?,
         "qemu" => qemu(mib)?,
-        other => bail!("{other}: tenby or qemu"),
+        "hundred" => hundred(mib)?,
+        other => bail!("{other}: tenby, qemu or hundred"),
     };
     println!("{told}");
     Ok(())
@@ -43,7 +45,8 @@ fn prove(witness: &mut Witness) {
     assert_eq!(witness.ask("sum-ram")["ok"], true);
 }
 
-fn tenby(mib: &str) -> Result<Value> {
+/// A guest of so many MiB, up and filled.
+fn big(mib: &str) -> Result<(Lab, Witness)> {
     let (lab, guest) = (Lab::empty(), guest());
     let (kernel, initrd) = (guest.kernel.to_string_lossy(), guest.initrd.to_string_lossy());
     let (memory, append) = (format!("{mib}M"), guest.append.trim());
@@ -54,6 +57,36 @@ fn tenby(mib: &str) -> Result<Value> {
     let mut witness = lab.witness("big");
     witness.wait_ready();
     fill(&mut witness, mib)?;
+    Ok((lab, witness))
+}
+
+/// One snapshot applied a hundred times.
+fn hundred(mib: &str) -> Result<Value> {
+    let (lab, mut witness) = big(mib)?;
+    lab.ok(&["snapshot", "create", "big", "it"]);
+    let worker = lab.json(&["vm", "show", "big"])["worker"].as_i64().context("a worker")?;
+    let memory = || -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{worker}/status"))?;
+        let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).context("VmHWM")?;
+        Ok(most.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+    };
+    let descriptors = || -> Result<usize> { Ok(std::fs::read_dir(format!("/proc/{worker}/fd"))?.count()) };
+    let (mut applied, mut held) = (Vec::new(), Vec::new());
+    for _ in 0..100 {
+        let start = Instant::now();
+        lab.ok(&["snapshot", "apply", "big", "it", "--discard"]);
+        witness.ask("status");
+        applied.push(start.elapsed().as_secs_f64());
+        held.push(descriptors()?);
+    }
+    prove(&mut witness);
+    let told = json!({ "applied_s": applied, "descriptors": held, "worker_mib": memory()? });
+    lab.ok(&["vm", "stop", "big", "--turn-off"]);
+    Ok(told)
+}
+
+fn tenby(mib: &str) -> Result<Value> {
+    let (lab, mut witness) = big(mib)?;
     let (mut pauses, mut stored) = (Vec::new(), Vec::new());
     for number in 0..SNAPSHOTS {
         std::thread::sleep(BETWEEN);

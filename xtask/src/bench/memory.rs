@@ -37,7 +37,49 @@ pub(super) fn run() -> Result<Vec<Report>> {
         rows: heartbeats,
         promises: vec![Promise::TimesAtMost("2048 MiB", 1.25, "512 MiB")],
     });
+    reports.extend(hundred(&measure("hundred", SIZES[0])?)?);
     Ok(reports)
+}
+
+/// A snapshot applied a hundred times: does it become slower, does something leak?
+fn hundred(told: &Value) -> Result<Vec<Report>> {
+    let mut applied = numbers(told, "applied_s")?;
+    applied.sort_by(f64::total_cmp);
+    let slow = vec![applied[applied.len() * 95 / 100]];
+    let held = numbers(told, "descriptors")?;
+    let (first, last) = held.split_at(held.len() / 2);
+    let most = |part: &[f64]| vec![part.iter().copied().fold(0.0, f64::max)];
+    let memory = told["worker_mib"].as_f64().context("no worker_mib")?;
+    let report = |name: &str, what: &str, unit, rows: Vec<(&str, Vec<f64>)>, promise| Report {
+        name: name.into(),
+        what: what.into(),
+        unit,
+        rows: rows.into_iter().map(|(name, samples)| Row { name: name.into(), samples }).collect(),
+        promises: vec![promise],
+    };
+    Ok(vec![
+        report(
+            "memory-hundred",
+            "one snapshot of a guest of 512 MiB applied 100 times, until the guest answers",
+            "s",
+            vec![("median", vec![applied[applied.len() / 2]]), ("95th in 100", slow)],
+            Promise::TimesAtMost("95th in 100", 2.0, "median"),
+        ),
+        report(
+            "memory-leaks",
+            "the most descriptors that the worker has meanwhile",
+            "",
+            vec![("first fifty", most(first)), ("last fifty", most(last))],
+            Promise::TimesAtMost("last fifty", 1.1, "first fifty"),
+        ),
+        report(
+            "memory-worker",
+            "the most memory of the worker",
+            "MiB",
+            vec![("worker", vec![memory])],
+            Promise::AtMost("worker", 64.0),
+        ),
+    ])
 }
 
 fn pause(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
