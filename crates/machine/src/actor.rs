@@ -21,6 +21,7 @@ use crate::job::{Jobs, Pace, Task};
 use crate::keeper::Keeper;
 use crate::label::Labelled;
 use crate::ledger::State as Rows;
+use crate::lent::Habits;
 use crate::live::Live;
 use crate::log;
 use crate::request::{DeletePlan, Job, Problem, Request, TreeView, View};
@@ -99,6 +100,8 @@ pub(crate) struct Owner {
     pub(crate) keeper: Keeper,
     /// QEMU and the disks that it is served, while there is one.
     pub(crate) live: Option<Live>,
+    /// What its guest asks for first, by memory.
+    pub(crate) habits: Habits,
     /// A fold under way.
     pub(crate) folding: Option<Underway>,
     /// Hashing of what is sealed.
@@ -155,6 +158,7 @@ impl Handle {
             shared: Arc::clone(&shared),
             keeper,
             live: None,
+            habits: Habits::default(),
             folding: None,
             hashing: Hashing::default(),
             merge_pace: Arc::default(),

@@ -15,7 +15,8 @@ use crate::request::Problem;
 use crate::steps::Steps;
 use crate::tree::LayerId;
 use image::{Access, Chain, Layer};
-use memory::{Beginning, Lending, Pace, Stretch, Trail, lend};
+use memory::{Beginning, Lending, Pace, Touched, Trail, lend};
+use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -35,13 +36,35 @@ pub(crate) struct Lent {
     happens: mpsc::UnboundedReceiver<Happening>,
 }
 
+/// What guests asked for, of each memory that this worker has lent: when it is lent again, that comes first.
+#[derive(Debug, Default)]
+pub(crate) struct Habits(BTreeMap<LayerId, Vec<Touched>>);
+
+/// Memories of which that is remembered.
+const HABITS: usize = 16;
+
+impl Habits {
+    /// Of this memory.
+    pub(crate) fn of(&self, layer: LayerId) -> Vec<Touched> {
+        self.0.get(&layer).cloned().unwrap_or_default()
+    }
+
+    /// What came first counts: what is asked for beside it was not known before.
+    pub(crate) fn note(&mut self, layer: LayerId, touched: Vec<Touched>) {
+        if self.0.len() >= HABITS && !self.0.contains_key(&layer) {
+            self.0.pop_first();
+        }
+        self.0.entry(layer).or_default().extend(touched);
+    }
+}
+
 /// What there is to tell of it.
 #[derive(Debug)]
 pub(crate) enum Happening {
     /// A page cannot be read; it is tried again.
     Trouble(Problem),
-    /// Everything has been sent, and this of it is mostly in use; or no more will be.
-    Ended(Result<Vec<Stretch>, Problem>),
+    /// Everything has been sent; or no more will be.
+    Ended(Result<memory::Lent, Problem>),
 }
 
 impl Lent {
@@ -54,10 +77,10 @@ impl Lent {
         run_dir: &Path,
         steps: Arc<Steps>,
     ) -> Result<Self, Problem> {
-        let trail = trail(run_dir, beginning)?;
+        let trail = trail(run_dir, &beginning)?;
         let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
         let lending = Lending::default();
-        if beginning != Beginning::Anew {
+        if !matches!(beginning, Beginning::Anew(_)) {
             // What its guest had asked for was heard by somebody else: it comes with the rest.
             lending.pace(Pace::Full);
         }
@@ -102,9 +125,9 @@ impl Lent {
     }
 }
 
-fn trail(run_dir: &Path, beginning: Beginning) -> Result<Trail, Problem> {
+fn trail(run_dir: &Path, beginning: &Beginning) -> Result<Trail, Problem> {
     let folder = HostFolder::open(run_dir).map_err(|e| file_problem(&e))?;
-    let known = beginning != Beginning::Anew;
+    let known = !matches!(beginning, Beginning::Anew(_));
     let file = folder.open(TRAIL, Mode::Write).ok().filter(|_| known).map_or_else(|| folder.create(TRAIL), Ok);
     file.map_err(|e| file_problem(&e)).and_then(|file| Trail::new(file).map_err(|e| memory_problem(&e)))
 }

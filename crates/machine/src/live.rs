@@ -19,7 +19,7 @@ use crate::steps::Steps;
 use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
-use memory::{Beginning, Stretch};
+use memory::{Beginning, Stretch, Touched};
 use qemu::{Collapse, Identity, Installed, Launch, Qemu, RestoreMode, RunState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -53,6 +53,8 @@ pub(crate) struct Live {
 pub(crate) struct Memory {
     pub(crate) layer: LayerId,
     pub(crate) layers: Vec<Arc<dyn Layer>>,
+    /// What its guest asked for first when it was lent before.
+    pub(crate) touched: Vec<Touched>,
 }
 
 /// What happens to a machine that runs.
@@ -323,12 +325,12 @@ async fn restore(
     run_dir: &Path,
     steps: &Arc<Steps>,
 ) -> Result<Option<Lent>, Problem> {
-    let Memory { layer, layers } = memory;
+    let Memory { layer, layers, touched } = memory;
     if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
         return restore_whole(qemu, layers, name).await.map(|()| None);
     }
     let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
-    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew, run_dir, Arc::clone(steps))?;
+    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew(touched), run_dir, Arc::clone(steps))?;
     restore.loaded().await.map_err(|e| qemu_problem(name, &e))?;
     Ok(Some(lent))
 }

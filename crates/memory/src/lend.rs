@@ -10,6 +10,8 @@
 //! A guest that asks for a page stands still until it has come, so what is asked for goes first, and what is not is sent in small pieces
 //! while somebody asks ([`Pace::Gentle`]): a large one would lie in the socket before the page that the guest waits for.
 //!
+//! What the guest asked for when the same memory was last lent it will soon ask for again: that is sent before everything else ([`Touched`]).
+//!
 //! Pages of zeros are sent only if they are asked for: what never came reads as zeros once everything has been sent.
 //!
 //! When this side dies the guest runs until it needs a page that is missing. Another [`lend`] goes on then, over the same socket, if somebody
@@ -47,6 +49,8 @@ const PIECE: usize = 8;
 const SYNC: u32 = 0;
 /// Bytes that the socket is to hold: few, so that what the guest waits for does not queue behind what it did not ask for.
 const SEND_BUFFER: usize = 96 << 10;
+/// The most pieces of RAM that are noted as asked for.
+const TOUCHED: usize = 4096;
 /// Runs of the disk that are looked up at a time.
 const RUNS: usize = 1024;
 
@@ -73,11 +77,27 @@ impl Lending {
     }
 }
 
-/// How it begins.
+/// A piece of RAM that a guest asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Touched {
+    block: usize,
+    cluster: u64,
+}
+
+/// What is known of a memory disk once it has been lent.
+#[derive(Debug, Clone, Default)]
+pub struct Lent {
+    /// What of RAM is mostly in use.
+    pub used: Vec<Stretch>,
+    /// What the guest asked for, in this order.
+    pub touched: Vec<Touched>,
+}
+
+/// How it begins.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Beginning {
-    /// With a QEMU that waits for a stream, and allows postcopy.
-    Anew,
+    /// With a QEMU that waits for a stream, and allows postcopy. What a guest asked for when the disk was lent before, if that is known.
+    Anew(Vec<Touched>),
     /// With one whose earlier source of pages is gone, over the same socket.
     TakenOver,
     /// With one whose earlier source of pages is gone, and that was told to recover (`migrate-recover`), over a new socket.
@@ -92,7 +112,7 @@ pub fn can_lend(chain: &Chain) -> Result<bool> {
     Ok(postcopy::fits(&read_parts(chain)?.devices.state))
 }
 
-/// Lends a memory disk to a QEMU, until it has everything; says what of RAM is mostly in use. Blocks.
+/// Lends a memory disk to a QEMU, until it has everything. Blocks.
 ///
 /// `socket` is read and written; what was sent is recorded in `trail`. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
 /// QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
@@ -108,7 +128,7 @@ pub fn lend(
     trail: &Trail,
     trouble: impl FnMut(&image::Error),
     progress: impl FnMut(u64, u64),
-) -> Result<Vec<Stretch>> {
+) -> Result<Lent> {
     let parts = read_parts(chain)?;
     let asked = &*lending.0;
     set_socket_send_buffer_size(socket, SEND_BUFFER)
@@ -144,6 +164,9 @@ struct Lender<'a, T, P> {
     runs: VecDeque<ChainRun>,
     /// Where in which block it is, bytes.
     at: (usize, u64),
+    /// What is sent before all else, and what was asked for.
+    first: VecDeque<Touched>,
+    touched: Vec<Touched>,
     /// What could not be read: a page of a block each.
     unread: Vec<(usize, u64)>,
     out: Vec<u8>,
@@ -175,6 +198,8 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
             piece: 0,
             runs: VecDeque::new(),
             at: (0, 0),
+            first: VecDeque::new(),
+            touched: Vec::new(),
             unread: Vec::new(),
             out: Vec::new(),
             data: Vec::new(),
@@ -183,16 +208,26 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         }
     }
 
-    fn run(mut self, beginning: Beginning) -> Result<Vec<Stretch>> {
+    fn run(mut self, beginning: Beginning) -> Result<Lent> {
         match beginning {
-            Beginning::Anew => self.begin(),
+            Beginning::Anew(touched) => self.begin(&touched),
             Beginning::TakenOver => self.take_over(),
             Beginning::Recovered => self.recover(),
         }?;
         let mut more = true;
         while more || !self.unread.is_empty() {
+            if let Some(Touched { block, cluster }) = self.first.front().copied()
+                && !self.asked.is_waiting()
+            {
+                self.first.pop_front();
+                self.lend_cluster(block, cluster, None)?;
+                continue;
+            }
             match self.asked.next(more, !self.unread.is_empty())? {
-                Next::Asked(block, page) => self.lend_around(block, page)?,
+                Next::Asked(block, page) => {
+                    self.note_touched(block, page);
+                    self.lend_around(block, page)?;
+                }
                 Next::Push => more = self.push()?,
                 Next::Retry => {
                     for (block, page) in std::mem::take(&mut self.unread) {
@@ -205,7 +240,10 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
     }
 
     /// Devices first: the guest can run then.
-    fn begin(&mut self) -> Result<()> {
+    fn begin(&mut self, touched: &[Touched]) -> Result<()> {
+        let blocks = &self.parts.table.blocks;
+        let is_there = |one: &&Touched| blocks.get(one.block).is_some_and(|block| one.cluster * CLUSTER < pages(block));
+        self.first = touched.iter().filter(is_there).copied().collect();
         self.out.extend_from_slice(&self.parts.prelude);
         postcopy::advise(&mut self.out);
         self.emitter.start(&mut self.out);
@@ -263,8 +301,18 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         if self.sent.has(block, page) {
             return Ok(());
         }
-        let (first, pages) = (page / CLUSTER * CLUSTER, self.parts.table.blocks[block].len / PAGE as u64);
-        self.lend_pages(block, first, CLUSTER.min(pages - first), Some(page))
+        self.lend_cluster(block, page / CLUSTER, Some(page))
+    }
+
+    fn lend_cluster(&mut self, block: usize, cluster: u64, wanted: Option<u64>) -> Result<()> {
+        let (first, pages) = (cluster * CLUSTER, pages(&self.parts.table.blocks[block]));
+        self.lend_pages(block, first, CLUSTER.min(pages - first), wanted)
+    }
+
+    fn note_touched(&mut self, block: usize, page: u64) {
+        if self.touched.len() < TOUCHED {
+            self.touched.push(Touched { block, cluster: page / CLUSTER });
+        }
     }
 
     /// Sends some more of what nobody has asked for; `false` if there is no more.
@@ -348,14 +396,14 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         &self.data[(page - first) as usize * PAGE..][..PAGE]
     }
 
-    fn end(mut self) -> Result<Vec<Stretch>> {
+    fn end(mut self) -> Result<Lent> {
         self.emitter.open_end(&mut self.out);
         self.emitter.close(&mut self.out);
         postcopy::end(&mut self.out);
         self.send()?;
         let total = self.sent.total();
         (self.progress)(total, total);
-        Ok(self.sent.stretches())
+        Ok(Lent { used: self.sent.stretches(), touched: self.touched })
     }
 
     fn send(&mut self) -> Result<()> {
@@ -363,6 +411,10 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         self.out.clear();
         written.map_err(|error| Error::stream("QEMU takes no more of its memory", error))
     }
+}
+
+fn pages(block: &Block) -> u64 {
+    block.len / PAGE as u64
 }
 
 fn has_bit(bits: &[u8], page: u64) -> bool {

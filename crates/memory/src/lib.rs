@@ -29,7 +29,7 @@ pub mod stream;
 pub mod table;
 
 pub use capture::{Captured, Counts, NewLayer, Signal, capture};
-pub use lend::{Beginning, Lending, Pace, Trail, can_lend, lend};
+pub use lend::{Beginning, Lending, Lent, Pace, Touched, Trail, can_lend, lend};
 pub use restore::{MemoryInfo, inspect, restore};
 pub use seen::Stretch;
 

@@ -1,7 +1,6 @@
 //! Starting, pausing, resuming, restarting; and what the guest does by itself.
 
 use crate::actor::Owner;
-use crate::files::Files;
 use crate::job::Task;
 use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
@@ -52,8 +51,13 @@ impl Owner {
     pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
         let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
         pin(&mut next.now.config, &installed)?;
-        let memory = memory.map(|id| open_memory(&self.keeper.files, next, id)).transpose()?;
+        let memory = memory.map(|id| self.open_memory(next, id)).transpose()?;
         Live::bring_up(&self.keeper, next, &installed, memory).await
+    }
+
+    fn open_memory(&self, machine: &Machine, layer: LayerId) -> Result<Memory, Problem> {
+        let layers = self.keeper.files.open_chain(machine, layer)?;
+        Ok(Memory { layer, layers, touched: self.habits.of(layer) })
     }
 
     /// This QEMU is the machine's from now on.
@@ -186,8 +190,14 @@ impl Owner {
                 }
             }
             lent::Happening::Ended(ended) => {
+                let layer = self.live.as_ref().and_then(|live| live.lent().map(Lent::layer));
                 let ended = match ended {
-                    Ok(used) => self.filled(used).await,
+                    Ok(memory::Lent { used, touched }) => {
+                        if let Some(layer) = layer {
+                            self.habits.note(layer, touched);
+                        }
+                        self.filled(used).await
+                    }
                     Err(problem) => self.lend_again(problem).await,
                 };
                 if let Err(problem) = ended {
@@ -292,9 +302,4 @@ impl Owner {
             tracing::error!("{problem}; it is tried again");
         }
     }
-}
-
-/// A memory layer with what it stands on, base first.
-fn open_memory(files: &Files, machine: &Machine, id: LayerId) -> Result<Memory, Problem> {
-    Ok(Memory { layer: id, layers: files.open_chain(machine, id)? })
 }

@@ -67,6 +67,12 @@ impl Asked {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Whether a guest waits for a page just now.
+    pub(super) fn is_waiting(&self) -> bool {
+        let state = self.state();
+        state.deaf || !state.pages.is_empty()
+    }
+
     /// Waits for what is to be done next. `more`: there is something that was not asked for; `unread`: something could not be read.
     pub(super) fn next(&self, more: bool, unread: bool) -> Result<Next> {
         let mut state = self.state();

@@ -1,11 +1,11 @@
 //! Memory lent to a QEMU that runs already.
 
 use super::{LARGE, background_snapshot, check_firmware_pages, machines, memory_of};
-use crate::qemu::{Guest, PAGES, Qemu};
+use crate::qemu::{PAGES, Qemu};
 use crate::support::Disks;
 use image::{Access, Chain};
 use memory::stream::PAGE;
-use memory::{Beginning, ErrorKind, Lending, Pace, Stretch, Trail};
+use memory::{Beginning, ErrorKind, Lending, Lent, Pace, Touched, Trail};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -16,7 +16,7 @@ use store::sim::Sim;
 struct Source {
     lending: Lending,
     socket: UnixStream,
-    ended: JoinHandle<memory::Result<Vec<Stretch>>>,
+    ended: JoinHandle<memory::Result<Lent>>,
 }
 
 impl Source {
@@ -29,7 +29,7 @@ impl Source {
         Self { lending, socket: kept, ended }
     }
 
-    fn end(self) -> memory::Result<Vec<Stretch>> {
+    fn end(self) -> memory::Result<Lent> {
         self.ended.join().unwrap()
     }
 }
@@ -45,11 +45,15 @@ fn captured(emulator: &Path, machine: &str) -> Disks {
 }
 
 /// A machine whose devices are loaded; it stands still, and has the pages that it asked for.
-fn loaded(emulator: &Path, machine: &str, guest: Guest, chain: Chain) -> (Qemu, Source) {
-    let mut qemu = Qemu::start_incoming(emulator, machine, guest);
+fn loaded(emulator: &Path, machine: &str, chain: Chain) -> (Qemu, Source) {
+    loaded_with(emulator, machine, chain, Vec::new())
+}
+
+fn loaded_with(emulator: &Path, machine: &str, chain: Chain, touched: Vec<Touched>) -> (Qemu, Source) {
+    let mut qemu = Qemu::start_incoming(emulator, machine, LARGE);
     qemu.capability("postcopy-ram");
     let socket = qemu.incoming();
-    let source = Source::begin(chain, socket, Beginning::Anew);
+    let source = Source::begin(chain, socket, Beginning::Anew(touched));
     while qemu.status() == "inmigrate" {}
     (qemu, source)
 }
@@ -66,13 +70,13 @@ fn same_memory(qemu: &mut Qemu, chain: &Chain) {
 fn a_machine_runs_before_its_memory_is_complete() {
     for (emulator, machine) in machines() {
         let mut disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, LARGE, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
         assert_eq!(qemu.status(), "paused", "{machine}");
         // Nothing but what it asks for: enough to run.
         qemu.run_until_it_speaks();
         assert!(!source.ended.is_finished(), "{machine}");
         source.lending.pace(Pace::Gentle);
-        source.end().unwrap();
+        let touched = source.end().unwrap().touched;
         assert_eq!(qemu.migration_end(), "completed");
         qemu.run_until_it_speaks();
 
@@ -83,6 +87,15 @@ fn a_machine_runs_before_its_memory_is_complete() {
         let (second, captured) = background_snapshot(&mut qemu, &mut disks, Some(0));
         assert!(captured.counts.stored <= 1 && captured.counts.zeroed == 0, "{machine}: {:?}", captured.counts);
         check_firmware_pages(&disks.open(second, Access::Read), LARGE);
+
+        // What it had to ask for it has at once the next time.
+        assert!(!touched.is_empty(), "{machine}");
+        let before = touched.len();
+        let (mut qemu, source) = loaded_with(&emulator, machine, disks.open(0, Access::Read), touched);
+        qemu.run_until_it_speaks();
+        source.lending.pace(Pace::Full);
+        let touched = source.end().unwrap().touched;
+        assert!(touched.len() < before / 2 + 1, "{machine}: {} after {before}", touched.len());
     }
 }
 
@@ -90,7 +103,7 @@ fn a_machine_runs_before_its_memory_is_complete() {
 fn a_machine_that_stands_still_gets_all_of_its_memory() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, LARGE, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
         source.lending.pace(Pace::Full);
         source.end().unwrap();
         assert_eq!(qemu.migration_end(), "completed");
@@ -103,7 +116,7 @@ fn a_machine_that_stands_still_gets_all_of_its_memory() {
 fn another_source_goes_on() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, LARGE, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
         source.socket.shutdown(Shutdown::Both).unwrap();
         assert_eq!(source.end().unwrap_err().kind, ErrorKind::Truncated);
         qemu.migration_is("postcopy-paused");
@@ -123,7 +136,7 @@ fn another_source_goes_on() {
 fn a_machine_that_ends_takes_no_more() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (qemu, source) = loaded(&emulator, machine, LARGE, disks.open(0, Access::Read));
+        let (qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
         drop(qemu);
         source.lending.pace(Pace::Full);
         let kind = source.end().unwrap_err().kind;
