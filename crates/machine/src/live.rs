@@ -11,10 +11,11 @@
 
 use crate::disks::Disks;
 use crate::files::{Files, image_problem};
+use crate::firmware;
 use crate::keeper::Keeper;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
 use qemu::{Identity, Installed, Launch, Qemu, RestoreMode, RunState};
@@ -267,6 +268,8 @@ fn launch(
         console_log: console_log(files),
         disks: config.disks.iter().map(disk).collect(),
         cdrom: config.cdrom.as_ref().map(PathBuf::from),
+        uefi: (config.firmware == Firmware::Uefi)
+            .then(|| qemu::Uefi { code: files.path().join(firmware::CODE), variables: nbd(&DiskId::firmware()) }),
         boot: match config.boot {
             Boot::Disk => qemu::Boot::Disk,
             Boot::Cdrom => qemu::Boot::Cdrom,
@@ -291,7 +294,14 @@ fn disk(disk: &crate::tree::Disk) -> qemu::Disk {
             Bus::Sata | Bus::Ide => qemu::Bus::Ahci,
             Bus::Scsi => qemu::Bus::Scsi,
         },
-        socket: PathBuf::from(disk_socket(&disk.id)),
+        nbd: nbd(&disk.id),
+    }
+}
+
+/// Where a disk is served to QEMU.
+fn nbd(disk: &DiskId) -> qemu::Nbd {
+    qemu::Nbd {
+        socket: PathBuf::from(disk_socket(disk)),
         export: String::new(),
         reconnect_delay: qemu::RECONNECT_DELAY,
     }

@@ -1,6 +1,7 @@
-//! What this host offers: QEMU, KVM, userfaultfd, the file system's features; what is missing, and what that costs.
+//! What this host offers: QEMU, KVM, userfaultfd, UEFI, the file system's features; what is missing, and what that costs.
 
 use crate::draw::{Look, plain, size};
+use machine::firmware::Ovmf;
 use machine::request::Problem;
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
 use serde::Serialize;
@@ -59,6 +60,11 @@ pub(crate) async fn examine(root: &Path) -> Findings {
             "userfaultfd",
             qemu::userfaultfd().map(|()| "a running machine's memory can be captured behind its back".to_owned()),
             "a snapshot holds a running guest up until its memory is written: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
+        ),
+        Check::new(
+            "UEFI",
+            Ovmf::find().map(|ovmf| format!("OVMF ({})", ovmf.folder().display())).map_err(|problem| problem.message),
+            "machines have a BIOS, and `vm create --firmware uefi` makes none: apt-get install ovmf",
         ),
     ];
     checks.extend(file_system(root));
