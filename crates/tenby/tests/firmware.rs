@@ -66,7 +66,10 @@ fn a_machine_keeps_its_own_firmware() {
     let ids: Vec<&Value> = machine["disks"].as_array().unwrap().iter().map(|disk| &disk["id"]).collect();
     assert_eq!(ids, ["disk0"]);
     let shown = place.tenby(&["vm", "show", "web"]).well().out;
-    let line = shown.lines().find(|line| line.starts_with("  firmware  uefi, ")).unwrap_or_else(|| panic!("{shown}"));
+    let line = shown
+        .lines()
+        .find(|line| line.starts_with("  firmware  uefi, variables "))
+        .unwrap_or_else(|| panic!("{shown}"));
     assert!(line.ends_with(machine["variables"]["file"].as_str().unwrap()), "{line}");
 
     place.tenby(&["snapshot", "create", "web", "Monday"]).well();

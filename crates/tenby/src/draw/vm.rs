@@ -94,7 +94,8 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
 }
 
 fn firmware(view: &View) -> String {
-    let variables = view.variables.as_ref().map(|kept| format!(", {} in {}", size(kept.bytes), plain(&kept.file)));
+    let variables =
+        view.variables.as_ref().map(|kept| format!(", variables {} in {}", size(kept.bytes), plain(&kept.file)));
     word(view.config.firmware) + &variables.unwrap_or_default()
 }
 
