@@ -15,6 +15,8 @@ use crate::{DEADLINE, SmallDisk, Witness, guest, place, wait_for};
 pub const BASE: &str = "Tenby";
 /// RAM of that machine.
 const BASE_MEMORY: &str = "128M";
+/// RAM in which OVMF can unpack the guest's kernel.
+const UEFI_MEMORY: &str = "256M";
 
 /// How a command ended.
 #[derive(Debug)]
@@ -215,11 +217,23 @@ impl Lab {
     /// # Panics
     /// If it cannot be made.
     pub fn create_guest_on(&self, name: &str, disks: [&str; 2]) {
+        self.create(name, disks, &["--memory", BASE_MEMORY]);
+    }
+
+    /// Makes a machine of the test guest that is booted by UEFI, with two disks of 64 MiB, off.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn create_uefi_guest(&self, name: &str) {
+        self.create(name, ["new:64M", "new:64M"], &["--memory", UEFI_MEMORY, "--firmware", "uefi"]);
+    }
+
+    fn create(&self, name: &str, disks: [&str; 2], hardware: &[&str]) {
         let guest = guest();
         let (kernel, initrd) = (guest.kernel.to_string_lossy(), guest.initrd.to_string_lossy());
         let files = ["--kernel", &kernel, "--initrd", &initrd, "--append", guest.append.trim()];
-        let hardware = ["--memory", BASE_MEMORY, "--accel", "tcg", "--disk", disks[0], "--disk", disks[1]];
-        self.ok(&[&["vm", "create", name], &hardware[..], &files[..]].concat());
+        let disks = ["--accel", "tcg", "--disk", disks[0], "--disk", disks[1]];
+        self.ok(&[&["vm", "create", name], hardware, &disks, &files].concat());
     }
 
     /// Opens the serial console of a machine.

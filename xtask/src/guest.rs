@@ -22,8 +22,17 @@ const APPEND: &str =
 
 /// What the guest drives, in the order wanted; what each needs comes before it. One that this kernel has built in is not there as a
 /// file, and not needed.
-const DRIVERS: [&str; 8] =
-    ["virtio_pci", "virtio_blk", "virtio_net", "button", "evdev", "virtio_rng", "pvpanic_mmio", "pvpanic_pci"];
+const DRIVERS: [&str; 9] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "button",
+    "evdev",
+    "virtio_rng",
+    "pvpanic_mmio",
+    "pvpanic_pci",
+    "efivarfs",
+];
 
 /// Builds whatever is not up to date, and says where it lies.
 pub(crate) fn build() -> Result<PathBuf> {

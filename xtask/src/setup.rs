@@ -22,6 +22,7 @@ const NEEDS: &[Need] = &[
     Need { sign: "cc", package: "gcc", why: "links Rust programs" },
     Need { sign: "/usr/include/stdlib.h", package: "libc6-dev", why: "links Rust programs" },
     Need { sign: "qemu-system-x86_64", package: "qemu-system-x86", why: "runs the machines" },
+    Need { sign: OVMF, package: "ovmf", why: "UEFI for machines that want it" },
     Need { sign: "xz", package: "xz-utils", why: "unpacks kernel modules and disk images" },
     Need { sign: "qemu-img", package: "qemu-utils", why: "tests: another reader and writer of disk images" },
     Need { sign: "7z", package: "p7zip-full", why: "tests: another reader of disk images" },
@@ -30,6 +31,9 @@ const NEEDS: &[Need] = &[
     Need { sign: "strace", package: "strace", why: "tests: what is opened, and what is not" },
     Need { sign: GRUB_CDROM, package: "grub-rescue-pc", why: "tests: a CD-ROM that nobody here made" },
 ];
+
+/// What the package ovmf brings, of two files.
+const OVMF: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
 
 /// The image that the package grub-rescue-pc brings.
 const GRUB_CDROM: &str = "/usr/lib/grub-rescue/grub-rescue-cdrom.iso";

@@ -64,11 +64,11 @@ impl Machine {
         disks: &BTreeMap<DiskId, LayerId>,
         memory: Option<LayerId>,
     ) -> Result<(), String> {
-        let configured: BTreeSet<&DiskId> = config.disks.iter().map(|disk| &disk.id).collect();
-        if configured.len() != config.disks.len() {
+        let guests: BTreeSet<&DiskId> = config.disks.iter().map(|disk| &disk.id).collect();
+        if guests.len() != config.disks.len() || guests.contains(&DiskId::firmware()) {
             return Err(format!("{what} has two disks of one id"));
         }
-        if !configured.iter().copied().eq(disks.keys()) {
+        if !config.disk_ids().iter().eq(disks.keys()) {
             return Err(format!("{what} has other disks than its configuration"));
         }
         let disks = disks.values().map(|id| (*id, LayerKind::Disk));

@@ -16,6 +16,8 @@
 //!   rescue    the rows made again from that, when the ledger is lost
 //!   records   how sealed layers read                               hashing making the records, in the background
 //!   root      the folder of all machines                           views  the rows as users see them
+//!   firmware  UEFI, as this host has it and as a machine keeps it
+//!   firmware  UEFI, as this host has it, and as a machine keeps it
 //! ```
 //!
 //! The life of a machine's worker: [`Handle::open`](actor::Handle::open) takes the lock, recovers, and serves requests one after
@@ -31,6 +33,7 @@ pub mod collect;
 mod console;
 pub mod disks;
 pub mod files;
+pub mod firmware;
 pub mod garbage;
 pub mod hashing;
 pub mod job;

@@ -11,12 +11,13 @@
 
 use crate::disks::Disks;
 use crate::files::{Files, image_problem};
+use crate::firmware;
 use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, LayerId, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
 use memory::{Beginning, Stretch, Touched};
@@ -416,6 +417,8 @@ fn launch(
         console_log: console_log(files),
         disks: config.disks.iter().map(disk).collect(),
         cdrom: config.cdrom.as_ref().map(PathBuf::from),
+        uefi: (config.firmware == Firmware::Uefi)
+            .then(|| qemu::Uefi { code: files.path().join(firmware::CODE), variables: nbd(&DiskId::firmware()) }),
         boot: match config.boot {
             Boot::Disk => qemu::Boot::Disk,
             Boot::Cdrom => qemu::Boot::Cdrom,
@@ -440,7 +443,14 @@ fn disk(disk: &crate::tree::Disk) -> qemu::Disk {
             Bus::Sata | Bus::Ide => qemu::Bus::Ahci,
             Bus::Scsi => qemu::Bus::Scsi,
         },
-        socket: PathBuf::from(disk_socket(&disk.id)),
+        nbd: nbd(&disk.id),
+    }
+}
+
+/// Where a disk is served to QEMU.
+fn nbd(disk: &DiskId) -> qemu::Nbd {
+    qemu::Nbd {
+        socket: PathBuf::from(disk_socket(disk)),
         export: String::new(),
         reconnect_delay: qemu::RECONNECT_DELAY,
     }

@@ -11,9 +11,11 @@
 //! ([`crate::garbage`]).
 
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Run, Snapshot, SnapshotId, SnapshotState, State, Stats};
+use crate::tree::{
+    Config, DiskId, Firmware, LayerId, LayerRow, Machine, Run, Snapshot, SnapshotId, SnapshotState, State, Stats,
+};
 use jiff::{Timestamp, tz::TimeZone};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The longest name, in characters.
 pub const NAME_LIMIT: usize = 100;
@@ -308,7 +310,13 @@ impl Machine {
 }
 
 impl Config {
-    /// The disk of this id.
+    /// The disks that a machine of this configuration has layers of: the guest's, and what its firmware keeps.
+    pub fn disk_ids(&self) -> BTreeSet<DiskId> {
+        let firmware = (self.firmware == Firmware::Uefi).then(DiskId::firmware);
+        self.disks.iter().map(|disk| disk.id.clone()).chain(firmware).collect()
+    }
+
+    /// The guest's disk of this id.
     pub fn disk(&self, id: &DiskId) -> Option<&crate::tree::Disk> {
         self.disks.iter().find(|disk| &disk.id == id)
     }

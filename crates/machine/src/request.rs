@@ -407,6 +407,9 @@ pub struct View {
     pub cpus: u32,
     /// Now's disks.
     pub disks: Vec<DiskView>,
+    /// What holds the variables of its UEFI.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variables: Option<VariablesView>,
     /// The whole configuration.
     pub config: Config,
     /// What stays over an apply.
@@ -450,6 +453,17 @@ pub struct DiskView {
     pub depth: u32,
 }
 
+/// What holds the variables of a machine's UEFI: boot entries and the like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VariablesView {
+    /// The leaf's file.
+    pub file: String,
+    /// Bytes that the leaf occupies on the host.
+    pub bytes: u64,
+    /// How many files make it up.
+    pub depth: u32,
+}
+
 /// The snapshots of a machine. The contract's `snapshot list`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TreeView {
@@ -474,7 +488,7 @@ pub struct NowView {
     pub state: State,
     /// Whether anything changed since: disks, memory or settings.
     pub changed: bool,
-    /// Bytes that its leaves occupy on the host.
+    /// Bytes that its leaves occupy on the host, the firmware's among them.
     pub disk_bytes: u64,
     /// Its disks' files.
     pub disks: Vec<DiskView>,
@@ -501,7 +515,7 @@ pub struct SnapshotView {
     pub memory: bool,
     /// Bytes that its memory occupies on the host (this layer alone).
     pub memory_bytes: u64,
-    /// Bytes that its disk layers occupy on the host (these layers alone).
+    /// Bytes that its disk layers occupy on the host (these layers alone), the firmware's among them.
     pub disk_bytes: u64,
     /// How long the guest stood still, milliseconds.
     pub pause_ms: Option<f64_ms::Millis>,

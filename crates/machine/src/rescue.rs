@@ -18,12 +18,13 @@ pub use found::{Found, Unknown};
 pub use rebuild::{Rebuilt, rebuild};
 
 use crate::files::{Files, Parent, file_problem};
+use crate::firmware::{self, Ovmf};
 use crate::ledger::{self, Journal, Ledger};
 use crate::log;
 use crate::plan::quoted;
 use crate::request::{Problem, TreeView};
 use crate::root::{Root, open_or_create};
-use crate::tree::{JobId, LayerId, LayerKind, Machine, MachineId, SnapshotId};
+use crate::tree::{Config, DiskId, Firmware, JobId, LayerId, LayerKind, Machine, MachineId, SnapshotId};
 use crate::views;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -96,6 +97,7 @@ pub fn rescue_files(
         machine.name = name;
     }
     check_boot(files, &machine, &mut unknown);
+    renew_variables(files, &mut machine, over, &mut unknown)?;
     if let Some(over) = over {
         begin_anew(files, &mut machine, over)?;
     }
@@ -223,12 +225,52 @@ fn free_name(root: &Root, id: MachineId, name: &str) -> Result<String, Problem> 
 }
 
 fn check_boot(files: &Files, machine: &Machine, unknown: &mut Vec<Unknown>) {
-    let Some(kernel) = &machine.now.config.kernel else { return };
-    for name in std::iter::once(&kernel.kernel).chain(&kernel.initrd) {
-        if files.folder().folder("boot").and_then(|boot| boot.open(name, Mode::Read)).is_err() {
-            unknown.push(Unknown::of(&format!("boot/{name}"), "it is not there, and the machine boots from it"));
+    let config = &machine.now.config;
+    let kernel = config.kernel.iter().flat_map(|kernel| std::iter::once(&kernel.kernel).chain(&kernel.initrd));
+    let firmware = (config.firmware == Firmware::Uefi).then(|| firmware::CODE.to_owned());
+    for file in kernel.map(|name| format!("boot/{name}")).chain(firmware) {
+        let (folder, name) = file.split_once('/').unwrap_or_default();
+        if files.folder().folder(folder).and_then(|boot| boot.open(name, Mode::Read)).is_err() {
+            unknown.push(Unknown::of(&file, "it is not there, and the machine boots from it"));
         }
     }
+}
+
+/// Gives those whose UEFI has lost its variables new ones, without which they could not start at all. Now gets its own; if it begins anew
+/// `over` a snapshot, that one's.
+fn renew_variables(
+    files: &Files,
+    machine: &mut Machine,
+    over: Option<SnapshotId>,
+    unknown: &mut Vec<Unknown>,
+) -> Result<(), Problem> {
+    let lacks = |config: &Config, disks: &BTreeMap<DiskId, LayerId>| {
+        config.firmware == Firmware::Uefi && !disks.contains_key(&DiskId::firmware())
+    };
+    let mut tell = |whose: &str| {
+        let what = "what its UEFI knew is lost, boot entries and all: it begins anew";
+        unknown.push(Unknown { file: None, what: format!("{whose}: {what}") });
+    };
+    let (mut of_snapshots, mut of_now) = (Vec::new(), Vec::new());
+    for snapshot in machine.snapshots.values_mut().filter(|s| lacks(&s.config, &s.disks)) {
+        tell(&snapshot.name);
+        of_snapshots.push(&mut snapshot.disks);
+    }
+    let now = &mut machine.now;
+    if over.is_none() && lacks(&now.config, &now.disks) {
+        tell("Now");
+        of_now.push(&mut now.disks);
+    }
+    for disks in [of_snapshots, of_now].into_iter().filter(|disks| !disks.is_empty()) {
+        files.create_missing()?;
+        let row = Ovmf::find()?.new_variables(files)?;
+        files.sync_names()?;
+        for disks in disks {
+            disks.insert(DiskId::firmware(), row.id);
+        }
+        machine.layers.insert(row.id, row);
+    }
+    Ok(())
 }
 
 /// Gives Now fresh leaves over a snapshot.

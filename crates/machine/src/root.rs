@@ -10,13 +10,14 @@
 //! the worker notes it.
 
 use crate::files::{Files, file_problem, image_problem, qcow2_problem};
+use crate::firmware::Ovmf;
 use crate::label::label_new;
 use crate::ledger::{self, Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
 use crate::tree::{
-    Config, Disk, DiskId, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
+    Config, Disk, DiskId, Firmware, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
 };
 use crate::views;
 use export::qcow2::{self, Qcow2};
@@ -260,6 +261,9 @@ impl Root {
         check_hardware(spec.memory, spec.cpus)?;
         let mut machine = new_machine(id, spec);
         machine.now.config.kernel = copy_kernel(&folder, spec)?;
+        if spec.firmware == Firmware::Uefi {
+            add_uefi(&files, &mut machine)?;
+        }
         for disk in &spec.disks {
             let row = files.new_row(LayerKind::Disk, disk.source.format(), None);
             let made = take_in(&files, row, disk, progress)?;
@@ -445,6 +449,16 @@ pub fn add_disk(machine: &mut Machine, made: TakenIn, spec: &DiskSpec) {
     machine.layers.insert(made.row.id, made.row);
 }
 
+/// Gives a machine that is being made its UEFI.
+fn add_uefi(files: &Files, machine: &mut Machine) -> Result<(), Problem> {
+    let ovmf = Ovmf::find()?;
+    ovmf.copy_code(files)?;
+    let row = ovmf.new_variables(files)?;
+    machine.now.disks.insert(DiskId::firmware(), row.id);
+    machine.layers.insert(row.id, row);
+    Ok(())
+}
+
 /// RAM from 16 MiB to 16 TiB, in steps of 2 MiB; 1 to 255 processors.
 pub fn check_hardware(memory: u64, cpus: u32) -> Result<(), Problem> {
     const MIB: u64 = 1 << 20;
@@ -520,7 +534,7 @@ fn copy_kernel(folder: &Arc<dyn Folder>, spec: &Create) -> Result<Option<Kernel>
     Ok(Some(Kernel { kernel: "kernel".to_owned(), initrd, append: spec.append.clone() }))
 }
 
-fn copy_file(folder: &Arc<dyn Folder>, from: &Path, to: &str) -> Result<(), Problem> {
+pub(crate) fn copy_file(folder: &Arc<dyn Folder>, from: &Path, to: &str) -> Result<(), Problem> {
     let source = store::host::open_file(from, Mode::Read).map_err(|e| file_problem(&e))?;
     let target = folder.create(to).map_err(|e| file_problem(&e))?;
     let len = source.len().map_err(|e| file_problem(&e))?;

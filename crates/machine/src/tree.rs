@@ -63,10 +63,18 @@ id!(
     JobId
 );
 
-/// A disk of a machine: `disk0`, `disk1`, …; stable for the machine's life, never reused.
+/// A disk of a machine: `disk0`, `disk1`, …; stable for the machine's life, never reused. Or `firmware`: the variables of its UEFI, a disk like
+/// any other in all but what the guest sees of it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct DiskId(pub String);
+
+impl DiskId {
+    /// The variables of a machine's UEFI.
+    pub fn firmware() -> Self {
+        Self("firmware".to_owned())
+    }
+}
 
 impl fmt::Display for DiskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -149,7 +157,7 @@ pub struct Config {
     pub cdrom: Option<String>,
     /// The network.
     pub net: Net,
-    /// The disks, in the order in which the guest sees them.
+    /// The disks, in the order in which the guest sees them. ([`Config::disk_ids`] has the firmware's, too.)
     pub disks: Vec<Disk>,
 }
 
@@ -186,6 +194,8 @@ pub enum Firmware {
     /// SeaBIOS.
     #[default]
     Bios,
+    /// OVMF. Its code lies in the machine's `boot` folder; its variables are the disk [`DiskId::firmware`].
+    Uefi,
 }
 
 /// A kernel that is booted directly. The files were copied into the machine's `boot` folder; the names are theirs there.

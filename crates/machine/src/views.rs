@@ -4,7 +4,7 @@ use crate::collect::{Merge, foresee};
 use crate::files::Files;
 use crate::garbage::garbage;
 use crate::request::f64_ms::Millis;
-use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, Undo, View};
+use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, Undo, VariablesView, View};
 use crate::trash::Trash;
 use crate::tree::{Config, DiskId, LayerId, LayerRow, Machine, Snapshot, State};
 use image::Source;
@@ -41,6 +41,7 @@ pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
         memory: config.memory,
         cpus: config.cpus,
         disks: disks(machine, files, config, &machine.now.disks),
+        variables: variables(machine, files),
         policy: machine.policy.clone(),
         net: config.net.clone(),
         config: config.clone(),
@@ -55,7 +56,7 @@ pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
 pub fn tree(machine: &Machine, files: &Files, state: State) -> TreeView {
     let now = &machine.now;
     let now_disks = disks(machine, files, &now.config, &now.disks);
-    let disk_bytes = now_disks.iter().map(|disk| disk.bytes).sum();
+    let disk_bytes = disk_bytes(machine, files, &now_disks, &now.disks);
     let mut snapshots: Vec<&Snapshot> = machine.snapshots.values().collect();
     snapshots.sort_by_key(|s| (s.created, s.id));
     TreeView {
@@ -80,7 +81,7 @@ fn snapshot(machine: &Machine, files: &Files, snapshot: &Snapshot) -> SnapshotVi
         vm_state: snapshot.vm_state,
         memory: snapshot.memory.is_some(),
         memory_bytes: snapshot.memory.map_or(0, |id| bytes(machine, files, id)),
-        disk_bytes: disks.iter().map(|disk| disk.bytes).sum(),
+        disk_bytes: disk_bytes(machine, files, &disks, &snapshot.disks),
         pause_ms: stats.pause_us.map(|micros| Millis { micros }),
         save_ms: stats.save_ms,
         pages: Pages { stored: stats.pages_stored, same: stats.pages_same, zero: stats.pages_zero },
@@ -89,6 +90,7 @@ fn snapshot(machine: &Machine, files: &Files, snapshot: &Snapshot) -> SnapshotVi
     }
 }
 
+/// The guest's disks.
 fn disks(machine: &Machine, files: &Files, config: &Config, leaves: &BTreeMap<DiskId, LayerId>) -> Vec<DiskView> {
     let view = |disk: &crate::tree::Disk| {
         let leaf = leaves.get(&disk.id)?;
@@ -103,6 +105,22 @@ fn disks(machine: &Machine, files: &Files, config: &Config, leaves: &BTreeMap<Di
         })
     };
     config.disks.iter().filter_map(view).collect()
+}
+
+fn variables(machine: &Machine, files: &Files) -> Option<VariablesView> {
+    let leaf = *machine.now.disks.get(&DiskId::firmware())?;
+    let row = machine.layers.get(&leaf)?;
+    Some(VariablesView {
+        file: files.layer_path(row).to_string_lossy().into_owned(),
+        bytes: files.allocated(row),
+        depth: machine.chain(leaf).len() as u32,
+    })
+}
+
+/// What the layers of the guest's disks and of its firmware occupy.
+fn disk_bytes(machine: &Machine, files: &Files, disks: &[DiskView], leaves: &BTreeMap<DiskId, LayerId>) -> u64 {
+    let firmware = leaves.get(&DiskId::firmware()).map_or(0, |leaf| bytes(machine, files, *leaf));
+    disks.iter().map(|disk| disk.bytes).sum::<u64>() + firmware
 }
 
 fn bytes(machine: &Machine, files: &Files, id: LayerId) -> u64 {

@@ -6,7 +6,9 @@ mod sample;
 use image::merge::Direction;
 use machine::garbage::{Fold, Garbage, folded, garbage};
 use machine::plan::Written;
-use machine::tree::{DiskId, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats};
+use machine::tree::{
+    DiskId, Firmware, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats,
+};
 use proptest::prelude::*;
 use sample::{layer, leaves, take};
 use std::collections::{BTreeMap, BTreeSet};
@@ -302,7 +304,7 @@ fn breaches_are_found() {
         machine.check().expect("sound");
         machine
     };
-    let breaches: [Breach; 15] = [
+    let breaches: [Breach; 17] = [
         ("not there", |m| m.now.parent = Some(SnapshotId::new())),
         ("not there", |m| m.snapshots.values_mut().for_each(|s| s.parent = Some(SnapshotId::new()))),
         ("on itself", |m| {
@@ -329,6 +331,8 @@ fn breaches_are_found() {
         ("not there", |m| m.now.memory = Some(LayerId::new())),
         ("another kind", |m| m.now.memory = m.now.disks.values().next().copied()),
         ("other disks", |m| drop(m.now.config.disks.pop())),
+        ("other disks", |m| m.now.config.firmware = Firmware::Uefi),
+        ("two disks of one id", |m| m.now.config.disks[0].id = DiskId::firmware()),
         ("shares its leaf", |m| {
             let leaf = *m.now.disks.values().next().expect("one");
             m.now.disks.values_mut().for_each(|id| *id = leaf);

@@ -304,8 +304,8 @@ fn what_is_no_ledger_is_refused() {
     }
 }
 
-/// A ledger's file as the first format had it.
-fn of_format_1(machine: &Machine) -> Vec<u8> {
+/// A ledger's file as an older format had it, which has nothing that this one does not have.
+fn of_format(format: u32, machine: &Machine) -> Vec<u8> {
     let place = tempfile::tempdir().expect("a temporary folder");
     let folder: Arc<dyn Folder> = Arc::new(HostFolder::open(place.path()).expect("open"));
     Ledger::create(&folder, machine).expect("create").close();
@@ -313,7 +313,7 @@ fn of_format_1(machine: &Machine) -> Vec<u8> {
     let database = redb::Database::open(&path).expect("open");
     let transaction = database.begin_write().expect("begin");
     let table: redb::TableDefinition<&str, &[u8]> = redb::TableDefinition::new("ledger");
-    transaction.open_table(table).expect("table").insert("format", &b"1"[..]).expect("insert");
+    transaction.open_table(table).expect("table").insert("format", format.to_string().as_bytes()).expect("insert");
     transaction.commit().expect("commit");
     drop(database);
     std::fs::read(path).expect("read")
@@ -321,8 +321,13 @@ fn of_format_1(machine: &Machine) -> Vec<u8> {
 
 #[test]
 fn an_older_ledger_is_brought_up_to_date_and_kept() {
+    brought_up_to_date(1);
+    brought_up_to_date(2);
+}
+
+fn brought_up_to_date(format: u32) {
     let machine = sample::machine(2);
-    let old = of_format_1(&machine);
+    let (old, kept) = (of_format(format, &machine), format!("ledger.format-{format}"));
     let laid_down = || {
         let sim = Sim::new();
         let folder = sim.root();
@@ -336,7 +341,7 @@ fn an_older_ledger_is_brought_up_to_date_and_kept() {
     let began = sim.counts().operations;
     Ledger::open(&sim.root()).expect("open").close();
     let operations = began..sim.counts().operations;
-    assert_eq!(sim.root().list().expect("list"), ["ledger", "ledger.format-1"]);
+    assert_eq!(sim.root().list().expect("list"), ["ledger", &kept]);
     assert_eq!(Ledger::read(&sim.root()).expect("read").machine, machine);
 
     for at in operations {
@@ -349,7 +354,7 @@ fn an_older_ledger_is_brought_up_to_date_and_kept() {
             let ledger = Ledger::open(&after.root()).expect("open");
             assert_eq!(ledger.state().machine, machine, "cut at {at}, {crash:?}");
             ledger.close();
-            assert_eq!(after.root().list().expect("list"), ["ledger", "ledger.format-1"], "cut at {at}, {crash:?}");
+            assert_eq!(after.root().list().expect("list"), ["ledger", &kept], "cut at {at}, {crash:?}");
         }
     }
 }
@@ -375,7 +380,7 @@ fn a_newer_ledger_is_refused() {
     set("format", Some(b"7"));
     let error = Ledger::open(&folder).expect_err("newer");
     assert_eq!(error.kind, ErrorKind::Newer);
-    assert!(error.message.contains("format 7") && error.message.contains("formats up to 2"), "{error}");
+    assert!(error.message.contains("format 7") && error.message.contains("formats up to 3"), "{error}");
     assert_eq!(Ledger::read(&folder).expect_err("newer").kind, ErrorKind::Newer);
     for (key, value, words) in [
         ("format", Some(&b"1"[..]), ""),

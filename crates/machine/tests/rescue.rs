@@ -17,7 +17,8 @@ use machine::ledger::{self, Ledger};
 use machine::request::{Problem, ProblemKind};
 use machine::rescue::{Found, Rescued, Unknown, rebuild, rescue_files};
 use machine::tree::{
-    DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, MachineId, Snapshot, SnapshotId, SnapshotState, State,
+    DiskId, Firmware, LayerFormat, LayerId, LayerKind, LayerRow, Machine, MachineId, Snapshot, SnapshotId,
+    SnapshotState, State,
 };
 use model::Model;
 use std::collections::BTreeMap;
@@ -41,9 +42,19 @@ fn machine(format: LayerFormat) -> Machine {
     machine
 }
 
+/// The same machine, but that its last disk is what its UEFI keeps.
+fn with_uefi(mut machine: Machine) -> Machine {
+    let disk = machine.now.config.disks.pop().expect("a disk");
+    let leaf = machine.now.disks.remove(&disk.id).expect("its leaf");
+    machine.now.config.firmware = Firmware::Uefi;
+    machine.now.disks.insert(DiskId::firmware(), leaf);
+    machine.next_disk -= 1;
+    machine
+}
+
 /// A life to its end, its guest off or saved.
-fn lived(format: LayerFormat, seed: u64) -> World {
-    let mut world = World::new(&machine(format), seed);
+fn lived(machine: &Machine, seed: u64) -> World {
+    let mut world = World::new(machine, seed);
     assert!(live(&mut world), "seed {seed}: {}", world.doing());
     world.rest().expect("it comes to rest");
     world
@@ -95,10 +106,10 @@ fn needed(machine: &Machine) -> BTreeMap<LayerId, LayerRow> {
     named.flat_map(|id| machine.chain(*id)).map(|id| (id, machine.layers[&id].clone())).collect()
 }
 
-fn all_comes_back(format: LayerFormat, seeds: std::ops::Range<u64>) {
+fn all_comes_back(machine: &Machine, seeds: std::ops::Range<u64>) {
     let (mut snapshots, mut branches, mut memories, mut folds, mut saved_ones, mut exact) = (0, 0, 0, 0, 0, 0);
     for seed in seeds {
-        let world = lived(format, seed);
+        let world = lived(machine, seed);
         // What could be taken back comes back, too.
         let mut before = world.machine();
         for trash in world.machine().trash.into_keys() {
@@ -164,12 +175,17 @@ fn take_out(machine: &mut Machine, state: SnapshotId, before: &Machine, exact: b
 
 #[test]
 fn all_comes_back_of_a_machine_with_two_disks() {
-    all_comes_back(LayerFormat::Vhdx, 0..30);
+    all_comes_back(&machine(LayerFormat::Vhdx), 0..30);
 }
 
 #[test]
 fn and_of_one_with_vhds() {
-    all_comes_back(LayerFormat::Vhd, 100..130);
+    all_comes_back(&machine(LayerFormat::Vhd), 100..130);
+}
+
+#[test]
+fn all_comes_back_of_what_uefi_keeps() {
+    all_comes_back(&with_uefi(machine(LayerFormat::Vhdx)), 200..220);
 }
 
 /// The life of this seed, as it was every now and then.

@@ -6,6 +6,7 @@
 //! ```text
 //!   PCI slot   01 VGA   02 network   03 rng   04 virtio-scsi   08..17 virtio-blk, in the disks' order   1f chip set, AHCI
 //!   AHCI port  0..4 disks, in their order   5 CD drive
+//!   pflash     0 UEFI's code, read only     1 its variables
 //! ```
 
 use crate::error::{Error, Result};
@@ -28,6 +29,13 @@ pub const PID_FILE: &str = "qemu.pid";
 
 /// The id of the user-mode network.
 pub(crate) const NETDEV: &str = "net0";
+
+/// The node of UEFI's code.
+const FIRMWARE_CODE: &str = "firmware-code";
+/// The node of its variables.
+const FIRMWARE: &str = "firmware";
+/// The nodes that are no disks'.
+const TAKEN: [&str; 3] = ["cdrom", FIRMWARE, FIRMWARE_CODE];
 
 const FIRST_DISK_SLOT: usize = 0x08;
 const VIRTIO_DISKS: usize = 16;
@@ -71,6 +79,8 @@ pub struct Launch {
     pub disks: Vec<Disk>,
     /// An image for the CD drive; without one there is no drive.
     pub cdrom: Option<PathBuf>,
+    /// UEFI; without it the machine has QEMU's own BIOS.
+    pub uefi: Option<Uefi>,
     /// What is tried first.
     pub boot: Boot,
     /// A kernel to boot directly.
@@ -92,13 +102,29 @@ pub enum Accel {
     Tcg,
 }
 
-/// A disk: an NBD export on a unix socket.
+/// A disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Disk {
     /// Its id, node name and serial number: 1 to 20 of `a-z 0-9 -`, a letter first.
     pub id: String,
     /// How it is attached.
     pub bus: Bus,
+    /// Where it is served.
+    pub nbd: Nbd,
+}
+
+/// UEFI: flash memory in two units.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Uefi {
+    /// The file of its code, which is only read. It must have the same size wherever memory captured with it is restored.
+    pub code: PathBuf,
+    /// Where its variables are served: what the flash memory holds, of just its size.
+    pub variables: Nbd,
+}
+
+/// An NBD export on a unix socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Nbd {
     /// The NBD server's socket. A relative one lies in the run folder.
     pub socket: PathBuf,
     /// The export's name on that server.
@@ -186,8 +212,9 @@ impl Launch {
         let paths =
             [Some(&self.run_dir), Some(&self.console_log), self.cdrom.as_ref(), self.kernel.as_ref().map(|k| &k.image)];
         let initrd = self.kernel.as_ref().and_then(|k| k.initrd.as_ref());
+        let code = self.uefi.as_ref().map(|uefi| &uefi.code);
         // QEMU's working directory is the run folder: any other relative path would mean another file there.
-        for path in paths.into_iter().flatten().chain(initrd) {
+        for path in paths.into_iter().flatten().chain(initrd).chain(code) {
             if !path.is_absolute() {
                 return refuse(format!("the path {} is not absolute", path.display()));
             }
@@ -207,7 +234,7 @@ impl Launch {
             let good = disk.id.starts_with(|c: char| c.is_ascii_lowercase())
                 && disk.id.chars().all(letters)
                 && disk.id.len() <= 20;
-            if !good || disk.id == "cdrom" {
+            if !good || TAKEN.contains(&disk.id.as_str()) {
                 return Err(Error::Launch(format!("{:?} is no id of a disk", disk.id)));
             }
             if self.disks.iter().filter(|other| other.id == disk.id).count() > 1 {
@@ -238,7 +265,9 @@ impl Launch {
         }
         line.option("-name", Opts::new().with("guest", &self.name));
         line.pair("-uuid", &self.uuid);
-        line.option("-machine", Opts::of(&self.machine_type).with("dump-guest-core", "off").with("mem-merge", "off"));
+        let machine = Opts::of(&self.machine_type).with("dump-guest-core", "off").with("mem-merge", "off");
+        let flash = |machine: Opts| machine.with("pflash0", FIRMWARE_CODE).with("pflash1", FIRMWARE);
+        line.option("-machine", if self.uefi.is_some() { flash(machine) } else { machine });
         line.pair("-accel", accel).pair("-cpu", &self.cpu_model);
         // RAM stays private and anonymous (no memory backend): the only kind whose write protection costs next to nothing.
         line.pair("-m", format!("{}M", self.memory / MIB)).pair("-smp", self.cpus.to_string());
@@ -284,12 +313,16 @@ impl Launch {
     }
 
     fn storage(&self, line: &mut Line) {
+        if let Some(uefi) = &self.uefi {
+            line.option("-blockdev", file_node(FIRMWARE_CODE, &uefi.code));
+            line.option("-blockdev", uefi.variables.node(FIRMWARE));
+        }
         if self.disks.iter().any(|disk| disk.bus == Bus::Scsi) {
             line.option("-device", pci("virtio-scsi-pci", "scsi0", 0x04));
         }
         let (mut virtio, mut ahci, mut scsi) = (0, 0, 0);
         for (position, disk) in self.disks.iter().enumerate() {
-            line.option("-blockdev", disk.node());
+            line.option("-blockdev", disk.nbd.node(&disk.id));
             let id = format!("dev-{}", disk.id);
             let device = match disk.bus {
                 Bus::Virtio => pci("virtio-blk-pci", &id, FIRST_DISK_SLOT + count(&mut virtio)),
@@ -308,8 +341,7 @@ impl Launch {
             line.option("-device", device);
         }
         if let Some(image) = &self.cdrom {
-            let node = Opts::new().with("driver", "raw").with("node-name", "cdrom").with("read-only", "on");
-            line.option("-blockdev", node.with("file.driver", "file").with("file.filename", image));
+            line.option("-blockdev", file_node("cdrom", image));
             let drive = Opts::of("ide-cd")
                 .with("id", "dev-cdrom")
                 .with("bus", format!("ide.{CDROM_PORT}"))
@@ -341,11 +373,11 @@ impl Launch {
     }
 }
 
-impl Disk {
-    fn node(&self) -> Opts {
+impl Nbd {
+    fn node(&self, name: &str) -> Opts {
         Opts::new()
             .with("driver", "nbd")
-            .with("node-name", &self.id)
+            .with("node-name", name)
             .with("server.type", "unix")
             .with("server.path", &self.socket)
             .with("export", &self.export)
@@ -369,6 +401,12 @@ impl Publish {
 
 fn listening(id: &str, path: &str) -> Opts {
     Opts::of("socket").with("id", id).with("path", path).with("server", "on").with("wait", "off")
+}
+
+/// A file that is only read.
+fn file_node(name: &str, file: &Path) -> Opts {
+    let node = Opts::new().with("driver", "raw").with("node-name", name).with("read-only", "on");
+    node.with("file.driver", "file").with("file.filename", file)
 }
 
 fn pci(driver: &str, id: &str, slot: usize) -> Opts {
@@ -465,6 +503,7 @@ mod tests {
             console_log: "/logs/a,b/console.log".into(),
             disks: vec![],
             cdrom: None,
+            uefi: None,
             boot: Boot::Disk,
             kernel: None,
             nic: None,
@@ -474,8 +513,11 @@ mod tests {
     }
 
     fn disk(id: &str, bus: Bus) -> Disk {
-        let socket = format!("nbd-{id}.sock").into();
-        Disk { id: id.into(), bus, socket, export: id.into(), reconnect_delay: RECONNECT_DELAY }
+        Disk { id: id.into(), bus, nbd: nbd(id) }
+    }
+
+    fn nbd(id: &str) -> Nbd {
+        Nbd { socket: format!("nbd-{id}.sock").into(), export: id.into(), reconnect_delay: RECONNECT_DELAY }
     }
 
     fn words(launch: &Launch) -> Vec<String> {
@@ -532,11 +574,35 @@ mod tests {
         assert_eq!(line, expected);
     }
 
+    /// As above: what a captured machine with UEFI loads into.
+    #[test]
+    fn uefi_is_flash_memory_in_two_units() {
+        let mut launch = launch();
+        launch.disks = vec![disk("disk0", Bus::Virtio)];
+        let without = words(&launch);
+        launch.uefi = Some(Uefi { code: "/m/boot/code,fd".into(), variables: nbd("firmware") });
+        let machine = "pc-q35-7.2,dump-guest-core=off,mem-merge=off,pflash0=firmware-code,pflash1=firmware";
+        assert_eq!(values(&launch, "-machine"), [machine]);
+        let code = "driver=raw,node-name=firmware-code,read-only=on,file.driver=file,file.filename=/m/boot/code,,fd"
+            .to_owned();
+        let variables = "driver=nbd,node-name=firmware,server.type=unix,server.path=nbd-firmware.sock,export=firmware,\
+            reconnect-delay=20,discard=unmap,detect-zeroes=unmap";
+        assert_eq!(values(&launch, "-blockdev")[..2], [code, variables.to_owned()]);
+        // Nothing else of what a guest sees is another than with a BIOS.
+        let mut with = words(&launch);
+        let at = with.iter().position(|word| word == "-blockdev").expect("there are some");
+        with.drain(at..at + 4);
+        let at = with.iter().position(|word| word == machine).expect("it is there");
+        with[at] = machine.split(",pflash0").next().expect("as above").to_owned();
+        assert_eq!(with, without);
+    }
+
     #[test]
     fn commas_are_doubled_wherever_they_stand() {
         let mut launch = launch();
         launch.cdrom = Some("/a,,b/,.iso".into());
-        launch.disks = vec![Disk { socket: "/s,s".into(), export: "e,".into(), ..disk("disk0", Bus::Virtio) }];
+        let nbd = Nbd { socket: "/s,s".into(), export: "e,".into(), reconnect_delay: RECONNECT_DELAY };
+        launch.disks = vec![Disk { nbd, ..disk("disk0", Bus::Virtio) }];
         let nodes = values(&launch, "-blockdev");
         assert!(nodes[0].contains("server.path=/s,,s,export=e,,,reconnect-delay="), "{}", nodes[0]);
         assert!(nodes[1].ends_with("file.filename=/a,,,,b/,,.iso"), "{}", nodes[1]);
@@ -614,7 +680,11 @@ mod tests {
         assert!(bad(|l| l.boot = Boot::Cdrom).contains("CD"));
         assert!(bad(|l| l.boot = Boot::Net).contains("network"));
         assert!(bad(|l| l.disks = vec![disk("d", Bus::Scsi), disk("d", Bus::Ahci)]).contains("two disks"));
-        for id in ["", "0disk", "Disk", "disk_0", "a,b", "cdrom", "disk-with-a-long-name"] {
+        let uefi =
+            |code: &str| Launch { uefi: Some(Uefi { code: code.into(), variables: nbd("firmware") }), ..good.clone() };
+        assert!(refusal(&uefi("code.fd")).contains("code.fd"));
+        for id in ["", "0disk", "Disk", "disk_0", "a,b", "cdrom", "firmware", "firmware-code", "disk-with-a-long-name"]
+        {
             let launch = Launch { disks: vec![disk(id, Bus::Virtio)], ..good.clone() };
             assert!(refusal(&launch).contains("no id"), "{id}");
         }

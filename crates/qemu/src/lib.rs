@@ -29,8 +29,8 @@ pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
 pub use hugepages::{Collapse, HUGE_PAGE, collapses};
 pub use launch::{
-    Accel, Boot, Bus, Disk, Kernel, Launch, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
-    SPARE_QMP_SOCKET, VNC_SOCKET,
+    Accel, Boot, Bus, Disk, Kernel, Launch, Nbd, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
+    SPARE_QMP_SOCKET, Uefi, VNC_SOCKET,
 };
 pub use migrate::{Capture, CaptureMode, Point, Restore, RestoreMode, Stream, lent};
 pub use probe::{BINARY_VARIABLE, Installed, best_accel, cpu_model, find_binary, kvm, userfaultfd};

@@ -4,7 +4,7 @@
 
 use qemu::{
     Accel, Boot, Bus, Capture, CaptureMode, Console, ConsoleReader, Disk, Ending, Error, EventKind, Identity,
-    Installed, Launch, MigrationStatus, Nic, Publish, Qemu, RestoreMode, RunState,
+    Installed, Launch, MigrationStatus, Nbd, Nic, Publish, Qemu, RestoreMode, RunState,
 };
 use std::future::Future;
 use std::io::{Read, Write};
@@ -74,6 +74,7 @@ impl Place {
             console_log: self.path("console, its log"),
             disks: vec![],
             cdrom: None,
+            uefi: None,
             boot: Boot::Disk,
             kernel: None,
             nic: None,
@@ -741,9 +742,8 @@ fn an_outage_of_a_disk_stops_the_guest_and_is_survived() {
         std::fs::write(&image, content).expect("an image");
         let Some(server) = serve(&image, &socket, "disk0").await else { return };
         // The shortest there is: held for a second, then the request fails.
-        let (export, reconnect_delay) = ("disk0".into(), Duration::from_secs(1));
-        launch.disks =
-            vec![Disk { id: "disk0".into(), bus: Bus::Virtio, socket: "nbd.sock".into(), export, reconnect_delay }];
+        let nbd = Nbd { socket: "nbd.sock".into(), export: "disk0".into(), reconnect_delay: Duration::from_secs(1) };
+        launch.disks = vec![Disk { id: "disk0".into(), bus: Bus::Virtio, nbd }];
         let console = place.console();
         let mut reader = console.reader();
         let qemu = start(&launch).await;
@@ -820,8 +820,8 @@ fn disks_of_every_kind() {
             let socket = format!("nbd-{id},1.sock");
             let Some(server) = serve(&image, &launch.run_dir.join(&socket), id).await else { return };
             servers.push(server);
-            let (export, reconnect_delay) = (id.into(), qemu::RECONNECT_DELAY);
-            launch.disks.push(Disk { id: id.into(), bus, socket: socket.into(), export, reconnect_delay });
+            let nbd = Nbd { socket: socket.into(), export: id.into(), reconnect_delay: qemu::RECONNECT_DELAY };
+            launch.disks.push(Disk { id: id.into(), bus, nbd });
         }
         let console = place.console();
         let mut reader = console.reader();

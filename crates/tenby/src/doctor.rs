@@ -1,6 +1,7 @@
-//! What this host offers: QEMU, KVM, userfaultfd, the file system's features; what is missing, and what that costs.
+//! What this host offers: QEMU, KVM, userfaultfd, UEFI, the file system's features; what is missing, and what that costs.
 
 use crate::draw::{Look, plain, size};
+use machine::firmware::Ovmf;
 use machine::request::Problem;
 use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, XattrFlags};
 use serde::Serialize;
@@ -66,6 +67,11 @@ pub(crate) async fn examine(root: &Path) -> Findings {
                 .map(|()| "a guest's memory is put into huge pages again after each snapshot".to_owned())
                 .map_err(|error| error.to_string()),
             "a guest's second snapshot pauses it longer, by some 25 ms for each GiB of its memory: run tenby as root",
+        ),
+        Check::new(
+            "UEFI",
+            Ovmf::find().map(|ovmf| format!("OVMF ({})", ovmf.folder().display())).map_err(|problem| problem.message),
+            "machines have a BIOS, and `vm create --firmware uefi` makes none: apt-get install ovmf",
         ),
     ];
     checks.extend(file_system(root));

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
 
@@ -23,14 +24,26 @@ pub(crate) fn mount() {
     }
 }
 
-/// Loads the drivers. One that is missing shows by its device.
+/// Loads the drivers. One that is missing shows by its device, and one may have nothing to drive here.
 pub(crate) fn load_modules() {
     let Ok(order) = std::fs::read_to_string(MODULES) else { return };
     for name in order.lines() {
         let Ok(file) = File::open(Path::new("/modules").join(name)) else { continue };
-        if let Err(error) = rustix::system::finit_module(&file, c"", 0) {
-            eprintln!("{name}: {error}");
+        match rustix::system::finit_module(&file, c"", 0) {
+            Ok(()) | Err(Errno::NODEV) => {}
+            Err(error) => eprintln!("{name}: {error}"),
         }
+    }
+}
+
+/// Mounts the variables of the firmware, if that is a UEFI. Needs the drivers.
+pub(crate) fn mount_firmware() {
+    let place = "/sys/firmware/efi/efivars";
+    if !Path::new(place).exists() {
+        return;
+    }
+    if let Err(error) = rustix::mount::mount("efivarfs", place, "efivarfs", MountFlags::empty(), None::<&CStr>) {
+        eprintln!("{place}: {error}");
     }
 }
 

@@ -26,6 +26,7 @@ fn main() {
     if std::process::id() == 1 {
         boot::mount();
         boot::load_modules();
+        boot::mount_firmware();
     }
     let witness = Arc::new(verbs::Witness::wake());
     witness.start_threads();

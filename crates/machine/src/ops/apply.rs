@@ -247,7 +247,9 @@ impl Owner {
             Some(_) => views::written(machine, &self.keeper.files, *leaf),
             None => 0,
         };
-        let disks: Vec<u64> = now.disks.values().map(written).filter(|bytes| *bytes > 0).collect();
+        // The guest's: what its firmware keeps, every start changes.
+        let disks = now.config.disks.iter().filter_map(|disk| now.disks.get(&disk.id));
+        let disks: Vec<u64> = disks.map(written).filter(|bytes| *bytes > 0).collect();
         let mut parts = Vec::new();
         if !disks.is_empty() {
             let plural = if disks.len() == 1 { "" } else { "s" };

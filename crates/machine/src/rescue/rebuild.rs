@@ -13,8 +13,8 @@ use super::links::Links;
 use super::sane;
 use crate::label::{Head, Label, Present};
 use crate::tree::{
-    Config, DiskId, LayerId, LayerKind, LayerRow, Machine, MachineId, Now, Snapshot, SnapshotId, SnapshotState, State,
-    Stats,
+    Config, DiskId, Firmware, LayerId, LayerKind, LayerRow, Machine, MachineId, Now, Snapshot, SnapshotId,
+    SnapshotState, State, Stats,
 };
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -164,7 +164,7 @@ impl<'a> Rebuild<'a> {
     fn disk_ids(&mut self) -> Vec<Option<DiskId>> {
         let roots: Vec<usize> = self.all().map(|at| self.root(at)).collect();
         let mut of_root: BTreeMap<usize, DiskId> = BTreeMap::new();
-        let disk = |at: usize| self.label(at).and_then(|label| label.disk.clone()).filter(sane::is_disk);
+        let disk = |at: usize| self.label(at).and_then(|label| label.disk.clone()).filter(sane::is_known);
         for at in self.all().filter(|at| self.is_disk(*at)) {
             if let Some(disk) = disk(at) {
                 of_root.entry(roots[at]).or_insert(disk);
@@ -186,7 +186,7 @@ impl<'a> Rebuild<'a> {
             self.unknown.push(Unknown::of(&self.file(root).file, what));
             of_root.insert(root, id);
         }
-        let disk = |at: usize| self.label(at).and_then(|label| label.disk.clone()).filter(sane::is_disk);
+        let disk = |at: usize| self.label(at).and_then(|label| label.disk.clone()).filter(sane::is_known);
         let of = |at: usize| disk(at).or_else(|| of_root.get(&roots[at]).cloned());
         self.all().map(|at| of(at).filter(|_| self.is_disk(at))).collect()
     }
@@ -224,7 +224,8 @@ impl<'a> Rebuild<'a> {
         let name = snapshot.name.clone();
         self.make_sane(&mut snapshot.config, &name);
         let said = |what: String| Unknown { file: None, what: format!("{name}: {what}") };
-        let before = snapshot.disks.len();
+        let of_guest = |snapshot: &Snapshot| snapshot.disks.keys().any(sane::is_disk);
+        let had_some = of_guest(&snapshot);
         let lost: Vec<DiskId> = snapshot
             .disks
             .iter()
@@ -235,7 +236,7 @@ impl<'a> Rebuild<'a> {
             snapshot.disks.remove(disk);
             self.unknown.push(said(format!("what it held of {disk} is lost")));
         }
-        if snapshot.disks.is_empty() && before > 0 {
+        if had_some && !of_guest(&snapshot) {
             self.unknown.push(said("none of its disks is left, so it does not come back".to_owned()));
             return None;
         }
@@ -275,10 +276,13 @@ impl<'a> Rebuild<'a> {
         self.by_id.get(&id).copied().filter(|at| self.is_good(*at) && self.file(*at).kind == LayerKind::Disk)
     }
 
-    /// The configuration has these disks, of the size that their files have.
+    /// The configuration has these disks, of the size that their files have. (Of a firmware's that is lost there will be another.)
     fn fit(&self, config: &mut Config, disks: &BTreeMap<DiskId, LayerId>) {
         config.disks.retain(|disk| disks.contains_key(&disk.id));
-        for (id, layer) in disks {
+        if disks.contains_key(&DiskId::firmware()) {
+            config.firmware = Firmware::Uefi;
+        }
+        for (id, layer) in disks.iter().filter(|(id, _)| sane::is_disk(id)) {
             let size = self.by_id.get(layer).map_or(0, |at| self.file(*at).info.size);
             match config.disks.iter_mut().find(|disk| &disk.id == id) {
                 Some(disk) => disk.size = size,
@@ -341,7 +345,7 @@ impl<'a> Rebuild<'a> {
         let mut seen = BTreeSet::new();
         let is_leaf = |id: &LayerId| self.by_id.get(id).is_some_and(|at| leaves.contains(at) && self.is_good(*at));
         !now.disks.is_empty()
-            && now.disks.iter().all(|(disk, id)| sane::is_disk(disk) && is_leaf(id) && seen.insert(id))
+            && now.disks.iter().all(|(disk, id)| sane::is_known(disk) && is_leaf(id) && seen.insert(id))
     }
 
     /// Where no label helps: one leaf for each disk can only be the present.

@@ -38,6 +38,11 @@ pub(super) fn is_disk(id: &DiskId) -> bool {
     number.is_some_and(|n| n == "0" || (!n.is_empty() && !n.starts_with('0')))
 }
 
+/// The same, or the firmware's.
+pub(super) fn is_known(id: &DiskId) -> bool {
+    is_disk(id) || *id == DiskId::firmware()
+}
+
 /// A name, or another one.
 pub(super) fn name(name: &str, other: &str) -> String {
     let clean: String = name.chars().map(|c| if c == '/' || c == '@' { '-' } else { c }).collect();
@@ -78,7 +83,7 @@ fn is_port(port: &Publish) -> bool {
 /// Takes what makes no sense out of a snapshot's row, but for its configuration.
 pub(super) fn snapshot(snapshot: &mut Snapshot) {
     snapshot.name = name(&snapshot.name, "a snapshot");
-    snapshot.disks.retain(|disk, _| is_disk(disk));
+    snapshot.disks.retain(|disk, _| is_known(disk));
     if !matches!(snapshot.vm_state, State::Off | State::Running | State::Paused | State::Saved) {
         snapshot.vm_state = State::Off;
     }

@@ -16,7 +16,9 @@ use machine::plan::{Take, Written as Memory};
 use machine::ram;
 use machine::request::{JobState, Problem, ProblemKind};
 use machine::steps::Steps;
-use machine::tree::{DiskId, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats, TrashId};
+use machine::tree::{
+    DiskId, Firmware, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats, TrashId,
+};
 use memory::stream::{Block, DeviceState, Emitter, PAGE};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -266,6 +268,10 @@ impl World {
         let (disk, runtime) = (Sim::new(), Sim::new());
         let files = files(&disk);
         files.create_folders().expect("folders");
+        if machine.now.config.firmware == Firmware::Uefi {
+            let boot = files.folder().folder("boot").expect("it was made");
+            boot.create("firmware").and_then(|code| code.sync()).and_then(|()| boot.sync()).expect("its code");
+        }
         let mut machine = machine.clone();
         // Every other machine keeps what is deleted or discarded.
         machine.policy.undo_for = (seed % 2) * 3600;

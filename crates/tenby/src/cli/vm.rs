@@ -18,6 +18,7 @@ pub(crate) enum Verb {
     /// Make a machine
     #[command(after_help = "Examples:
   tenby vm create web --disk new:20G --cdrom debian.iso --boot cdrom
+  tenby vm create new --firmware uefi --disk new:20G --cdrom debian.iso --boot cdrom
   tenby vm create old --memory 2G --disk /srv/old.raw,format=raw --publish 8080:80
   tenby vm create big --disk /srv/big.vhdx,in-place")]
     Create(Box<CreateArgs>),
@@ -209,7 +210,7 @@ pub(crate) struct CreateArgs {
     /// The kernel's command line
     #[arg(long, value_name = "STRING", default_value = "", hide_default_value = true, requires = "kernel")]
     append: String,
-    /// The firmware
+    /// The firmware, for the machine's life
     #[arg(long, value_enum, default_value = "bios")]
     firmware: FirmwareArg,
     /// The network
@@ -328,11 +329,11 @@ impl From<BootArg> for Boot {
 }
 
 /// A machine's firmware.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, ValueEnum)]
 enum FirmwareArg {
     /// A BIOS
     Bios,
-    /// UEFI
+    /// UEFI; its boot entries and other variables are part of each snapshot
     Uefi,
 }
 
@@ -443,9 +444,6 @@ async fn create(session: &Session, args: CreateArgs) -> Result<(), Problem> {
     if args.from.is_some() {
         return Err(later("`tenby vm create --from`"));
     }
-    if args.firmware == FirmwareArg::Uefi {
-        return Err(later("`--firmware uefi`"));
-    }
     let path = |path: &Option<PathBuf>| path.as_deref().map(words::existing_file).transpose();
     let spec = Create {
         name: args.name,
@@ -454,7 +452,10 @@ async fn create(session: &Session, args: CreateArgs) -> Result<(), Problem> {
         disks: args.disks.iter().map(words::DiskArg::spec).collect::<Result<_, _>>()?,
         cdrom: path(&args.cdrom)?,
         boot: args.boot.into(),
-        firmware: Firmware::Bios,
+        firmware: match args.firmware {
+            FirmwareArg::Bios => Firmware::Bios,
+            FirmwareArg::Uefi => Firmware::Uefi,
+        },
         kernel: path(&args.kernel)?,
         initrd: path(&args.initrd)?,
         append: args.append,

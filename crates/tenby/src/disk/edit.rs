@@ -45,7 +45,8 @@ pub(super) async fn check_still(path: &Path, out: &Out) -> Result<(), Problem> {
             .hint(format!("tenby job list {}", quoted(name))));
     }
     let own = canonicalize(path).ok();
-    let written = view.disks.iter().any(|disk| canonicalize(&disk.file).ok() == own);
+    let files = view.disks.iter().map(|disk| &disk.file).chain(view.variables.iter().map(|kept| &kept.file));
+    let written = files.into_iter().any(|file| canonicalize(file).ok() == own);
     if written && !matches!(view.state, State::Off | State::Saved) {
         return Err(Problem::refused(format!(
             "{file} is being written: the machine {name} is {}",

@@ -3,7 +3,7 @@
 use super::{COLUMNS, Look, count, duration, plain, short, size, state_word, with_doing};
 use anstyle::Style;
 use machine::request::{Pending, SnapshotView, TreeView, Undo, View};
-use machine::tree::{Config, SnapshotId, SnapshotState};
+use machine::tree::{Config, Firmware, SnapshotId, SnapshotState};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
@@ -263,7 +263,8 @@ fn pause(snapshot: &SnapshotView) -> Option<String> {
 
 fn configuration(config: &Config) -> String {
     let kind = config.machine_type.as_deref().unwrap_or("its machine type is chosen at the first start");
-    format!("{}, {}, {kind}", size(config.memory), count(config.cpus as usize, "processor"))
+    let firmware = if config.firmware == Firmware::Uefi { ", UEFI" } else { "" };
+    format!("{}, {}, {kind}{firmware}", size(config.memory), count(config.cpus as usize, "processor"))
 }
 
 /// How Now's configuration differs from a snapshot's, a line each.
@@ -305,7 +306,7 @@ mod tests {
     use super::super::tests::look;
     use super::*;
     use machine::request::{DiskView, NowView, Pages};
-    use machine::tree::{Accel, Boot, DiskId, Firmware, Net, NetMode, State};
+    use machine::tree::{Accel, Boot, DiskId, Net, NetMode, State};
     use uuid::Uuid;
 
     const MEGA: u64 = 1 << 20;
@@ -520,6 +521,7 @@ mod tests {
             memory: 1 << 30,
             cpus: 2,
             disks: Vec::new(),
+            variables: None,
             config: Config { memory: 1 << 30, cpus: 2, ..config() },
             policy: machine::tree::Policy::default(),
             net: config().net,

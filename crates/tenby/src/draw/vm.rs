@@ -74,6 +74,7 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
     if let Some(cdrom) = &view.config.cdrom {
         say("CD", &plain(cdrom));
     }
+    say("firmware", &firmware(view));
     let kind = view.config.machine_type.as_deref().unwrap_or("chosen at the first start");
     say("machine", &format!("{kind}, boots from {}, acceleration {}", boots(view), word(view.config.accel)));
     say("made", look.date(view.created).trim());
@@ -90,6 +91,12 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
         say("note", &plain(&view.note));
     }
     out
+}
+
+fn firmware(view: &View) -> String {
+    let variables =
+        view.variables.as_ref().map(|kept| format!(", variables {} in {}", size(kept.bytes), plain(&kept.file)));
+    word(view.config.firmware) + &variables.unwrap_or_default()
 }
 
 fn boots(view: &View) -> String {
