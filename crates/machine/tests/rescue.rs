@@ -247,7 +247,8 @@ fn check_one(rows: &ledger::State, files: &Files, id: SnapshotId, model: &Model)
     content.memory = content.memory.filter(|_| found.memory.is_some());
     rows.machine.now.memory = None;
     let snapshots = BTreeMap::from([(id, content)]);
-    let model = Model { snapshots, trash: BTreeMap::new(), disks: BTreeMap::new(), saved: None };
+    let (trash, disks, ended) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let model = Model { snapshots, trash, disks, saved: None, ended };
     Some(model.check(&rows, files, None))
 }
 

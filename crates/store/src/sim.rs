@@ -74,17 +74,19 @@ pub struct Synced {
     pub name: String,
     /// The number of the operation.
     pub operation: u64,
+    /// The newest of those that it made durable.
+    pub newest: u64,
     /// Who asked for it.
     pub by: Backtrace,
 }
 
-/// What a power cut leaves if a sync did nothing and said that it did. See [`Sim::without_sync`].
+/// A disk of which a sync did nothing and said that it did, for [`Sim::after_crash`]. See [`Sim::without_sync`].
 #[derive(Debug)]
 pub struct Unsynced {
-    /// Of what is not synced either, nothing is left.
-    pub nothing: Sim,
-    /// All else is left.
-    pub all_else: Sim,
+    /// What it covered is pending: any of it may be lost.
+    pub open: Sim,
+    /// What it covered is lost, whatever comes of later operations.
+    pub lost: Sim,
 }
 
 /// A simulated disk. A clone is the same disk.
@@ -174,14 +176,18 @@ impl Sim {
         lock(&self.disk).inodes.values().filter_map(Inode::last).cloned().collect()
     }
 
-    /// What a power cut now may leave if one of [`Sim::last_syncs`], by the number of its operation, had done nothing. So one run shows what becomes of every
-    /// sync that is forgotten, or that comes too late: a run does not see what is durable. (What a sync before the last one did, the last one did as well.)
+    /// This disk, had one of [`Sim::last_syncs`], by the number of its operation, done nothing. So one run shows what becomes of every sync that is
+    /// forgotten, or that comes too late: a run does not see what is durable. (What a sync before the last one did, the last one did as well.)
     pub fn without_sync(&self, operation: u64) -> Option<Unsynced> {
         let disk = lock(&self.disk);
         let is_it = |inode: &Inode| inode.last().is_some_and(|sync| sync.operation == operation);
-        let id = *disk.inodes.iter().find(|(_, inode)| is_it(inode))?.0;
-        let state = |crash| Self::with_inodes(disk.after_crash_without(id, crash));
-        Some(Unsynced { nothing: state(Crash::Nothing), all_else: state(Crash::Everything) })
+        let (id, inode) = disk.inodes.iter().find(|(_, inode)| is_it(inode))?;
+        let with = |inode| {
+            let mut inodes = disk.inodes.clone();
+            inodes.insert(*id, inode);
+            Self::with_inodes(inodes)
+        };
+        Some(Unsynced { open: with(inode.without_sync()), lost: with(inode.without_synced()) })
     }
 
     /// Lets all operations succeed again.
@@ -325,6 +331,32 @@ impl Inode {
             }
         }
     }
+
+    /// As if what the last sync covered had been lost.
+    fn without_synced(&self) -> Self {
+        match self.clone() {
+            Self::File(mut file) => {
+                if let Some((_, durable, _)) = file.last.take() {
+                    (file.durable, file.diverged) = (durable, true);
+                }
+                Self::File(file)
+            }
+            Self::Folder(mut folder) => {
+                if let Some((_, durable, mut lost)) = folder.last.take() {
+                    folder.durable = durable;
+                    // What follows something that is lost is lost as well.
+                    folder.pending.retain(|change| {
+                        let kept = !lost.iter().any(|(_, earlier)| change.1.follows(earlier));
+                        if !kept {
+                            lost.push(change.clone());
+                        }
+                        kept
+                    });
+                }
+                Self::Folder(folder)
+            }
+        }
+    }
 }
 
 struct Fault {
@@ -421,12 +453,6 @@ impl Disk {
         }
     }
 
-    /// A sync that is to be remembered.
-    fn synced(&self, name: &str, operation: u64) -> Option<Arc<Synced>> {
-        let synced = || Synced { name: name.to_owned(), operation, by: Backtrace::force_capture() };
-        self.remembers.then(|| Arc::new(synced()))
-    }
-
     fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
@@ -486,17 +512,6 @@ impl Disk {
         let unsynced = self.unsynced();
         let choice = Choice { crash, unsynced: &unsynced };
         Self::reached(|id| self.inodes[&id].crashed(&choice))
-    }
-
-    /// The same, but that the last sync of `without` has done nothing, and that none of what it covered is left, nor what came later.
-    fn after_crash_without(&self, without: u64, crash: Crash) -> BTreeMap<u64, Inode> {
-        let unsynced = self.unsynced();
-        let (nothing, choice) =
-            (Choice { crash: Crash::Nothing, unsynced: &[] }, Choice { crash, unsynced: &unsynced });
-        Self::reached(|id| match &self.inodes[&id] {
-            inode if id == without => inode.without_sync().crashed(&nothing),
-            inode => inode.crashed(&choice),
-        })
     }
 
     /// What is found from the root on, each as `after` says.
@@ -576,7 +591,7 @@ impl FileInode {
         let start = start / SECTOR * SECTOR;
         let mut data = vec![0; (end.next_multiple_of(SECTOR) - start) as usize];
         self.content.read(&mut data, start);
-        self.pending.push((number, FileOp::Write { offset: start, data, end: reaches }));
+        self.pending.push((number, FileOp::Write { offset: start, data: data.into(), end: reaches }));
     }
 
     fn set_len(&mut self, number: u64, len: u64) {
@@ -634,6 +649,12 @@ impl FolderInode {
         change.apply(&mut self.entries);
         self.pending.push((number, change));
     }
+}
+
+/// A sync that is asked for now, unless it has nothing to do.
+fn synced<O>(name: &str, operation: u64, pending: &[(u64, O)]) -> Option<Arc<Synced>> {
+    let newest = pending.last()?.0;
+    Some(Arc::new(Synced { name: name.to_owned(), operation, newest, by: Backtrace::force_capture() }))
 }
 
 /// How an operation that was carried out ends.
@@ -832,9 +853,9 @@ impl Folder for SimFolder {
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
             Fate::Done(number) => {
-                let synced = disk.synced(&self.name, number);
+                let remembers = disk.remembers;
                 let folder = disk.folder(self.inode);
-                if let Some(synced) = synced.filter(|_| !folder.pending.is_empty()) {
+                if let Some(synced) = remembers.then(|| synced(&self.name, number, &folder.pending)).flatten() {
                     folder.last = Some((synced, folder.durable.clone(), folder.pending.clone()));
                 }
                 folder.settle(Crash::Everything);
@@ -986,9 +1007,9 @@ impl Store for SimFile {
         let mut disk = lock(&self.disk);
         match disk.begin(Sort::Sync, "sync", &self.name)? {
             Fate::Done(number) => {
-                let synced = disk.synced(&self.name, number);
+                let remembers = disk.remembers;
                 let file = disk.file(self.inode);
-                if let Some(synced) = synced.filter(|_| !file.pending.is_empty()) {
+                if let Some(synced) = remembers.then(|| synced(&self.name, number, &file.pending)).flatten() {
                     file.last = Some((synced, Arc::clone(&file.durable), file.pending.clone()));
                 }
                 file.settle(Crash::Everything);

@@ -340,3 +340,38 @@ fn a_copy_is_the_disk_as_it_was_then() {
         }
     }
 }
+
+#[test]
+fn a_sync_that_did_nothing_can_be_looked_at() {
+    let (sim, root, file) = disk(512);
+    sim.remember_syncs();
+    file.write_at(&[2; 512], 0).expect("write");
+    file.sync().expect("sync");
+    file.write_at(&[3; 512], 512).expect("write");
+    root.rename("a", "b").expect("rename");
+    root.sync().expect("sync");
+    root.rename("b", "c").expect("rename");
+    let [of_names, of_file] = &*sim.last_syncs() else { panic!("two syncs are remembered") };
+    let (first, second) = ([[1; 512], [2; 512]], [[0; 512], [3; 512]]);
+
+    let without = sim.without_sync(of_file.operation).expect("remembered");
+    let of = |start: [u8; 512], then: Option<[u8; 512]>| {
+        Some([start.as_slice(), then.as_ref().map_or(&[], |then| then)].concat())
+    };
+    let all = |starts: &[[u8; 512]]| -> BTreeSet<_> {
+        let ends = [None, Some(second[0]), Some(second[1])];
+        starts.iter().flat_map(|start| ends.map(|end| of(*start, end))).collect()
+    };
+    let seen = |sim: &Sim| -> BTreeSet<_> {
+        ["b", "c"].iter().flat_map(|name| states(sim, name)).flatten().map(Some).collect()
+    };
+    assert_eq!(seen(&without.open), all(&first), "it may be lost, and what came later as well");
+    assert_eq!(seen(&without.lost), all(&first[..1]), "it is lost, and what came later may be there");
+
+    let without = sim.without_sync(of_names.operation).expect("remembered");
+    let names = |sim: &Sim| -> BTreeSet<_> {
+        Crash::several(7, 500).flat_map(|crash| sim.after_crash(crash).root().list().expect("a list")).collect()
+    };
+    assert_eq!(names(&without.open), ["a", "b", "c"].map(String::from).into());
+    assert_eq!(names(&without.lost), ["a".to_owned()].into(), "a name does not change without what came before");
+}

@@ -55,9 +55,7 @@ impl Journal {
 
     /// Changes the header, durably. The second copy follows without a sync: the first is enough to be sound.
     pub(crate) fn set_header(&mut self, store: &dyn Store, change: impl FnOnce(&mut Header)) -> Result<()> {
-        if self.header_unsynced {
-            self.sync(store)?;
-        }
+        self.sync_second(store)?;
         let mut header = self.header;
         change(&mut header);
         self.put_header(store, header)?;
@@ -67,6 +65,11 @@ impl Journal {
             Err(error) if error.kind == ErrorKind::NoSpace => Ok(()),
             second => second,
         }
+    }
+
+    /// Makes the header's second copy durable.
+    fn sync_second(&mut self, store: &dyn Store) -> Result<()> {
+        if self.header_unsynced { self.sync(store) } else { Ok(()) }
     }
 
     fn put_header(&mut self, store: &dyn Store, mut header: Header) -> Result<()> {
@@ -147,9 +150,7 @@ impl Journal {
             self.sync(store)?;
             self.set_header(store, |header| header.log = Uuid::nil())?;
         }
-        if self.header_unsynced || self.pages_unsynced {
-            self.sync(store)?;
-        }
+        self.sync_second(store)?;
         (self.newest, self.next, self.sequence) = (0, 0, 1);
         Ok(())
     }

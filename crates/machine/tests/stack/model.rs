@@ -3,7 +3,8 @@
 use image::{Access, Chain, RunKind};
 use machine::files::Files;
 use machine::ledger::State as Rows;
-use machine::tree::{DiskId, LayerId, Snapshot, SnapshotId};
+use machine::request::JobState;
+use machine::tree::{DiskId, JobId, LayerId, Snapshot, SnapshotId};
 use memory::stream::{Event, PAGE, Parser};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ pub(crate) type Live = BTreeMap<DiskId, Arc<Chain>>;
 pub(crate) type Checked = Result<(), String>;
 
 /// A disk that is written: what was flushed, and what each sector was since.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Hash)]
 pub(crate) struct Written {
     flushed: Vec<u32>,
     since: BTreeMap<u64, Vec<u32>>,
@@ -62,14 +63,14 @@ impl Written {
 }
 
 /// What a snapshot holds, to the last sector.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Hash)]
 pub(crate) struct Content {
     pub(crate) disks: BTreeMap<DiskId, Vec<u32>>,
     pub(crate) memory: Option<Vec<u32>>,
 }
 
 /// What a machine holds.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Hash)]
 pub(crate) struct Model {
     pub(crate) snapshots: BTreeMap<SnapshotId, Content>,
     /// What can be taken back.
@@ -77,6 +78,8 @@ pub(crate) struct Model {
     pub(crate) disks: BTreeMap<DiskId, Written>,
     /// The memory of a machine that is saved.
     pub(crate) saved: Option<Vec<u32>>,
+    /// How requests have ended.
+    pub(crate) ended: BTreeMap<JobId, JobState>,
 }
 
 impl Model {
@@ -97,6 +100,11 @@ impl Model {
         }
         for (id, content) in &self.trash {
             check_snapshot(rows, files, trash[id], content).map_err(|error| format!("in the trash: {error}"))?;
+        }
+        // Of those that are remembered.
+        let ended = |(id, state): (&JobId, &JobState)| rows.job(*id).is_none_or(|job| job.state == *state);
+        if !self.ended.iter().all(ended) {
+            return Err("a request has ended in another way".to_owned());
         }
         for (disk, written) in &self.disks {
             let leaf = machine.now.disks.get(disk).ok_or("a disk of Now is missing")?;

@@ -144,6 +144,8 @@ struct Truth {
     trash: BTreeMap<SnapshotId, Content>,
     disks: BTreeMap<DiskId, Written>,
     saved: Option<Vec<u32>>,
+    /// How requests have ended, as their owners were told.
+    ended: BTreeMap<JobId, JobState>,
     next: Option<Next>,
     /// What is under way.
     doing: &'static str,
@@ -157,9 +159,10 @@ impl Truth {
             trash: next.trash,
             disks: next.disks.unwrap_or_else(|| self.disks.clone()),
             saved: next.saved,
+            ended: self.ended.clone(),
         });
-        let (snapshots, trash) = (self.snapshots.clone(), self.trash.clone());
-        let now = Model { snapshots, trash, disks: self.disks.clone(), saved: self.saved.clone() };
+        let (snapshots, trash, ended) = (self.snapshots.clone(), self.trash.clone(), self.ended.clone());
+        let now = Model { snapshots, trash, disks: self.disks.clone(), saved: self.saved.clone(), ended };
         std::iter::once(now).chain(next).collect()
     }
 
@@ -286,7 +289,8 @@ impl World {
             |leaf: &LayerId| files.open_layer(&machine.layers[leaf], store::Mode::Read).expect("a base").info().size;
         let disks = machine.now.disks.iter().map(|(id, leaf)| (id.clone(), empty(size(leaf)))).collect();
         let (snapshots, trash) = (BTreeMap::new(), BTreeMap::new());
-        let truth = Truth { snapshots, trash, disks, saved: None, next: None, doing: "nothing" };
+        let ended = BTreeMap::new();
+        let truth = Truth { snapshots, trash, disks, saved: None, ended, next: None, doing: "nothing" };
         let (truth, ram) = (Arc::new(Mutex::new(truth)), vec![0; PAGES]);
         let (chains, dice) = (Live::new(), Dice::new(!seed));
         let guest = Guest { chains, asked: None, truth: Arc::clone(&truth), ram, versions: 0, dice };
@@ -470,8 +474,18 @@ impl World {
             self.keeper().undo(&task);
         }
         let cancelled = outcome.as_ref().is_err_and(|problem| problem.kind == ProblemKind::Cancelled);
-        self.keeper().finish(&task, &outcome);
+        self.finish(&task, &outcome);
         if cancelled && self.disk.powered() { Ok(()) } else { outcome.map(drop) }
+    }
+
+    /// A request has ended, and that it has is known.
+    fn finish(&self, task: &Task, outcome: &Result<Value>) {
+        self.keeper().finish(task, outcome);
+        // On a disk that fails it may not be noted; a refusal never is.
+        let rows = self.keeper().rows();
+        if let Some(job) = rows.job(task.id()).filter(|job| job.state.ended() && self.disk.powered()) {
+            self.truth().ended.insert(job.id, job.state);
+        }
     }
 
     fn start(&mut self) -> Result<()> {
@@ -755,7 +769,7 @@ impl World {
         let keeper = self.keeper();
         let outcome = keeper.folded(folded, self.disks.as_mut());
         let cancelled = outcome.as_ref().is_err_and(|problem| problem.kind == ProblemKind::Cancelled);
-        self.keeper().finish(folded.task(), &outcome);
+        self.finish(folded.task(), &outcome);
         if cancelled { Ok(()) } else { outcome.map(drop) }
     }
 

@@ -2,6 +2,7 @@
 
 use super::pages::{PAGE, Pages};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// Bytes that a device writes at once: a sector is old or new, never torn.
 pub(super) const SECTOR: u64 = 512;
@@ -114,7 +115,7 @@ pub(super) fn mix(value: u64) -> u64 {
 #[derive(Clone)]
 pub(super) enum FileOp {
     /// Whole sectors as they were in the cache after the write, which reached up to `end`.
-    Write { offset: u64, data: Vec<u8>, end: u64 },
+    Write { offset: u64, data: Arc<[u8]>, end: u64 },
     /// Whole sectors that became zeros.
     Zero { offset: u64, len: u64 },
     /// A new length.
@@ -181,7 +182,7 @@ impl NameOp {
     }
 
     /// Whether this change means nothing without the earlier one: they share a name or a file.
-    fn follows(&self, earlier: &Self) -> bool {
+    pub(super) fn follows(&self, earlier: &Self) -> bool {
         self.inode() == earlier.inode() || self.names().iter().any(|name| earlier.names().contains(name))
     }
 
