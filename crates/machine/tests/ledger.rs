@@ -375,7 +375,7 @@ fn a_newer_ledger_is_refused() {
     set("format", Some(b"7"));
     let error = Ledger::open(&folder).expect_err("newer");
     assert_eq!(error.kind, ErrorKind::Newer);
-    assert!(error.message.contains("format 7") && error.message.contains("formats up to 2"), "{error}");
+    assert!(error.message.contains("format 7") && error.message.contains("formats up to 3"), "{error}");
     assert_eq!(Ledger::read(&folder).expect_err("newer").kind, ErrorKind::Newer);
     for (key, value, words) in [
         ("format", Some(&b"1"[..]), ""),
