@@ -323,6 +323,14 @@ impl Folder for Shelf {
         Ok(())
     }
 
+    fn link(&self, name: &str, _: &dyn Folder, _: &str) -> Result<()> {
+        Self::refuse(ErrorKind::CannotLink, "link", name)
+    }
+
+    fn links(&self, name: &str) -> Result<u64> {
+        if self.disks(name).contains_key(name) { Ok(1) } else { Self::refuse(ErrorKind::NotFound, "look at", name) }
+    }
+
     fn unlink(&self, name: &str) -> Result<()> {
         let gone = self.disks(name).remove(name);
         if gone.is_some() { Ok(()) } else { Self::refuse(ErrorKind::NotFound, "remove", name) }

@@ -97,6 +97,12 @@ impl Record {
         self.layer
     }
 
+    /// The same of another layer, which reads the same.
+    #[must_use]
+    pub fn of(self, layer: Uuid) -> Self {
+        Self { layer, ..self }
+    }
+
     /// The disk's size, bytes.
     pub fn size(&self) -> u64 {
         self.size

@@ -49,6 +49,14 @@ impl Folder for Watched {
         panic!("a gate only opens")
     }
 
+    fn link(&self, _: &str, _: &dyn Folder, _: &str) -> store::Result<()> {
+        panic!("a gate only opens")
+    }
+
+    fn links(&self, _: &str) -> store::Result<u64> {
+        panic!("a gate only opens")
+    }
+
     fn unlink(&self, _: &str) -> store::Result<()> {
         panic!("a gate only opens")
     }

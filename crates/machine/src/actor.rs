@@ -118,6 +118,8 @@ pub(crate) struct Owner {
     pub(crate) reserving: Option<tokio::task::JoinHandle<()>>,
     /// A fold was cancelled by its user, or failed: the collector rests until the next request that changes the tree.
     pub(crate) resting: bool,
+    /// Something is not folded because another machine has it, too; that one may give it up at any time, and does not say so.
+    pub(crate) shares: bool,
     /// Deletions whose clients wait for the merging, too.
     pub(crate) waiting: Vec<(Task, serde_json::Value)>,
     labelled: Labelled,
@@ -167,6 +169,7 @@ impl Handle {
             tried_again: None,
             reserving: None,
             resting: false,
+            shares: false,
             waiting: Vec::new(),
             labelled: Labelled::default(),
             deleted: false,
@@ -408,6 +411,10 @@ impl Owner {
             Request::NoteSnapshot { snapshot, note } => self.note_snapshot(task, snapshot, note),
             Request::Set(settings) => self.set(task, settings),
             Request::Rename { name } => self.rename(task, name),
+            Request::Clone { snapshot, names, note } => self.clone_machines(task, snapshot, names, note).await,
+            Request::Lend { snapshot, memory } => self.lend(task, snapshot, *memory).await,
+            Request::TakeOver { lent, origin, present } => self.take_over(task, *lent, origin, present).await,
+            Request::Detach => self.detach(task).await,
             Request::DeleteMachine { discard } => self.delete_machine(task, *discard).await,
         }
     }

@@ -10,6 +10,8 @@
 //! | resume | refused: start | *already* | goes on | refused: start |
 //! | restart | refused: start | reset | refused: resume | refused: start |
 //! | snapshot, apply, revert, delete, undo, rename, note | yes | yes | yes | yes |
+//! | clone, lend, detach | yes | yes | yes | yes |
+//! | take over another's snapshot | yes | refused: turn off | refused: turn off | yes |
 //! | undo of a removed disk | yes | refused: stop | refused: turn off | refused: turn off |
 //! | set of hardware | yes; a disk whose files are still to be merged does not grow | refused: stop | refused: turn off | refused: turn off |
 //! | delete the machine | yes | refused: turn off | refused: turn off | yes |
@@ -76,6 +78,10 @@ pub fn admit(request: &Request, state: State, name: &str) -> Result<Admission, P
             let stop = if state == Running { format!("tenby vm stop {shell}") } else { turn_off() };
             refuse(&format!("is {}: its hardware can change only while it is off", word(state)), stop)
         }
+        (Request::TakeOver { .. }, Running | Paused) => {
+            let why = format!("is {}: another machine's snapshot is applied to one that is off or saved", word(state));
+            refuse(&why, turn_off())
+        }
         (Request::DeleteMachine { .. }, Running | Paused) => refuse(&format!("is {}", word(state)), turn_off()),
         (_, State::Starting | State::Saving | State::Stopping) => {
             refuse(&format!("is {}; ask again when that has ended", word(state)), format!("tenby job list {shell}"))
@@ -123,6 +129,7 @@ impl Request {
             | Self::Restart
             | Self::Apply { .. }
             | Self::Revert { .. }
+            | Self::TakeOver { .. }
             | Self::DeleteMachine { .. } => true,
             Self::Snapshot { .. }
             | Self::Delete { .. }
@@ -130,6 +137,9 @@ impl Request {
             | Self::RenameSnapshot { .. }
             | Self::NoteSnapshot { .. }
             | Self::Rename { .. }
+            | Self::Clone { .. }
+            | Self::Lend { .. }
+            | Self::Detach
             | Self::Set(_) => false,
         }
     }
@@ -150,6 +160,10 @@ impl Request {
             Self::RenameSnapshot { .. } | Self::Rename { .. } => "rename",
             Self::NoteSnapshot { .. } => "note",
             Self::Set(_) => "set",
+            Self::Clone { .. } => "clone",
+            Self::Lend { .. } => "lend",
+            Self::TakeOver { .. } => "apply",
+            Self::Detach => "detach",
             Self::DeleteMachine { .. } => "delete-machine",
         }
     }
@@ -178,6 +192,17 @@ mod tests {
             (Request::Undo { id: None }, "gggg"),
             (hardware(), "grrr"),
             (Request::Set(Box::default()), "gggg"),
+            (Request::Clone { snapshot: "x".into(), names: vec!["y".into()], note: String::new() }, "gggg"),
+            (Request::Lend { snapshot: "x".into(), memory: true }, "gggg"),
+            (
+                Request::TakeOver {
+                    lent: crate::tree::MachineId::new(),
+                    origin: "x@y".into(),
+                    present: crate::request::Present::Discard,
+                },
+                "grrg",
+            ),
+            (Request::Detach, "gggg"),
             (Request::DeleteMachine { discard: false }, "grrg"),
         ];
         for (request, answers) in table {

@@ -6,7 +6,6 @@ mod deep;
 pub use deep::{Compared, Looked, deep};
 
 use crate::files::Files;
-use crate::garbage::garbage;
 use crate::plan::quoted;
 use crate::request::Problem;
 use crate::tree::{LayerFormat, LayerId, LayerRow, Machine, State};
@@ -70,8 +69,13 @@ impl Finding {
 /// Looks at all files of a machine. With a worker, files that it writes just now are not looked into. Those that are `journalled` come and go with
 /// the request that made them.
 pub fn audit(machine: &Machine, files: &Files, worker: bool, journalled: &[String]) -> Result<Audit, Problem> {
-    let mut audit =
-        Auditor { machine, files, written: written(machine, worker), layers: BTreeMap::new(), findings: Vec::new() };
+    let mut audit = Auditor {
+        machine,
+        files,
+        written: written(machine, files, worker),
+        layers: BTreeMap::new(),
+        findings: Vec::new(),
+    };
     for row in from_the_base(machine) {
         audit.look(row);
     }
@@ -89,16 +93,16 @@ pub fn audit(machine: &Machine, files: &Files, worker: bool, journalled: &[Strin
 }
 
 /// The layers that a worker writes: the leaves of a guest that runs, and what it merges.
-fn written(machine: &Machine, worker: bool) -> BTreeSet<LayerId> {
+fn written(machine: &Machine, files: &Files, worker: bool) -> BTreeSet<LayerId> {
     let running = matches!(machine.now.state, State::Running | State::Paused);
     let leaves = machine.now.disks.values().filter(|_| running).copied();
-    let folds = if worker { fold_members(machine) } else { BTreeSet::new() };
+    let folds = if worker { fold_members(machine, files) } else { BTreeSet::new() };
     leaves.chain(folds).collect()
 }
 
 /// The layers that are to be merged, and may be just now.
-fn fold_members(machine: &Machine) -> BTreeSet<LayerId> {
-    garbage(machine).fold.into_iter().flat_map(|fold| [fold.into, fold.child]).collect()
+fn fold_members(machine: &Machine, files: &Files) -> BTreeSet<LayerId> {
+    files.garbage(machine).fold.into_iter().flat_map(|fold| [fold.into, fold.child]).collect()
 }
 
 /// Parents before their children.

@@ -130,10 +130,11 @@ impl Owner {
         self.empty_trash();
         let waits = self.starved.as_ref().is_some_and(|(_, due)| *due > Instant::now());
         if self.folding.is_none() && !self.resting && !waits {
-            if self.hashing.holds_up(&self.shared.rows().machine) {
+            if self.hashing.holds_up(&self.shared.rows().machine, &self.keeper.files) {
                 return;
             }
             let begun = self.keeper.remove_garbage().and_then(|()| self.begin_next_fold());
+            self.shares = self.folding.is_none() && self.keeper.waits_for_others();
             if let Err(problem) = begun {
                 self.rest(&problem);
             }
@@ -272,10 +273,16 @@ impl Keeper {
         Ok(())
     }
 
+    /// Whether something would be folded if another machine did not have it, too.
+    fn waits_for_others(&self) -> bool {
+        let machine = &self.rows().machine;
+        self.files.garbage(machine).fold.len() < garbage(machine).fold.len()
+    }
+
     /// The next fold that is due, its layers open and its job begun. `disks` are those of a guest that runs meanwhile.
     pub fn next_fold(&self, disks: Option<&mut Disks>, begin: Begin) -> Result<Option<Folding>, Problem> {
         let rows = self.rows();
-        match garbage(&rows.machine).runs().next() {
+        match self.files.garbage(&rows.machine).runs().next() {
             None => Ok(None),
             Some(run) => self.open_fold(&rows.machine, run, disks, begin).map(Some),
         }
@@ -543,13 +550,16 @@ impl Keeper {
         Ok(())
     }
 
-    /// Changes what a layer says of its parent, if there is anything to change.
+    /// Changes what a layer says of its parent, if there is anything to change, and the file is ours alone.
     fn change_link(
         &self,
         row: &LayerRow,
         mut disks: Option<&mut Disks>,
         change: impl FnOnce(ParentLink) -> ParentLink,
     ) -> Result<(), Problem> {
+        if self.files.is_shared(row) {
+            return Ok(());
+        }
         let link = self.handle(row, Mode::Read, disks.as_deref_mut())?.info().parent;
         let Some(changed) = link.clone().map(change).filter(|changed| Some(changed) != link.as_ref()) else {
             return Ok(());
@@ -640,7 +650,9 @@ pub(crate) fn plan_delete(machine: &Machine, files: &Files, id: SnapshotId, subt
         .filter(|p| !before.contains(&(p.kind.clone(), p.file.clone())))
         .collect();
     let moved = pending.iter().filter(|p| p.kind == "merge").map(|p| p.bytes).sum();
-    let gone = |row: &&LayerRow| pending.iter().any(|p| p.kind != "wait" && p.file == row.file);
+    let going = |row: &&LayerRow| pending.iter().any(|p| p.kind != "wait" && p.file == row.file);
+    // What another machine has, too, frees nothing.
+    let gone = |row: &&LayerRow| going(row) && !files.is_shared(row);
     DeletePlan {
         snapshots,
         bytes_moved: moved,

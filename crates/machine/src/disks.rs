@@ -166,6 +166,18 @@ impl Disks {
         Ok(Arc::clone(&open.handles[at].layer))
     }
 
+    /// A sealed layer's file has been copied, and the layer lives in the copy from now on.
+    pub(crate) fn moved(&mut self, row: &LayerRow) -> Result<(), Problem> {
+        for open in self.open.values_mut() {
+            for handle in open.handles.iter_mut().filter(|handle| handle.id == row.id) {
+                let layer = self.files.open_layer(row, Mode::Read)?;
+                open.chain.replace(&handle.layer, Arc::clone(&layer)).map_err(|e| image_problem(&e))?;
+                *handle = Handle::read(handle.id, layer);
+            }
+        }
+        Ok(())
+    }
+
     /// A layer as it is open.
     fn layer(&self, row: &LayerRow) -> Result<Arc<dyn Layer>, Problem> {
         let mut handles = self.open.values().flat_map(|open| &open.handles);

@@ -13,9 +13,10 @@
 //! Files are named by random ids. Only a row gives a file a meaning; a file that no row names is garbage if a journal row says
 //! that we made it, and is left alone and reported otherwise.
 
+use crate::garbage::{Garbage, garbage};
 use crate::mark;
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerFormat, LayerId, LayerKind, LayerRow, Machine};
+use crate::tree::{Config, LayerFormat, LayerId, LayerKind, LayerRow, Machine};
 use export::qcow2;
 use image::{Kind, Layer, gate, vhd, vhdx};
 use std::collections::BTreeSet;
@@ -168,7 +169,32 @@ impl Files {
             return Ok(store);
         }
         let (folder, name) = self.place(row)?;
+        if mode == Mode::Write && folder.links(&name).map_err(|e| missing_layer(&e, row))? > 1 {
+            return Err(not_ours_alone(row));
+        }
         folder.open(&name, mode).map_err(|e| missing_layer(&e, row))
+    }
+
+    /// Whether another machine has this layer's file, too: it has more names than ours. Then it is not written, only read and removed. (It can
+    /// get one only from a request of ours, so while that is not under way this cannot come to be true.)
+    pub fn is_shared(&self, row: &LayerRow) -> bool {
+        let links = || -> store::Result<u64> {
+            match row.file.split_once('/') {
+                Some((folder, name)) if !row.in_place => self.folder.folder(folder)?.links(name),
+                _ => Ok(1),
+            }
+        };
+        // What cannot be looked at cannot be opened either.
+        links().is_ok_and(|links| links > 1)
+    }
+
+    /// What is to be done about the layers that nothing names, leaving alone what another machine has, too.
+    pub fn garbage(&self, machine: &Machine) -> Garbage {
+        let found = garbage(machine);
+        let ends: BTreeSet<LayerId> = found.fold.iter().flat_map(|fold| [fold.into, fold.child]).collect();
+        let shared = ends.into_iter().filter(|id| machine.layers.get(id).is_some_and(|row| self.is_shared(row)));
+        let shared = shared.collect();
+        found.but(&shared)
     }
 
     /// Opens the layers from base to `leaf` for reading, and checks that each stands on the one below.
@@ -224,7 +250,7 @@ impl Files {
         self.find(row).is_err_and(|error| error.kind == store::ErrorKind::NotFound)
     }
 
-    fn find(&self, row: &LayerRow) -> store::Result<Arc<dyn Store>> {
+    pub(crate) fn find(&self, row: &LayerRow) -> store::Result<Arc<dyn Store>> {
         match row.file.split_once('/') {
             Some((folder, name)) if !row.in_place => self.folder.folder(folder)?.open(name, Mode::Read),
             _ => store::host::open_file(Path::new(&row.file), Mode::Read),
@@ -243,6 +269,73 @@ impl Files {
         Ok(unknown)
     }
 
+    /// The files in the layers' folders, whoever knows them, relative to the machine's folder.
+    pub(crate) fn names(&self) -> Result<BTreeSet<String>, Problem> {
+        let mut all = BTreeSet::new();
+        for folder in LAYER_FOLDERS {
+            let names = self.folder.folder(folder).and_then(|f| f.list()).map_err(|e| file_problem(&e))?;
+            all.extend(names.into_iter().map(|name| format!("{folder}/{name}")));
+        }
+        Ok(all)
+    }
+
+    /// Bytes of this machine's files that other machines have, too.
+    pub fn shared_bytes(&self, machine: &Machine) -> u64 {
+        let folders = LAYER_FOLDERS.map(|name| (name, self.folder.folder(name).ok()));
+        let is_shared = |row: &&LayerRow| {
+            let place = row.file.split_once('/').filter(|_| !row.in_place);
+            place.is_some_and(|(folder, name)| {
+                let folder = folders.iter().find(|(known, _)| *known == folder).and_then(|(_, folder)| folder.as_ref());
+                folder.is_some_and(|folder| folder.links(name).is_ok_and(|links| links > 1))
+            })
+        };
+        let bytes = |row: &LayerRow| self.find(row).and_then(|store| store.allocated()).unwrap_or(0);
+        machine.layers.values().filter(is_shared).map(bytes).sum()
+    }
+
+    /// Whether a file here can share the places of another one.
+    pub(crate) fn can_reflink(&self) -> bool {
+        const PROBE: [&str; 2] = ["reflink.probe", "reflink.probe.copy"];
+        let forget = || PROBE.iter().for_each(|name| drop(self.folder.unlink(name)));
+        forget();
+        let probe = || -> store::Result<bool> {
+            let [from, to] = PROBE.map(|name| self.folder.create(name));
+            let from = from?;
+            from.write_at(&[1; 4096], 0)?;
+            to?.reflink(&*from)
+        };
+        let can = probe().unwrap_or(false);
+        forget();
+        can
+    }
+
+    /// Removes what is started from that no configuration names any more.
+    pub(crate) fn tidy_boot(&self, machine: &Machine) {
+        let thrown_away = machine.trash.values().flat_map(|trash| &trash.snapshots);
+        let configs = machine.snapshots.values().chain(thrown_away).map(|snapshot| &snapshot.config);
+        let configs = configs.chain(std::iter::once(&machine.now.config));
+        let needed: BTreeSet<&str> = configs.flat_map(Config::boot_files).collect();
+        let Ok(boot) = self.folder.folder("boot") else { return };
+        for name in boot.list().unwrap_or_default().iter().filter(|name| !needed.contains(name.as_str())) {
+            // One that stays only takes room.
+            let _ = boot.unlink(name);
+        }
+    }
+
+    /// Puts a copy of its own in the place of each kernel that another machine has, too.
+    pub(crate) fn own_boot(&self) -> store::Result<()> {
+        const COPY: &str = "copy.new";
+        let boot = self.folder.folder("boot")?;
+        for name in boot.list()?.iter().filter(|name| boot.links(name).is_ok_and(|links| links > 1)) {
+            let _ = boot.unlink(COPY);
+            let copy = boot.create(COPY)?;
+            copy_store(&*boot.open(name, Mode::Read)?, &*copy, &mut |_| true)?;
+            copy.sync()?;
+            boot.rename(COPY, name)?;
+        }
+        boot.sync()
+    }
+
     /// Bytes that are free where a layer's file lies; `u64::MAX` if that cannot be told.
     pub(crate) fn room(&self, row: &LayerRow) -> u64 {
         let folder = || -> store::Result<u64> {
@@ -254,7 +347,7 @@ impl Files {
         folder().unwrap_or(u64::MAX)
     }
 
-    fn place(&self, row: &LayerRow) -> Result<(Arc<dyn Folder>, String), Problem> {
+    pub(crate) fn place(&self, row: &LayerRow) -> Result<(Arc<dyn Folder>, String), Problem> {
         let (folder, name) = row
             .file
             .split_once('/')
@@ -262,6 +355,33 @@ impl Files {
             .ok_or_else(|| Problem::damaged(format!("the ledger names a file outside its folder: {}", row.file)))?;
         Ok((self.folder.folder(folder).map_err(|e| file_problem(&e))?, name.to_owned()))
     }
+}
+
+/// Makes an empty file one of the content of another, holes included; by sharing its places where the file system can do that. Not durable
+/// yet. `progress` is told bytes copied since the last time; if it says `false`, this stops, and says so.
+pub(crate) fn copy_store(
+    from: &dyn Store,
+    to: &dyn Store,
+    progress: &mut dyn FnMut(u64) -> bool,
+) -> store::Result<bool> {
+    if to.reflink(from)? {
+        return Ok(true);
+    }
+    to.set_len(from.len()?)?;
+    let (mut at, mut buffer) = (0, vec![0; 1 << 20]);
+    while let Some((start, end)) = from.data(at)? {
+        at = start;
+        while at < end {
+            let piece = &mut buffer[..(end - at).min(1 << 20) as usize];
+            from.read_at(piece, at)?;
+            to.write_at(piece, at)?;
+            at += piece.len() as u64;
+            if !progress(piece.len() as u64) {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
 }
 
 /// Locks a file that is about to be written. A handle of our own may be on its way out.
@@ -328,6 +448,11 @@ pub fn file_problem(error: &store::Error) -> Problem {
     } else {
         problem
     }
+}
+
+fn not_ours_alone(row: &LayerRow) -> Problem {
+    Problem::refused(format!("{} has another name elsewhere: it is shared, and not written", row.file))
+        .hint("tenby vm detach NAME      (gives the machine a copy of its own)")
 }
 
 fn missing_layer(error: &store::Error, row: &LayerRow) -> Problem {

@@ -21,8 +21,9 @@ pub const FOLDER_VARIABLE: &str = "TENBY_OVMF";
 /// Where Debian has them.
 const FOLDER: &str = "/usr/share/OVMF";
 
-/// A machine's copy of the code, below its folder.
+/// A machine's copy of the code, below its folder; and in the folder that it lies in.
 pub(crate) const CODE: &str = "boot/firmware";
+pub(crate) const CODE_NAME: &str = "firmware";
 
 /// Flash memory comes in blocks of so many bytes, and QEMU has room for so many bytes of it.
 const BLOCK: u64 = 4096;
@@ -63,9 +64,8 @@ impl Ovmf {
 
     /// Copies the code into a machine's folder.
     pub(crate) fn copy_code(&self, files: &Files) -> Result<(), Problem> {
-        let (folder, name) = CODE.split_once('/').expect("it lies in a folder");
-        let boot = files.folder().folder(folder).map_err(|e| file_problem(&e))?;
-        copy_file(&boot, &self.code, name)?;
+        let boot = files.folder().folder("boot").map_err(|e| file_problem(&e))?;
+        copy_file(&boot, &self.code, CODE_NAME)?;
         boot.sync().map_err(|e| file_problem(&e))
     }
 

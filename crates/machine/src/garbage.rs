@@ -9,6 +9,9 @@
 //!   several children   it waits, for each child reads a part of it
 //! ```
 //!
+//! A file that another machine has, too (a linked clone, or what it was made from), is not written: what would be folded with it waits until it is
+//! this machine's alone ([`Garbage::but`]). To remove it is always possible: the other has its own name of it.
+//!
 //! What stands on each other and is to be folded is folded at once ([`Garbage::runs`]): a block that was rewritten a thousand times moves
 //! once.
 //!
@@ -30,7 +33,7 @@ pub struct Garbage {
     pub remove: Vec<LayerId>,
     /// These can be folded, in this order, once `remove` is done.
     pub fold: Vec<Fold>,
-    /// These have to wait: several layers stand on each.
+    /// These have to wait: several layers stand on each, or another machine has the file, too.
     pub wait: Vec<LayerId>,
 }
 
@@ -44,6 +47,14 @@ pub struct Fold {
 }
 
 impl Garbage {
+    /// The same, but that nothing is folded into or out of these: their files are not this machine's alone.
+    #[must_use]
+    pub fn but(mut self, shared: &BTreeSet<LayerId>) -> Self {
+        let waits = |fold: &mut Fold| shared.contains(&fold.into) || shared.contains(&fold.child);
+        self.wait.extend(self.fold.extract_if(.., waits).map(|fold| fold.into));
+        self
+    }
+
     /// The folds that can be done as one: runs of layers that stand on each other. Of each block only the topmost copy moves then.
     pub fn runs(&self) -> impl Iterator<Item = &[Fold]> {
         self.fold.chunk_by(|below, above| below.child == above.into).flat_map(|run| run.chunks(RUN))

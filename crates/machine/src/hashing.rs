@@ -10,7 +10,7 @@
 //! and the records say. Beside a guest it takes a quarter of the disk's time at most.
 
 use crate::actor::Owner;
-use crate::garbage::garbage;
+use crate::files::Files;
 use crate::job::Cancel;
 use crate::keeper::Keeper;
 use crate::ledger::State as Rows;
@@ -60,7 +60,7 @@ impl Keeper {
         self.files.tidy_records(machine)?;
         known.0.retain(|id| machine.layers.contains_key(id));
         let mut opened = Opened::new(&self.files, machine).until(stop);
-        for row in sealed(machine) {
+        for row in sealed(machine, &self.files) {
             if stop.asked() {
                 return Ok(false);
             }
@@ -240,10 +240,16 @@ impl Hashing {
         }
     }
 
+    /// What is recorded of these layers was given up.
+    pub(crate) fn forget(&mut self, layers: &BTreeSet<LayerId>) {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|id| !layers.contains(id));
+        self.seen = None;
+    }
+
     /// Whether the collector has to wait for it: it is told to stop if there is anything to collect.
-    pub(crate) fn holds_up(&self, machine: &Machine) -> bool {
+    pub(crate) fn holds_up(&self, machine: &Machine, files: &Files) -> bool {
         let Some(under_way) = &self.under_way else { return false };
-        let found = garbage(machine);
+        let found = files.garbage(machine);
         let wanted = !(found.remove.is_empty() && found.fold.is_empty());
         if wanted {
             under_way.stop.ask();

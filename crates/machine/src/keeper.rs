@@ -53,6 +53,11 @@ impl Keeper {
         self.book.rows()
     }
 
+    /// The machine's folder.
+    pub fn files(&self) -> &Files {
+        &self.files
+    }
+
     /// The way to change them.
     pub fn book(&self) -> &Book {
         &self.book
@@ -71,14 +76,20 @@ impl Keeper {
     /// Journals a request before it makes files: their names, relative to the machine's folder. From here on it is undone unless
     /// [`Keeper::settle`] makes it real.
     pub fn journal(&self, task: &Task, request: &str, files: Vec<String>) -> Result<(), Problem> {
+        self.journal_noting(task, request, files, String::new())
+    }
+
+    /// The same, with a note of what else recovery has to know.
+    pub(crate) fn journal_noting(
+        &self,
+        task: &Task,
+        request: &str,
+        files: Vec<String>,
+        note: String,
+    ) -> Result<(), Problem> {
         let job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
         self.book.commit(|rows| {
-            rows.insert_journal(Journal {
-                job: job.id,
-                request: serde_json::json!(request),
-                files,
-                note: String::new(),
-            });
+            rows.insert_journal(Journal { job: job.id, request: serde_json::json!(request), files, note });
             remember(rows, job);
         })?;
         self.steps.at(&format!("{request}:journalled"));
@@ -133,7 +144,7 @@ impl Keeper {
 }
 
 /// Keeps a job in the rows, and the newest of those that have ended.
-fn remember(rows: &mut Rows, job: Job) {
+pub(crate) fn remember(rows: &mut Rows, job: Job) {
     rows.insert_job(job);
     rows.prune_jobs(REMEMBERED);
 }

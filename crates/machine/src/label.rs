@@ -318,7 +318,8 @@ impl Keeper {
     }
 
     fn put_label(&self, machine: &Machine, mut label: Label, mut disks: Option<&mut Disks>) {
-        let Some(row) = machine.layers.get(&label.layer) else { return };
+        // What another machine has, too, says what it said when it was shared.
+        let Some(row) = machine.layers.get(&label.layer).filter(|row| !self.files.is_shared(row)) else { return };
         let put = self.saved_contents(machine, &mut label).and_then(|()| {
             if has(&*self.handle(row, Mode::Read, disks.as_deref_mut())?, &label)? {
                 return Ok(());
@@ -348,7 +349,11 @@ impl Keeper {
 /// Labels the layers of a machine that is being made.
 pub(crate) fn label_new(files: &Files, machine: &Machine) -> Result<(), Problem> {
     for (id, label) in labels(machine) {
-        let layer = files.open_layer(&machine.layers[&id], Mode::Write)?;
+        let row = &machine.layers[&id];
+        if files.is_shared(row) {
+            continue;
+        }
+        let layer = files.open_layer(row, Mode::Write)?;
         write(&*layer, label)?;
         layer.close().map_err(|e| image_problem(&e))?;
     }

@@ -43,7 +43,8 @@ pub const NAME: &str = "ledger";
 const NEW: &str = "ledger.new";
 
 /// The version of the rows that is written, and the newest that is read.
-/// 2: what can be taken back. 3: UEFI, which an older program would take for damage.
+/// 2: what can be taken back. 3: UEFI, which an older program would take for damage, and files that other machines have, too, which are not to be
+/// written.
 const FORMAT: u32 = 3;
 
 /// The largest ledger that is read into memory, bytes: thousands of snapshots take a hundredth of it.

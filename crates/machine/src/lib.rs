@@ -13,6 +13,7 @@
 //!   ops/      one file a verb: its part for the keeper, its part for the owner
 //!   collect   removing and folding, in the background               recover what a new worker does first
 //!   audit     what is wrong with the files          label    what a layer's file says of itself
+//!   linked    a machine from another one's snapshot, whose files it shares
 //!   rescue    the rows made again from that, when the ledger is lost
 //!   records   how sealed layers read                               hashing making the records, in the background
 //!   root      the folder of all machines                           views  the rows as users see them
@@ -41,6 +42,7 @@ pub mod keeper;
 pub mod label;
 pub mod ledger;
 mod lent;
+pub mod linked;
 mod live;
 pub mod log;
 pub mod mark;

@@ -397,6 +397,8 @@ fn launch(
     incoming: bool,
 ) -> Result<Launch, Problem> {
     let config = &machine.now.config;
+    let borrowed = config.borrowed.as_ref();
+    let mac = borrowed.map_or(&config.net.mac, |borrowed| &borrowed.mac);
     let machine_type = config.machine_type.clone().ok_or_else(|| Problem::failed("no machine type was chosen"))?;
     installed.check_machine_type(&machine_type).map_err(|e| {
         Problem::refused(e.to_string()).hint("TENBY_QEMU=/path/to/another/qemu-system-x86_64 tenby vm start …")
@@ -410,7 +412,7 @@ fn launch(
         memory: config.memory,
         cpus: config.cpus,
         name: machine.name.clone(),
-        uuid: machine.id.0.to_string(),
+        uuid: borrowed.map_or(machine.id, |borrowed| borrowed.machine).0.to_string(),
         generation: Some(machine.now.generation.to_string()),
         run_dir: run_dir.to_owned(),
         log: qemu_log(files),
@@ -429,7 +431,7 @@ fn launch(
             initrd: kernel.initrd.as_ref().map(boot_file),
             append: kernel.append.clone(),
         }),
-        nic: (config.net.mode == NetMode::User).then(|| qemu::Nic { mac: config.net.mac.clone() }),
+        nic: (config.net.mode == NetMode::User).then(|| qemu::Nic { mac: mac.clone(), isolated: borrowed.is_some() }),
         incoming,
         sandbox: true,
     })
@@ -463,7 +465,7 @@ fn ports(config: &Config) -> Result<Vec<qemu::Publish>, Problem> {
         let address = address.map_err(|_| Problem::usage(format!("{} is no IPv4 address", publish.address)))?;
         Ok(qemu::Publish { address, host: publish.host, guest: publish.guest })
     };
-    if config.net.mode == NetMode::None {
+    if config.net.mode == NetMode::None || config.borrowed.is_some() {
         return Ok(Vec::new());
     }
     config.net.publish.iter().map(port).collect()

@@ -8,7 +8,9 @@
 //! ```
 
 pub mod apply;
+pub mod clone;
 mod delete;
+mod detach;
 mod grow;
 mod save;
 mod settings;

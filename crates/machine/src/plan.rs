@@ -200,6 +200,8 @@ impl Machine {
     /// The machine is off.
     pub fn turn_off(&mut self) {
         let now = &mut self.now;
+        // What comes up next is the machine itself.
+        now.config.borrowed = None;
         now.state = State::Off;
         now.memory = None;
         now.memory_base = None;
@@ -242,6 +244,7 @@ impl Machine {
         self.now.parent = Some(id);
         self.now.under = None;
         self.now.config = snapshot.config;
+        self.now.config.borrowed.take_if(|_| memory.is_none());
         self.now.state = if memory.is_some() { State::Saved } else { State::Off };
         self.now.memory = memory;
         self.now.memory_base = None;

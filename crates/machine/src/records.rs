@@ -9,7 +9,7 @@
 //! whose layer has no row any more, is nobody's loss; the worker removes it or makes it anew ([`crate::hashing`]).
 
 use crate::files::{Files, file_problem};
-use crate::garbage::{from_the_base, garbage};
+use crate::garbage::from_the_base;
 use crate::job::Cancel;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerRow, Machine, SnapshotState};
@@ -86,6 +86,12 @@ impl Files {
         written.map_err(|e| file_problem(&e))
     }
 
+    /// What is recorded of a layer is not to be relied on.
+    pub(crate) fn forget_record(&self, id: LayerId) {
+        // If it stays, a deep check says so.
+        let _ = self.folder().folder(FOLDER).and_then(|folder| folder.unlink(&id.to_string()));
+    }
+
     fn records_folder(&self) -> store::Result<Arc<dyn Folder>> {
         match self.folder().folder(FOLDER) {
             Err(error) if error.kind == store::ErrorKind::NotFound => self.folder().create_folder(FOLDER),
@@ -135,8 +141,8 @@ fn owner(name: &str) -> Option<(LayerId, bool)> {
 
 /// The layers whose content stays as it is as long as they are there, each after the one that it stands on: all but Now's leaves, what is
 /// still being written for a snapshot, and what is on its way out (a fold may have begun to change it).
-pub fn sealed(machine: &Machine) -> Vec<&LayerRow> {
-    let out = garbage(machine);
+pub fn sealed<'a>(machine: &'a Machine, files: &Files) -> Vec<&'a LayerRow> {
+    let out = files.garbage(machine);
     let leaves = machine.now.disks.values();
     let creating = machine.snapshots.values().filter(|snapshot| snapshot.state == SnapshotState::Creating);
     let written = creating.flat_map(|snapshot| snapshot.disks.values().chain(&snapshot.memory));

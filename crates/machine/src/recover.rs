@@ -3,7 +3,8 @@
 //! ```text
 //!   0  what the last worker acknowledged and did not flush is worked off into the files of the disks
 //!   1  QEMU: serve its disks again, then take it over; or it is gone and the machine is off
-//!   2  what is journalled was not committed: its files go, its snapshot goes, its job has failed
+//!   2  machines that were being made from a snapshot are there, all of them, or none
+//!      what else is journalled was not committed: its files go, its snapshot goes, its job has failed
 //!   3  QEMU does what the ledger says: what was halted for a request that came to nothing goes on
 //!   4  jobs that had not ended, have
 //!   5  files that nobody knows stay, and are reported
@@ -66,6 +67,7 @@ impl Owner {
     pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
         self.keeper.work_off_carries()?;
         self.find_qemu().await?;
+        self.finish_clones()?;
         self.keeper.undo_unfinished(self.live.as_mut().map(Live::disks))?;
         self.agree_with_qemu().await?;
         // A full disk must not keep a worker from its machine for this.

@@ -182,6 +182,34 @@ pub enum Request {
         /// The new name.
         name: String,
     },
+    /// Makes new machines from a snapshot, which share its files; all of them, or none.
+    Clone {
+        /// Which snapshot: an id, a unique prefix of one, or a name.
+        snapshot: String,
+        /// The new machines' names.
+        names: Vec<String>,
+        /// The user's words.
+        #[serde(default)]
+        note: String,
+    },
+    /// Makes a snapshot's files ready for another machine, which takes them over. The result's `lent` says under which id.
+    Lend {
+        /// As in `Clone`.
+        snapshot: String,
+        /// Whether with the snapshot's memory.
+        memory: bool,
+    },
+    /// Becomes what another machine has made ready; only for a machine without snapshots.
+    TakeOver {
+        /// Under which id it is ready.
+        lent: MachineId,
+        /// Whose snapshot it is, for people: `VM@SNAP`.
+        origin: String,
+        /// What happens to the present.
+        present: Present,
+    },
+    /// Copies what the machine shares with others.
+    Detach,
     /// Removes the machine and its folder.
     DeleteMachine {
         /// Leave a base that was taken in place as it was, instead of merging what Now holds into it.
@@ -425,6 +453,12 @@ pub struct View {
     pub qemu: Option<i32>,
     /// When it was made.
     pub created: Timestamp,
+    /// Bytes of its files that other machines have, too: they are there once for all of them.
+    #[serde(default)]
+    pub shared: u64,
+    /// Whether its network leads nowhere, for its guest goes on from another machine's memory, under that one's address.
+    #[serde(default)]
+    pub isolated: bool,
 }
 
 /// Where a running machine can be reached.

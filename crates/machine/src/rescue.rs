@@ -90,6 +90,7 @@ pub fn rescue_files(
     }
     let rebuilt = rebuild(id, &found, named, jiff::Timestamp::now(), unknown).map_err(|why| nothing(files, &why))?;
     let Rebuilt { mut machine, over, mend, mut unknown } = rebuilt;
+    machine.now.config.borrowed.take_if(|_| machine.now.memory.is_none());
     let name = free_name(&machine.name)?;
     if name != machine.name {
         let what = format!("its name, {}, is another machine's now: it comes back as {name}", machine.name);

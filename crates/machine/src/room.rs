@@ -10,6 +10,8 @@ use tokio::time::{Duration, Instant};
 
 /// How often it is looked whether there is room.
 const LOOK: Duration = Duration::from_secs(2);
+/// How often it is looked whether another machine has given up what it shared.
+const OTHERS: Duration = Duration::from_secs(60);
 /// What fails again within this time was not for want of room.
 const JUST_NOW: Duration = Duration::from_secs(10);
 /// With less than this the disk is full, bytes: a block of an image and what goes with it, beside what was the reserve a moment ago.
@@ -25,7 +27,9 @@ impl Owner {
         let starved = self.starved.as_ref().filter(|_| self.folding.is_none() && !self.resting).map(|(_, due)| *due);
         let looks = self.is_off_unsaid() || !self.machine().machine.trash.is_empty();
         let look = looks.then(|| Instant::now() + LOOK);
-        starved.into_iter().chain(self.out_of_room).chain(look).min()
+        // A worker that has nothing else to do does not stay for that: the next one looks.
+        let others = (self.shares && self.live.is_some()).then(|| Instant::now() + OTHERS);
+        starved.into_iter().chain(self.out_of_room).chain(look).chain(others).min()
     }
 
     /// Gives up what can be taken back when its time is over, and the oldest of it when the disk is full.

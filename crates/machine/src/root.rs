@@ -9,7 +9,7 @@
 //! A ledger belongs to the worker that holds the machine's lock; while one does, its name is read off the runtime folder, where
 //! the worker notes it.
 
-use crate::files::{Files, file_problem, image_problem, qcow2_problem};
+use crate::files::{Files, copy_store, file_problem, image_problem, qcow2_problem};
 use crate::firmware::Ovmf;
 use crate::label::label_new;
 use crate::ledger::{self, Ledger, State as Rows};
@@ -230,17 +230,53 @@ impl Root {
             self.sweep()?;
         }
         let id = MachineId::new();
-        let name = format!("{NEW}{id}");
-        let made = self.build(id, &name, spec, progress).and_then(|()| {
+        let made = self.begin(id).and_then(|begun| {
+            build(&begun.files, id, spec, progress)?;
             let _names = self.lock_names()?;
             self.check_free(&spec.name, None)?;
-            self.folder.rename(&name, &id.to_string()).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
+            self.show(&[id])
         });
         match made {
             Ok(()) => self.mark(id, &spec.disks),
-            Err(_) => remove_tree(&self.folder, &name),
+            Err(_) => self.give_up(id),
         }
         made.map(|()| id)
+    }
+
+    /// Begins a machine's folder, out of sight.
+    pub(crate) fn begin(&self, id: MachineId) -> Result<Begun, Problem> {
+        let name = hidden(id);
+        let folder = self.folder.create_folder(&name).map_err(|e| file_problem(&e))?;
+        let lock = folder.create("lock").map_err(|e| file_problem(&e))?;
+        lock.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
+        let files = Files::new(folder, &self.path.join(name));
+        files.create_folders()?;
+        Ok(Begun { files, _lock: lock })
+    }
+
+    /// Takes over a folder that somebody has begun: what it holds can be read, and [`Root::give_up`] removes it.
+    pub(crate) fn begun(&self, id: MachineId) -> Result<Begun, Problem> {
+        let name = hidden(id);
+        let folder = self.folder.folder(&name).map_err(|e| file_problem(&e))?;
+        let lock = folder.open("lock", Mode::Write).map_err(|e| file_problem(&e))?;
+        lock.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
+        Ok(Begun { files: Files::new(folder, &self.path.join(name)), _lock: lock })
+    }
+
+    /// These machines, whose folders are complete, are there from now on. Under [`Root::lock_names`].
+    pub(crate) fn show(&self, ids: &[MachineId]) -> Result<(), Problem> {
+        let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string());
+        ids.iter().try_for_each(show).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
+    }
+
+    /// Whether there is a machine of this id.
+    pub(crate) fn has(&self, id: MachineId) -> bool {
+        self.folder.folder(&id.to_string()).is_ok()
+    }
+
+    /// Removes a machine's folder that is out of sight. What cannot be removed is swept away later.
+    pub(crate) fn give_up(&self, id: MachineId) {
+        remove_tree(&self.folder, &hidden(id));
     }
 
     /// Marks the files that a machine has taken in place.
@@ -252,52 +288,83 @@ impl Root {
         }
     }
 
-    fn build(&self, id: MachineId, name: &str, spec: &Create, progress: Progress<'_>) -> Result<(), Problem> {
-        let folder = self.folder.create_folder(name).map_err(|e| file_problem(&e))?;
-        let lock = folder.create("lock").map_err(|e| file_problem(&e))?;
-        lock.lock(Lock::Exclusive).map_err(|e| file_problem(&e))?;
-        let files = Files::new(Arc::clone(&folder), &self.path.join(name));
-        files.create_folders()?;
-        check_hardware(spec.memory, spec.cpus)?;
-        let mut machine = new_machine(id, spec);
-        machine.now.config.kernel = copy_kernel(&folder, spec)?;
-        if spec.firmware == Firmware::Uefi {
-            add_uefi(&files, &mut machine)?;
+    /// Removes what is left of a machine that was deleted, if its worker died in the middle of that: else it would keep others from what they
+    /// shared with it. A process that was killed may take a moment to give up its lock.
+    pub fn clear_away(&self, id: MachineId) {
+        let name = hidden(id);
+        for _ in 0..100 {
+            let Ok(folder) = self.folder.folder(&name) else { break };
+            if is_abandoned(&*folder) {
+                remove_tree(&self.folder, &name);
+            } else {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
         }
-        for disk in &spec.disks {
-            let row = files.new_row(LayerKind::Disk, disk.source.format(), None);
-            let made = take_in(&files, row, disk, progress)?;
-            add_disk(&mut machine, made, disk);
+        if !self.has(id) {
+            crate::live::remove_run_dir(&Self::runtime_folder(id));
         }
-        files.sync_names()?;
-        label_new(&files, &machine)?;
-        Ledger::create(&folder, &machine).map_err(|e| e.problem(files.path()))?;
-        folder.sync().map_err(|e| file_problem(&e))
     }
 
-    /// Removes what a creation that died has left. Under [`Root::lock_names`].
-    fn sweep(&self) -> Result<(), Problem> {
-        for name in self.folder.list().map_err(|e| file_problem(&e))?.iter().filter(|name| name.starts_with(NEW)) {
-            let Ok(folder) = self.folder.folder(name) else { continue };
-            let abandoned = match folder.open("lock", Mode::Write) {
-                Ok(lock) => lock.lock(Lock::Exclusive).is_ok(),
-                Err(e) => e.kind == store::ErrorKind::NotFound,
-            };
-            if abandoned {
-                remove_tree(&self.folder, name);
+    /// Removes what a creation or a deletion that died has left. Under [`Root::lock_names`].
+    pub(crate) fn sweep(&self) -> Result<(), Problem> {
+        for name in self.folder.list().map_err(|e| file_problem(&e))? {
+            let Some(id) = name.strip_prefix(NEW) else { continue };
+            let Ok(folder) = self.folder.folder(&name) else { continue };
+            if is_abandoned(&*folder) {
+                remove_tree(&self.folder, &name);
+                if let Ok(id) = id.parse() {
+                    crate::live::remove_run_dir(&Self::runtime_folder(MachineId(id)));
+                }
             }
         }
         Ok(())
     }
 
-    /// Removes a machine's folder for good. Its worker calls this, with the machine's lock.
-    pub(crate) fn remove(&self, id: MachineId) -> Result<(), Problem> {
-        // Out of sight in one step: what follows may be interrupted, and is swept away later.
-        let (name, gone) = (id.to_string(), format!("{NEW}{id}"));
-        self.folder.rename(&name, &gone).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))?;
-        remove_tree(&self.folder, &gone);
-        Ok(())
+    /// Takes a machine's folder out of sight, in one step: what follows may be interrupted, and is swept away later ([`Root::give_up`]). Its worker
+    /// calls this, with the machine's lock.
+    pub(crate) fn hide(&self, id: MachineId) -> Result<(), Problem> {
+        let hidden = self.folder.rename(&id.to_string(), &hidden(id)).and_then(|()| self.folder.sync());
+        hidden.map_err(|e| file_problem(&e))
     }
+}
+
+/// A machine's folder that is being made, out of sight. It is swept away when nobody holds its lock.
+#[derive(Debug)]
+pub(crate) struct Begun {
+    pub(crate) files: Files,
+    _lock: Arc<dyn Store>,
+}
+
+/// Whether nobody makes, or removes, this folder any more.
+fn is_abandoned(folder: &dyn Folder) -> bool {
+    match folder.open("lock", Mode::Write) {
+        Ok(lock) => lock.lock(Lock::Exclusive).is_ok(),
+        Err(e) => e.kind == store::ErrorKind::NotFound,
+    }
+}
+
+/// The name of a machine's folder that is out of sight: not there yet, or not any more.
+fn hidden(id: MachineId) -> String {
+    format!("{NEW}{id}")
+}
+
+/// Makes a machine's files in its folder.
+fn build(files: &Files, id: MachineId, spec: &Create, progress: Progress<'_>) -> Result<(), Problem> {
+    check_hardware(spec.memory, spec.cpus)?;
+    let mut machine = new_machine(id, spec);
+    machine.now.config.kernel = copy_kernel(files.folder(), spec)?;
+    if spec.firmware == Firmware::Uefi {
+        add_uefi(files, &mut machine)?;
+    }
+    for disk in &spec.disks {
+        let row = files.new_row(LayerKind::Disk, disk.source.format(), None);
+        let made = take_in(files, row, disk, progress)?;
+        add_disk(&mut machine, made, disk);
+    }
+    files.sync_names()?;
+    label_new(files, &machine)?;
+    Ledger::create(files.folder(), &machine).map_err(|e| e.problem(files.path()))?;
+    files.folder().sync().map_err(|e| file_problem(&e))
 }
 
 /// A disk that was made or taken in: its first layer, and its size in bytes.
@@ -484,6 +551,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
         cdrom: spec.cdrom.clone(),
         net: Net { mode: spec.net, mac: mac_of(id), publish: spec.publish.clone() },
         disks: Vec::new(),
+        borrowed: None,
     };
     Machine {
         id,
@@ -535,18 +603,12 @@ fn copy_kernel(folder: &Arc<dyn Folder>, spec: &Create) -> Result<Option<Kernel>
 }
 
 pub(crate) fn copy_file(folder: &Arc<dyn Folder>, from: &Path, to: &str) -> Result<(), Problem> {
-    let source = store::host::open_file(from, Mode::Read).map_err(|e| file_problem(&e))?;
-    let target = folder.create(to).map_err(|e| file_problem(&e))?;
-    let len = source.len().map_err(|e| file_problem(&e))?;
-    let mut buffer = vec![0; 1 << 20];
-    let mut at = 0;
-    while at < len {
-        let n = (len - at).min(buffer.len() as u64) as usize;
-        source.read_at(&mut buffer[..n], at).map_err(|e| file_problem(&e))?;
-        target.write_at(&buffer[..n], at).map_err(|e| file_problem(&e))?;
-        at += n as u64;
-    }
-    target.sync().map_err(|e| file_problem(&e))
+    let copy = || {
+        let target = folder.create(to)?;
+        copy_store(&*store::host::open_file(from, Mode::Read)?, &*target, &mut |_| true)?;
+        target.sync()
+    };
+    copy().map_err(|e| file_problem(&e))
 }
 
 pub(crate) fn open_or_create(folder: &Arc<dyn Folder>, name: &str) -> Result<Arc<dyn Store>, Problem> {

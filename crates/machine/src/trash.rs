@@ -120,8 +120,14 @@ impl Machine {
     /// written already (a saved machine's).
     pub fn note_discarded(&mut self, target: SnapshotId, at: Timestamp) {
         let Some(target) = self.snapshots.get(&target) else { return };
-        let name: String = format!("before {}", target.name).chars().take(NAME_LIMIT).collect();
-        let what = format!("discarded Now for {}", shorten(&target.name));
+        self.note_discarded_for(&target.name.clone(), at);
+    }
+
+    /// The same, where that is named so.
+    pub fn note_discarded_for(&mut self, target: &str, at: Timestamp) {
+        let clean = target.replace('@', " of ");
+        let name: String = format!("before {clean}").chars().take(NAME_LIMIT).collect();
+        let what = format!("discarded Now for {}", shorten(target));
         let memory = self.now.memory;
         let snapshot = self.snapshot_of_now(Take {
             id: SnapshotId::new(),

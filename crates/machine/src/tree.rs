@@ -159,6 +159,19 @@ pub struct Config {
     pub net: Net,
     /// The disks, in the order in which the guest sees them. ([`Config::disk_ids`] has the firmware's, too.)
     pub disks: Vec<Disk>,
+    /// Whom the guest takes itself for, if it goes on from another machine's memory. Only with a memory, or while it runs from one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub borrowed: Option<Borrowed>,
+}
+
+/// The identity of another machine, as a guest has it that goes on from that machine's memory: its RAM and QEMU's devices hold it, until it
+/// is started anew. Two of one address must not meet, so its network leads nowhere meanwhile.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Borrowed {
+    /// The machine, whose id is the SMBIOS UUID.
+    pub machine: MachineId,
+    /// Its network card's address.
+    pub mac: String,
 }
 
 /// How a guest's processor runs.
@@ -207,6 +220,21 @@ pub struct Kernel {
     pub initrd: Option<String>,
     /// The kernel's command line.
     pub append: String,
+}
+
+impl Kernel {
+    /// The names of its files.
+    fn files(&self) -> impl Iterator<Item = &String> {
+        std::iter::once(&self.kernel).chain(&self.initrd)
+    }
+}
+
+impl Config {
+    /// The names of what a machine is started from, in its `boot` folder.
+    pub(crate) fn boot_files(&self) -> impl Iterator<Item = &str> {
+        let kernel = self.kernel.iter().flat_map(Kernel::files).map(String::as_str);
+        kernel.chain((self.firmware == Firmware::Uefi).then_some(crate::firmware::CODE_NAME))
+    }
 }
 
 /// A machine's network.

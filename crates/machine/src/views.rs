@@ -2,7 +2,7 @@
 
 use crate::collect::{Merge, foresee};
 use crate::files::Files;
-use crate::garbage::garbage;
+use crate::linked::is_isolated;
 use crate::request::f64_ms::Millis;
 use crate::request::{DiskView, NowView, Pages, Pending, SnapshotView, Sockets, TreeView, Undo, VariablesView, View};
 use crate::trash::Trash;
@@ -49,6 +49,8 @@ pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
         worker: live.worker,
         qemu: live.qemu,
         created: machine.created,
+        shared: files.shared_bytes(machine),
+        isolated: is_isolated(config),
     }
 }
 
@@ -201,7 +203,7 @@ pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
         estimated_ms: None,
         reason: None,
     };
-    let found = garbage(machine);
+    let found = files.garbage(machine);
     let children = machine.children();
     let remove = found.remove.iter().map(|id| entry("remove", id));
     let merge = |stays: &LayerRow, (row, bytes): (&LayerRow, u64)| Pending {
@@ -216,8 +218,11 @@ pub fn pending(machine: &Machine, files: &Files) -> Vec<Pending> {
         Err(_) => run.iter().map(|fold| entry("merge", &fold.into)).collect(),
     });
     let wait = found.wait.iter().map(|id| {
-        let n = children.get(id).map_or(0, Vec::len);
-        Pending { reason: Some(format!("{n} files stand on it")), ..entry("wait", id) }
+        let reason = match children.get(id).map_or(0, Vec::len) {
+            1 => "another machine has it, too".to_owned(),
+            n => format!("{n} files stand on it"),
+        };
+        Pending { reason: Some(reason), ..entry("wait", id) }
     });
     remove.chain(fold).chain(wait).collect()
 }

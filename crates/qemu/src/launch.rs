@@ -172,6 +172,8 @@ pub struct Kernel {
 pub struct Nic {
     /// Its address: `52:54:00:xx:xx:xx`.
     pub mac: String,
+    /// Whether its network leads nowhere, neither out of the host nor to it. To the guest it is the same network.
+    pub isolated: bool,
 }
 
 /// A TCP port of the host that leads into the guest.
@@ -300,7 +302,8 @@ impl Launch {
             line.option("-device", Opts::of("vmgenid").with("id", "generation").with("guid", generation));
         }
         if let Some(nic) = &self.nic {
-            line.option("-netdev", Opts::of("user").with("id", NETDEV));
+            let network = Opts::of("user").with("id", NETDEV);
+            line.option("-netdev", if nic.isolated { network.with("restrict", "on") } else { network });
             let card = pci("virtio-net-pci", "nic0", 0x02).with("netdev", NETDEV).with("mac", &nic.mac);
             // Its boot ROM is a RAM block, part of what is captured: only there for those who boot from it.
             let card = if self.boot == Boot::Net {
@@ -541,7 +544,7 @@ mod tests {
     fn the_whole_line() {
         let mut launch = launch();
         launch.disks = vec![disk("disk0", Bus::Virtio), disk("disk1", Bus::Ahci), disk("disk2", Bus::Scsi)];
-        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into() });
+        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into(), isolated: false });
         launch.cdrom = Some("/iso/x.iso".into());
         launch.generation = Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into());
         let expected = "-no-user-config -nodefaults -no-shutdown -S -name guest=web,,_or_so \
@@ -634,7 +637,7 @@ mod tests {
         let mut launch = launch();
         launch.disks = vec![disk("disk0", Bus::Virtio), disk("disk1", Bus::Virtio)];
         launch.cdrom = Some("/x.iso".into());
-        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into() });
+        launch.nic = Some(Nic { mac: "52:54:00:00:00:01".into(), isolated: false });
         let order = |boot| {
             let launch = Launch { boot, ..launch.clone() };
             let devices = values(&launch, "-device");
@@ -647,6 +650,14 @@ mod tests {
         assert_eq!(order(Boot::Disk), [Some(1), None, Some(3), None]);
         assert_eq!(order(Boot::Cdrom), [Some(2), None, Some(1), None]);
         assert_eq!(order(Boot::Net), [Some(2), None, Some(3), Some(1)]);
+    }
+
+    #[test]
+    fn an_isolated_network_is_the_same_to_the_guest() {
+        let with = |isolated| Launch { nic: Some(Nic { mac: "52:54:00:00:00:01".into(), isolated }), ..launch() };
+        assert_eq!(values(&with(false), "-netdev"), ["user,id=net0"]);
+        assert_eq!(values(&with(true), "-netdev"), ["user,id=net0,restrict=on"]);
+        assert_eq!(values(&with(false), "-device"), values(&with(true), "-device"));
     }
 
     #[test]

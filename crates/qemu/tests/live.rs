@@ -704,7 +704,7 @@ fn the_screen() {
 #[test]
 fn ports_are_published_and_handed_over() {
     with_each(|place| async move {
-        let nic = Some(Nic { mac: "52:54:00:12:34:56".into() });
+        let nic = Some(Nic { mac: "52:54:00:12:34:56".into(), isolated: false });
         let first = start(&Launch { nic: nic.clone(), ..place.launch("first") }).await;
         let second = start(&Launch { nic, ..place.launch("second") }).await;
         // A port that is free now; nobody else takes it between this line and the next but by ill luck.

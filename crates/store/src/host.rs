@@ -19,6 +19,7 @@ use rustix::fs::{
 };
 use rustix::io::{Errno, pread, pwrite, retry_on_intr};
 use rustix::process::{Resource, getrlimit};
+use std::any::Any;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -146,6 +147,31 @@ impl Folder for HostFolder {
         check_name(to, "rename")?;
         retry_on_intr(|| fs::renameat(&self.fd, from, &self.fd, to))
             .map_err(|errno| failed("rename", &self.path.join(from), errno))
+    }
+
+    fn link(&self, name: &str, into: &dyn Folder, new: &str) -> Result<()> {
+        check_name(name, "link")?;
+        check_name(new, "link")?;
+        let path = self.path.join(name);
+        let into: &dyn Any = into;
+        let Some(into) = into.downcast_ref::<Self>() else { return Err(failed("link", &path, Errno::XDEV)) };
+        let stat = retry_on_intr(|| fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW));
+        check_regular(&stat.map_err(|errno| failed("link", &path, errno))?, &path, "link")?;
+        retry_on_intr(|| fs::linkat(&self.fd, name, &into.fd, new, AtFlags::empty())).map_err(|errno| match errno {
+            // Said by file systems without links; whether the file may be read shows when it is copied.
+            Errno::PERM | Errno::OPNOTSUPP => failed("link", &path, Errno::XDEV),
+            Errno::EXIST => failed("link", &into.path.join(new), errno),
+            errno => failed("link", &path, errno),
+        })
+    }
+
+    fn links(&self, name: &str) -> Result<u64> {
+        check_name(name, "look at")?;
+        let path = self.path.join(name);
+        let stat = retry_on_intr(|| fs::statat(&self.fd, name, AtFlags::SYMLINK_NOFOLLOW))
+            .map_err(|errno| failed("look at", &path, errno))?;
+        check_regular(&stat, &path, "look at")?;
+        Ok(stat.st_nlink)
     }
 
     fn unlink(&self, name: &str) -> Result<()> {
@@ -536,6 +562,16 @@ impl Store for HostFile {
         }
     }
 
+    fn reflink(&self, from: &dyn Store) -> Result<bool> {
+        self.check_writable("write")?;
+        let Some(from) = from.descriptor() else { return Ok(false) };
+        match retry_on_intr(|| fs::ioctl_ficlone(&self.fd, from)) {
+            Ok(()) => Ok(true),
+            Err(errno @ (Errno::NOSPC | Errno::DQUOT | Errno::IO)) => Err(self.failed("write", errno)),
+            Err(_) => Ok(false),
+        }
+    }
+
     fn allocated(&self) -> Result<u64> {
         let stat = fs::fstat(&self.fd).map_err(|errno| self.failed("read the size of", errno))?;
         // POSIX counts in units of 512 bytes, whatever the file system's blocks.
@@ -570,6 +606,7 @@ fn failed(operation: &'static str, path: &Path, errno: Errno) -> Error {
         Errno::NOENT => ErrorKind::NotFound,
         Errno::EXIST | Errno::NOTEMPTY => ErrorKind::Exists,
         Errno::WOULDBLOCK => ErrorKind::Locked,
+        Errno::XDEV | Errno::MLINK => ErrorKind::CannotLink,
         Errno::NOSPC | Errno::DQUOT => ErrorKind::NoSpace,
         Errno::ACCESS | Errno::PERM | Errno::ROFS | Errno::BADF => ErrorKind::Denied,
         Errno::NAMETOOLONG | Errno::ILSEQ => ErrorKind::BadName,
@@ -672,6 +709,38 @@ mod tests {
     #[test]
     fn the_host_lives_one_life_at_a_time() {
         assert_eq!(boot_id().unwrap(), boot_id().unwrap());
+    }
+
+    #[test]
+    fn a_file_has_as_many_names_as_it_is_given() {
+        let (place, folder) = folder();
+        let other = folder.create_folder("other").expect("create folder");
+        folder.create("a").expect("create").write_at(b"x", 0).expect("write");
+        folder.link("a", &*other, "b").expect("link");
+        assert_eq!((folder.links("a").expect("links"), other.links("b").expect("links")), (2, 2));
+        assert_eq!(kind(folder.link("a", &*other, "b")), ErrorKind::Exists);
+        assert_eq!(kind(folder.link("other", &*other, "c")), ErrorKind::WrongType);
+        assert_eq!(kind(folder.link("a", &*crate::sim::Sim::new().root(), "c")), ErrorKind::CannotLink);
+        std::os::unix::fs::symlink("a", place.path().join("s")).expect("link");
+        assert_eq!(kind(folder.link("s", &*other, "c")), ErrorKind::WrongType);
+        folder.unlink("a").expect("unlink");
+        assert_eq!(other.links("b").expect("links"), 1);
+    }
+
+    #[test]
+    fn a_reflink_is_a_file_of_its_own() {
+        let (_place, folder) = folder();
+        let (one, two) = (folder.create("a").expect("create"), folder.create("b").expect("create"));
+        one.write_at(b"one", 0).expect("write");
+        // Not every file system can.
+        if two.reflink(&*one).expect("asked") {
+            two.write_at(b"two", 0).expect("write");
+            let mut read = [0; 3];
+            one.read_at(&mut read, 0).expect("read");
+            assert_eq!(&read, b"one");
+        } else {
+            assert_eq!(two.len().expect("length"), 0);
+        }
     }
 
     #[test]

@@ -45,6 +45,10 @@ impl Store for Lax {
         self.0.data(offset)
     }
 
+    fn reflink(&self, from: &dyn Store) -> Result<bool> {
+        self.0.reflink(from)
+    }
+
     fn allocated(&self) -> Result<u64> {
         self.0.allocated()
     }

@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!                 Folder                          Store
-//!        names: create, rename, unlink    one file: read, write, zero, sync
+//!   names: create, link, rename, unlink   one file: read, write, zero, sync
 //!        ------------------------------   ------------------------------
 //! host   a directory of this machine      a file descriptor
 //! sim    a volatile and a durable map     volatile and durable bytes
@@ -25,6 +25,7 @@ pub mod sim;
 
 pub use lax::Lax;
 
+use std::any::Any;
 use std::fmt;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -82,6 +83,12 @@ pub trait Store: Send + Sync + fmt::Debug {
         let len = self.len()?;
         Ok((offset < len).then_some((offset, len)))
     }
+    /// Makes this file, which is empty, one of the content of `from` without copying it: both share their places until one of them is
+    /// written (a *reflink*). `false` where that is not possible, and nothing has changed.
+    fn reflink(&self, from: &dyn Store) -> Result<bool> {
+        let _ = from;
+        Ok(false)
+    }
     /// Bytes that the file occupies on its file system (allocated blocks, not its length).
     fn allocated(&self) -> Result<u64>;
     /// The open file, for who reads it in a way of his own (io_uring): its bytes are what [`Store::read_at`] gives. `None` if there is no
@@ -94,13 +101,18 @@ pub trait Store: Send + Sync + fmt::Debug {
 /// A folder: names of files and of folders below it.
 ///
 /// A name is one path component: never empty, `.`, `..`, and never with a `/` ([`ErrorKind::BadName`]).
-pub trait Folder: Send + Sync + fmt::Debug {
+pub trait Folder: Any + Send + Sync + fmt::Debug {
     /// Opens an existing file. Symbolic links are not followed.
     fn open(&self, name: &str, mode: Mode) -> Result<Arc<dyn Store>>;
     /// Makes a new file, empty, readable by its owner alone (0600), opened for writing. Fails if the name is taken.
     fn create(&self, name: &str) -> Result<Arc<dyn Store>>;
     /// Renames a file or folder inside this folder, replacing a file of the new name.
     fn rename(&self, from: &str, to: &str) -> Result<()>;
+    /// Gives a file of this folder one more name, in the folder `into`: a hard link. Both are names of one file, which lives as long as one
+    /// of them. [`ErrorKind::CannotLink`] where the two folders have no file system in common that can do that.
+    fn link(&self, name: &str, into: &dyn Folder, new: &str) -> Result<()>;
+    /// How many names a file has, here and elsewhere.
+    fn links(&self, name: &str) -> Result<u64>;
     /// Removes a file's name.
     fn unlink(&self, name: &str) -> Result<()>;
     /// Makes a folder (0700) below this one.
@@ -127,6 +139,8 @@ pub enum ErrorKind {
     Exists,
     /// Another handle holds a lock that conflicts.
     Locked,
+    /// The file cannot have a name there: another file system, or one that has no links, or no more of them.
+    CannotLink,
     /// No space left on the device (or quota exceeded).
     NoSpace,
     /// Not allowed: permissions, or a write through a handle opened for reading.

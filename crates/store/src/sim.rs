@@ -1,7 +1,7 @@
 //! A simulated disk that loses what was not synced.
 //!
 //! ```text
-//!   write, set_len, punch ──► content (what reads see)    create, rename, unlink ──► entries
+//!   write, set_len, punch ──► content (what reads see)    create, link, rename, unlink ──► entries
 //!                             pending (not synced)                                   pending
 //!   sync ───────────────────► durable                     sync ────────────────────► durable
 //!
@@ -29,6 +29,7 @@ pub use crash::Crash;
 use crate::{Error, ErrorKind, Folder, Lock, Mode, Result, Store, check_name};
 use crash::{Choice, FileOp, NameOp, SECTOR, apply_names, mix};
 use pages::{PAGE, Pages};
+use std::any::Any;
 use std::backtrace::Backtrace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -472,12 +473,13 @@ impl Disk {
         }
     }
 
-    /// Whether a file has a name.
-    fn is_named(&self, file: u64) -> bool {
-        self.inodes.values().any(|inode| match inode {
-            Inode::Folder(folder) => folder.entries.values().any(|named| *named == file),
-            Inode::File(_) => false,
-        })
+    /// How many names a file has.
+    fn names(&self, file: u64) -> u64 {
+        let folders = self.inodes.values().filter_map(|inode| match inode {
+            Inode::Folder(folder) => Some(folder),
+            Inode::File(_) => None,
+        });
+        folders.flat_map(|folder| folder.entries.values()).filter(|named| **named == file).count() as u64
     }
 
     /// Bytes that the files occupy which have a name or are open.
@@ -809,6 +811,36 @@ impl Folder for SimFolder {
         outcome.end(())
     }
 
+    fn link(&self, name: &str, into: &dyn Folder, new: &str) -> Result<()> {
+        let operation = "link";
+        check_name(name, operation)?;
+        check_name(new, operation)?;
+        let mut disk = lock(&self.disk);
+        let into: &dyn Any = into;
+        let into = into.downcast_ref::<Self>().filter(|into| Arc::ptr_eq(&into.disk, &self.disk));
+        let into = into.ok_or_else(|| self.error(ErrorKind::CannotLink, operation, name))?;
+        let (inode, folder) = self.find(&mut disk, operation, name)?;
+        if folder {
+            return Err(self.error(ErrorKind::WrongType, operation, name));
+        }
+        into.check_free(&mut disk, operation, new)?;
+        let (number, outcome) = disk.begin_change(operation, &into.path(new))?;
+        disk.folder(into.inode).change(number, NameOp::Add { name: new.to_owned(), inode });
+        outcome.end(())
+    }
+
+    fn links(&self, name: &str) -> Result<u64> {
+        check_name(name, "look at")?;
+        let mut disk = lock(&self.disk);
+        if !disk.powered {
+            return Err(power_lost("look at", &self.path(name)));
+        }
+        match self.find(&mut disk, "look at", name)? {
+            (_, true) => Err(self.error(ErrorKind::WrongType, "look at", name)),
+            (inode, false) => Ok(disk.names(inode)),
+        }
+    }
+
     fn unlink(&self, name: &str) -> Result<()> {
         self.remove(name, false)
     }
@@ -1043,7 +1075,7 @@ impl Store for SimFile {
             return Err(self.error(ErrorKind::Locked, "lock", "in use by somebody else"));
         }
         handles.insert(self.id, wanted);
-        if wanted != Lock::None && !disk.is_named(self.inode) {
+        if wanted != Lock::None && disk.names(self.inode) == 0 {
             return Err(self.error(ErrorKind::NotFound, "lock", "it was removed"));
         }
         Ok(())

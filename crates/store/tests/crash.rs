@@ -267,6 +267,35 @@ fn a_full_disk_says_so() {
     other.write_at(&[1], 8192).expect("and again");
 }
 
+/// Two names of one file, each as durable as its own folder; the file lives as long as one of them.
+#[test]
+fn a_link_is_a_name_like_any_other() {
+    let (sim, root, file) = disk(4096);
+    let other = root.create_folder("other").expect("create");
+    root.sync().expect("sync");
+    root.link("a", &*other, "b").expect("link");
+    assert_eq!((root.links("a").expect("links"), other.links("b").expect("links")), (2, 2));
+    assert_eq!(kind(root.link("a", &*other, "b")), ErrorKind::Exists);
+    assert_eq!(kind(root.link("none", &*other, "c")), ErrorKind::NotFound);
+    assert_eq!(kind(root.link("other", &*root, "c")), ErrorKind::WrongType);
+    assert_eq!(kind(root.link("a", &*Sim::new().root(), "c")), ErrorKind::CannotLink, "another disk");
+    let linked = |sim: &Sim| sim.root().folder("other").expect("there").open("b", Mode::Read).is_ok();
+    let seen: BTreeSet<bool> = Crash::several(7, 50).map(|crash| linked(&sim.after_crash(crash))).collect();
+    assert_eq!(seen, BTreeSet::from([false, true]), "nobody has synced the folder");
+    other.sync().expect("sync");
+    root.unlink("a").expect("unlink");
+    assert_eq!(other.links("b").expect("links"), 1);
+    file.write_at(&[2; 4096], 0).expect("it lives");
+    file.sync().expect("sync");
+    for crash in Crash::several(8, 50) {
+        let after = sim.after_crash(crash);
+        let there = after.root().folder("other").expect("there").open("b", Mode::Read).expect("there");
+        let mut data = [0; 4096];
+        there.read_at(&mut data, 0).expect("read");
+        assert_eq!(data, [2; 4096], "{crash:?}");
+    }
+}
+
 #[test]
 fn digests_tell_states_apart() {
     let (sim, root, file) = disk(4096);

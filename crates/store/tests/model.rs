@@ -15,6 +15,8 @@ enum Op {
     Open(usize, bool),
     Create(usize),
     Rename(usize, usize),
+    Link(usize, usize, usize),
+    Links(usize),
     Unlink(usize),
     CreateFolder(usize),
     Folder(usize),
@@ -41,6 +43,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (name(), any::<bool>()).prop_map(|(n, w)| Op::Open(n, w)),
         4 => name().prop_map(Op::Create),
         2 => (name(), name()).prop_map(|(a, b)| Op::Rename(a, b)),
+        3 => (name(), 0..3_usize, name()).prop_map(|(a, into, b)| Op::Link(a, into, b)),
+        2 => name().prop_map(Op::Links),
         2 => name().prop_map(Op::Unlink),
         1 => name().prop_map(Op::CreateFolder),
         1 => name().prop_map(Op::Folder),
@@ -105,6 +109,11 @@ impl Disk {
             Op::Open(name, write) => self.keep(folder.open(NAMES[name], if write { Mode::Write } else { Mode::Read })),
             Op::Create(name) => self.keep(folder.create(NAMES[name])),
             Op::Rename(from, to) => told(folder.rename(NAMES[from], NAMES[to]), done),
+            Op::Link(name, into, new) => {
+                let into = &self.folders[into % self.folders.len()];
+                told(folder.link(NAMES[name], &**into, NAMES[new]), done)
+            }
+            Op::Links(name) => told(folder.links(NAMES[name]), ToString::to_string),
             Op::Unlink(name) => told(folder.unlink(NAMES[name]), done),
             Op::CreateFolder(name) => self.enter(folder.create_folder(NAMES[name])),
             Op::Folder(name) => self.enter(folder.folder(NAMES[name])),

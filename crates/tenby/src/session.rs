@@ -5,7 +5,7 @@ use crate::out::Out;
 use api::Client;
 use machine::request::{Job, Problem, ProblemKind, TreeView, View};
 use machine::root::{Found, LogLine, Peek, Root};
-use machine::tree::{MachineId, State};
+use machine::tree::{Machine, MachineId, State};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -125,6 +125,13 @@ impl Reader {
 
     pub(crate) async fn ledger(&self) -> Result<serde_json::Value, Problem> {
         self.ask(|peek| &peek.ledger, Client::ledger).await
+    }
+
+    /// The rows of the machine.
+    pub(crate) async fn machine(&self) -> Result<Machine, Problem> {
+        let mut rows = self.ledger().await?;
+        serde_json::from_value(rows["machine"].take())
+            .map_err(|error| Problem::failed(format!("the rows of the machine make no sense: {error}")))
     }
 
     pub(crate) async fn log(&self) -> Result<Vec<LogLine>, Problem> {

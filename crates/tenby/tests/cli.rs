@@ -51,11 +51,8 @@ fn what_is_not_there_yet_ends_with_3_and_says_so() {
     std::fs::write(place.path("a.img"), vec![0; 4096]).unwrap();
     let before = content(&place.root());
     for words in [
-        &["vm", "create", "new", "--from", "web@Monday"][..],
-        &["vm", "detach", "web"],
-        &["vm", "import", "folder"],
+        &["vm", "import", "folder"][..],
         &["vm", "export", "web", "Monday", "--to", "folder"],
-        &["snapshot", "apply", "web", "other@Monday", "--discard"],
         &["disk", "create", "a.qcow2", "--size", "1M"],
         &["serve"],
         &["token", "list"],
@@ -75,6 +72,10 @@ fn what_does_not_exist_ends_with_4() {
     let place = Place::with_machine("web");
     for words in [
         &["vm", "show", "nix"][..],
+        &["vm", "create", "new", "--from", "nix@Monday"],
+        &["vm", "create", "new", "--from", "web@nix"],
+        &["vm", "detach", "nix"],
+        &["snapshot", "apply", "web", "nix@Monday", "--discard"],
         &["vm", "start", "nix"],
         &["vm", "delete", "nix", "--yes"],
         &["snapshot", "list", "nix"],

@@ -115,7 +115,7 @@ enum Outcome {
 impl<'a> Comparison<'a> {
     fn new(files: &'a Files, looked: &'a Looked, state: &'a mut State) -> Self {
         let machine = &looked.machine;
-        let merged = if looked.worker { fold_members(machine) } else { BTreeSet::new() };
+        let merged = if looked.worker { fold_members(machine, files) } else { BTreeSet::new() };
         Self { files, looked, state, merged, opened: Opened::new(files, machine), total: 0 }
     }
 
@@ -126,7 +126,7 @@ impl<'a> Comparison<'a> {
         progress: &mut dyn FnMut(u64, u64) -> bool,
     ) -> Result<Option<Looked>, Problem> {
         let looked = self.looked;
-        let rows = sealed(&looked.machine);
+        let rows = sealed(&looked.machine, self.files);
         let rows: Vec<&LayerRow> = rows.into_iter().filter(|row| !self.state.done.contains_key(&row.id)).collect();
         self.total = self.state.bytes + rows.iter().map(|row| self.to_read(row)).sum::<u64>();
         for row in rows {

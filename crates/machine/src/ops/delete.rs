@@ -45,15 +45,24 @@ impl Owner {
         let alone =
             rows.machine.layers.values().filter(|row| row.kind == crate::tree::LayerKind::Disk).all(|row| row.in_place);
         if in_place && !alone && !discard {
+            // What is merged must be this machine's alone.
+            self.detach_first(task).await?;
             self.merge_now_into_base(task).await?;
         }
         let rows = self.machine();
+        if let Some(making) = self.reserving.take() {
+            // It would come to lie in a folder that is being emptied.
+            let _ = making.await;
+        }
         self.deleted = true;
-        let removed = self.shared.root.remove(self.shared.id);
-        if let Err(problem) = removed {
+        let root = &self.shared.root;
+        if let Err(problem) = root.hide(self.shared.id) {
             self.deleted = false;
             return Err(problem);
         }
+        self.keeper.steps.at("delete-machine:hidden");
+        root.give_up(self.shared.id);
+        self.keeper.steps.at("delete-machine:gone");
         for row in rows.machine.layers.values().filter(|row| row.in_place) {
             crate::mark::clear(std::path::Path::new(&row.file));
         }

@@ -16,7 +16,7 @@ use crate::log;
 use crate::plan::{Take, Written};
 use crate::ram;
 use crate::request::Problem;
-use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
+use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, SnapshotId, SnapshotState, State};
 use image::{Chain, Layer, Received};
 use qemu::{Capture, CaptureMode, Stamp};
 use serde_json::{Value, json};
@@ -327,7 +327,7 @@ impl Keeper {
         move || {
             let mut made = BTreeMap::new();
             for ((_, row), served) in leaves.iter().zip(parents) {
-                made.insert(row.id, make_leaf(&files, carries.as_ref(), &rows.machine, row, served)?);
+                made.insert(row.id, make_leaf(&files, carries.as_ref(), &rows.machine.layers, row, served)?);
             }
             files.sync_names()?;
             Ok(made)
@@ -335,14 +335,15 @@ impl Keeper {
     }
 }
 
-fn make_leaf(
+/// Makes the file of a fresh leaf over one of `layers`.
+pub(crate) fn make_leaf(
     files: &crate::files::Files,
     carries: Option<&Carries>,
-    machine: &Machine,
+    layers: &BTreeMap<LayerId, LayerRow>,
     row: &LayerRow,
     served: Option<Arc<dyn Layer>>,
 ) -> Result<Leaf, Problem> {
-    let parent_row = row.parent.and_then(|id| machine.layers.get(&id));
+    let parent_row = row.parent.and_then(|id| layers.get(&id));
     let parent_row = parent_row.ok_or_else(|| Problem::damaged("a leaf's parent is not in the ledger"))?;
     let parent = match served {
         Some(layer) => layer,

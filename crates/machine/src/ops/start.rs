@@ -115,8 +115,12 @@ impl Owner {
         Ok(result)
     }
 
-    /// Resets the guest.
+    /// Resets the guest. One that goes on as another machine comes up as itself: that takes a new QEMU.
     pub(crate) async fn restart(&mut self, task: &Task) -> Result<Value, Problem> {
+        if self.machine().machine.now.config.borrowed.is_some() {
+            self.off("restarted, to come up as itself", None).await;
+            return self.start(task, false).await;
+        }
         let (live, name) = self.running()?;
         live.qemu.reset().await.map_err(|e| qemu_problem(&name, &e))?;
         log::write(&self.keeper.files, Some(task.id()), "restarted");

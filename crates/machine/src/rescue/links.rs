@@ -5,7 +5,7 @@
 
 use super::found::{Found, Unknown};
 use crate::label::Label;
-use crate::tree::{LayerFormat, LayerId, LayerKind};
+use crate::tree::{LayerFormat, LayerId, LayerKind, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use uuid::Uuid;
 
@@ -19,6 +19,8 @@ pub(super) struct Links<'a> {
     pub(super) whole: Vec<bool>,
     /// Its label; of a file that plays another's part, the other's.
     pub(super) label: Vec<Option<&'a Label>>,
+    /// It is shared, and says what it is to another machine.
+    pub(super) foreign: Vec<bool>,
     /// A merge was writing into it, or it stands between the ends of one: nothing but what stands on it is sensible.
     pub(super) torn: Vec<bool>,
     /// It accepts its parent by the id that a merge gave it: to be put right by whoever works with the machine next.
@@ -26,15 +28,18 @@ pub(super) struct Links<'a> {
 }
 
 impl<'a> Links<'a> {
-    /// Finds them. `used` says which files may be layers at all.
-    pub(super) fn find(found: &'a [Found], mut used: Vec<bool>, unknown: &mut Vec<Unknown>) -> Self {
-        let mut label: Vec<Option<&Label>> = found.iter().map(|file| file.label.as_ref()).collect();
+    /// Finds them. `used` says which files may be layers at all, and `home` whose labels count: what is shared speaks of another machine.
+    pub(super) fn find(found: &'a [Found], mut used: Vec<bool>, home: MachineId, unknown: &mut Vec<Unknown>) -> Self {
+        let own = |label: &&Label| label.machine.id == home;
+        let mut label: Vec<Option<&Label>> = found.iter().map(|file| file.label.as_ref().filter(own)).collect();
+        let foreign = found.iter().map(|file| file.label.as_ref().is_some_and(|label| !own(&label))).collect();
         settle_twins(found, &mut used, &mut label, unknown);
         let mut links = Self {
             found,
             parent: vec![None; found.len()],
             whole: used.clone(),
             label,
+            foreign,
             torn: vec![false; found.len()],
             mend: Vec::new(),
         };

@@ -44,13 +44,14 @@ pub fn rebuild(
     at: Timestamp,
     mut unknown: Vec<Unknown>,
 ) -> Result<Rebuilt, Vec<Unknown>> {
-    let used = ours(id, found, &mut unknown);
-    let links = Links::find(found, used, &mut unknown);
+    let (home, used) = ours(id, found, &mut unknown);
+    let links = Links::find(found, used, home, &mut unknown);
     Rebuild::new(links, named, at, unknown).run(id)
 }
 
-/// Which files are this machine's: those that say so or say nothing, and what they stand on. A folder that was renamed keeps its files.
-fn ours(id: MachineId, found: &[Found], unknown: &mut Vec<Unknown>) -> Vec<bool> {
+/// Which files are this machine's: those that say so or say nothing, and what they stand on (it may be shared, and speak of the machine that it
+/// came from). A folder that was renamed keeps its files, which say who the machine was.
+fn ours(id: MachineId, found: &[Found], unknown: &mut Vec<Unknown>) -> (MachineId, Vec<bool>) {
     let says = |file: &Found| file.label.as_ref().map(|label| label.machine.id);
     let mut votes: BTreeMap<MachineId, usize> = BTreeMap::new();
     found.iter().filter_map(says).for_each(|id| *votes.entry(id).or_default() += 1);
@@ -74,7 +75,7 @@ fn ours(id: MachineId, found: &[Found], unknown: &mut Vec<Unknown>) -> Vec<bool>
     for at in (0..found.len()).filter(|at| !used[*at]) {
         unknown.push(Unknown::of(&found[at].file, "it is another machine's, and was left alone"));
     }
-    used
+    (home, used)
 }
 
 struct Rebuild<'a> {
@@ -316,7 +317,7 @@ impl<'a> Rebuild<'a> {
     /// A layer of which it is known that nothing names it.
     fn is_nobodys(&self, at: usize) -> bool {
         let free = |label: &Label| label.snapshots.is_empty() && label.now.is_none();
-        self.links.torn[at] || (self.links.is_sure(at) && self.label(at).is_some_and(free))
+        self.links.torn[at] || self.links.foreign[at] || (self.links.is_sure(at) && self.label(at).is_some_and(free))
     }
 
     /// The leaves that belong together as the present, and what their labels say of it.

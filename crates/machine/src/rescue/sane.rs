@@ -24,6 +24,7 @@ pub(super) fn plain() -> Config {
         cdrom: None,
         net: Net { mode: NetMode::default(), mac: String::new(), publish: Vec::new() },
         disks: Vec::new(),
+        borrowed: None,
     }
 }
 
@@ -61,6 +62,7 @@ pub(super) fn config(config: &mut Config) {
     config.cpu_model = config.cpu_model.take().filter(word);
     config.kernel = config.kernel.take().filter(in_boot);
     config.net.publish.retain(is_port);
+    config.borrowed = config.borrowed.take().filter(|borrowed| is_mac(&borrowed.mac));
     config.disks.retain(|disk| is_disk(&disk.id));
     let mut seen = Vec::new();
     config.disks.retain(|disk| {
@@ -71,9 +73,17 @@ pub(super) fn config(config: &mut Config) {
     });
 }
 
-/// The names under which a creation copies a kernel in, and no others.
+fn is_hex(text: &str) -> bool {
+    text.len() == 8 && text.bytes().all(|b| b.is_ascii_hexdigit())
+}
+
+/// The names under which a kernel is copied in, and no others.
 fn in_boot(kernel: &Kernel) -> bool {
-    kernel.kernel == "kernel" && kernel.initrd.as_deref().is_none_or(|initrd| initrd == "initrd")
+    let is = |name: &str, base: &str| {
+        let rest = name.strip_prefix(base);
+        rest.is_some_and(|rest| rest.is_empty() || rest.strip_prefix('-').is_some_and(is_hex))
+    };
+    is(&kernel.kernel, "kernel") && kernel.initrd.as_deref().is_none_or(|initrd| is(initrd, "initrd"))
 }
 
 fn is_port(port: &Publish) -> bool {

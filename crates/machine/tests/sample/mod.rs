@@ -57,6 +57,7 @@ fn config(disks: u32) -> Config {
         cdrom: None,
         net: Net { mode: NetMode::User, mac: "52:54:00:12:34:56".to_owned(), publish: Vec::new() },
         disks: (0..disks).map(disk).collect(),
+        borrowed: None,
     }
 }
 

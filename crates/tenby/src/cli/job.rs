@@ -126,6 +126,11 @@ fn asked(session: &Session, what: &str, job: &Job) {
     session.out.done(&format!("{what}: {}", draw::job_line(job, jiff::Timestamp::now())));
 }
 
+/// The job, if it ended well.
+pub(crate) fn ended_well(job: &Job) -> Result<&Job, Problem> {
+    job.error.as_ref().map_or(Ok(job), |error| Err(error.clone()))
+}
+
 /// Tells how a job that ended well ended.
 pub(crate) fn told(session: &Session, job: &Job) -> Result<(), Problem> {
     if let Some(error) = &job.error {

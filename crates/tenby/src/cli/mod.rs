@@ -1,5 +1,6 @@
 //! The command line: one definition for parsing, help, completions and the documentation's reference.
 
+mod clone;
 mod completions;
 mod disk;
 mod doctor;

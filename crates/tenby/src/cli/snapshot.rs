@@ -1,7 +1,8 @@
 //! `tenby snapshot`
 
+use super::clone::{self, Origin};
 use super::vm::{carry_out_on, quoted};
-use super::{Waiting, later, words};
+use super::{Waiting, words};
 use crate::out::{ask, interactive};
 use crate::session::{Session, cancelled, problem};
 use crate::{draw, follow};
@@ -42,9 +43,11 @@ pub(crate) enum Verb {
     /// Make a snapshot the present
     ///
     /// Without --keep, --keep-as or --discard it asks on a terminal, and is refused elsewhere, unless nothing would be lost.
+    /// With VM@SNAP it is another machine's snapshot, onto a machine that has none of its own: that shares the other's files from then on.
     #[command(after_help = "Examples:
   tenby snapshot apply web Monday --keep
-  tenby snapshot apply web Monday --discard --no-start")]
+  tenby snapshot apply web Monday --discard --no-start
+  tenby snapshot apply test web@Monday --discard")]
     Apply {
         #[command(flatten)]
         vm: Vm,
@@ -176,7 +179,7 @@ impl Verb {
             Self::Show { vm, snapshot } => show(session, &vm, &snapshot.snapshot).await,
             Self::Apply { vm, snapshot, how } => {
                 if snapshot.snapshot.contains('@') {
-                    return Err(later("applying another machine's snapshot"));
+                    return apply_other(session, &vm, &snapshot.snapshot, &how).await;
                 }
                 let (start, memory) = (how.start(), !how.no_memory);
                 let request = |present| Request::Apply { snapshot: snapshot.snapshot.clone(), present, start, memory };
@@ -271,6 +274,32 @@ async fn apply(
         }
         result => result,
     }
+}
+
+/// Another machine's snapshot, onto one that has none of its own.
+async fn apply_other(session: &Session, vm: &Vm, origin: &str, how: &ApplyArgs) -> Result<(), Problem> {
+    let origin: Origin = origin.parse().map_err(Problem::usage)?;
+    let found = session.find(&vm.vm)?;
+    let (present, memory) = (how.present(), !how.no_memory);
+    if let Some(own) = clone::own_snapshot(session, &found, &origin)? {
+        let request = |present| Request::Apply { snapshot: own.clone(), present, start: how.start(), memory };
+        return apply(session, vm, how, request).await;
+    }
+    if how.waiting.at_once && how.start {
+        return Err(Problem::usage("--async and --start do not go together here: it is started when it is there"));
+    }
+    let asks = present == Present::IfUnchanged && interactive() && !how.waiting.at_once;
+    match clone::apply(session, &found, &origin, memory, present, how.waiting).await {
+        Err(refusal) if asks && would_lose(&refusal) => {
+            let present = keep_or_discard(&found, &refusal)?;
+            clone::apply(session, &found, &origin, memory, present, how.waiting).await
+        }
+        result => result,
+    }?;
+    if how.start {
+        carry_out_on(session, &found, Request::Start { paused: false }, how.waiting).await?;
+    }
+    Ok(())
 }
 
 /// Whether a refusal is the one that `--keep` and `--discard` answer: its hint says so.

@@ -1,5 +1,6 @@
 //! `tenby vm`
 
+use super::clone::{self, Origin};
 use super::{Waiting, job, later, words};
 use crate::out::{ask, interactive};
 use crate::session::{Reader, Session, cancelled, problem};
@@ -20,7 +21,8 @@ pub(crate) enum Verb {
   tenby vm create web --disk new:20G --cdrom debian.iso --boot cdrom
   tenby vm create new --firmware uefi --disk new:20G --cdrom debian.iso --boot cdrom
   tenby vm create old --memory 2G --disk /srv/old.raw,format=raw --publish 8080:80
-  tenby vm create big --disk /srv/big.vhdx,in-place")]
+  tenby vm create big --disk /srv/big.vhdx,in-place
+  tenby vm create test --from web@fresh --count 3 --start")]
     Create(Box<CreateArgs>),
     /// List the machines
     #[command(after_help = "Example:\n  tenby vm list --json")]
@@ -123,9 +125,9 @@ pub(crate) enum Verb {
         #[command(flatten)]
         waiting: Waiting,
     },
-    /// Copy what a machine shares with others (not there yet)
+    /// Copy what a machine shares with others: those that were made from its snapshots, or the one that it was made from
     #[command(after_help = "Example:\n  tenby vm detach web")]
-    Detach(Name),
+    Detach(Plain),
     /// Rebuild a machine from its folder's files, when its ledger is lost or damaged; says what could not be known
     #[command(after_help = "Examples:
   tenby vm rescue /var/lib/tenby/0199f2f5b7c34e1f9a4a9d1c8e6b7a50
@@ -225,11 +227,13 @@ pub(crate) struct CreateArgs {
     /// Words of yours
     #[arg(long, default_value = "", hide_default_value = true, value_name = "TEXT")]
     note: String,
-    /// Make it from a snapshot of another machine (linked) (not there yet)
-    #[arg(long, value_name = "VM@SNAP")]
-    from: Option<String>,
+    /// Make it from a snapshot of another machine, with whose memory it goes on, if there is any. The files are shared until one of the two
+    /// machines has no use for them any more; `vm detach` copies them
+    #[arg(long, value_name = "VM@SNAP", conflicts_with_all = ["memory", "cpus", "disks", "cdrom", "boot", "kernel", "initrd", "append",
+        "firmware", "net", "publish", "accel"])]
+    from: Option<Origin>,
     /// Make so many: NAME-1 to NAME-N
-    #[arg(long, value_name = "N", requires = "from")]
+    #[arg(long, value_name = "N", requires = "from", value_parser = clap::value_parser!(u32).range(1..=i64::from(clone::MOST)))]
     count: Option<u32>,
     /// Start it at once
     #[arg(long, requires = "from")]
@@ -410,7 +414,7 @@ impl Verb {
             }
             Self::Check { vm, deep } => crate::audit::run(session, &session.find(&vm.name)?, deep).await,
             Self::Undo { vm, id, waiting } => carry_out(session, &vm, Request::Undo { id }, waiting).await,
-            Self::Detach(_) => Err(later("`tenby vm detach`")),
+            Self::Detach(verb) => carry_out(session, &verb.vm, Request::Detach, verb.waiting).await,
             Self::Rescue { folder, named } => crate::rescue::run(session, folder, &named).await,
             Self::Import { .. } => Err(later("`tenby vm import`")),
             Self::Export { .. } => Err(later("`tenby vm export`")),
@@ -441,8 +445,9 @@ pub(crate) async fn carry_out_on(
 }
 
 async fn create(session: &Session, args: CreateArgs) -> Result<(), Problem> {
-    if args.from.is_some() {
-        return Err(later("`tenby vm create --from`"));
+    if let Some(origin) = &args.from {
+        let new = clone::New { name: args.name, count: args.count, start: args.start, note: args.note };
+        return clone::create(session, origin, new).await;
     }
     let path = |path: &Option<PathBuf>| path.as_deref().map(words::existing_file).transpose();
     let spec = Create {
@@ -550,7 +555,9 @@ async fn delete(session: &Session, args: DeleteArgs) -> Result<(), Problem> {
             return Err(cancelled(format!("{} stays", found.name)));
         }
     }
-    carry_out_on(session, &found, Request::DeleteMachine { discard: args.discard }, args.waiting).await
+    let deleted = carry_out_on(session, &found, Request::DeleteMachine { discard: args.discard }, args.waiting).await;
+    session.root.clear_away(found.id);
+    deleted
 }
 
 /// What `vm delete --dry-run` says.
@@ -559,6 +566,8 @@ struct Deletion {
     folder: PathBuf,
     snapshots: usize,
     bytes: u64,
+    /// Of which so many stay: other machines have them, too.
+    shared: u64,
 }
 
 impl Deletion {
@@ -568,13 +577,19 @@ impl Deletion {
             folder: session.root.machine_folder(view.id),
             snapshots: tree.snapshots.len(),
             bytes: held + tree.now.disk_bytes,
+            shared: view.shared,
         }
     }
 }
 
 fn told(deletion: &Deletion, name: &str) -> String {
     let snapshots = draw::count(deletion.snapshots, "snapshot");
-    format!("{name} would go: {} with {snapshots}, {}\n", deletion.folder.display(), draw::size(deletion.bytes))
+    let shared = match deletion.shared {
+        0 => String::new(),
+        bytes => format!("; {} of its files stay, for other machines have them, too", draw::size(bytes)),
+    };
+    let folder = deletion.folder.display();
+    format!("{name} would go: {folder} with {snapshots}, {}{shared}\n", draw::size(deletion.bytes))
 }
 
 async fn screenshot(session: &Session, vm: &Name, file: &std::path::Path) -> Result<(), Problem> {

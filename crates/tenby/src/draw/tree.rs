@@ -328,6 +328,7 @@ mod tests {
             cdrom: None,
             net: Net { mode: NetMode::User, mac: "52:54:00:12:34:56".to_owned(), publish: Vec::new() },
             disks: Vec::new(),
+            borrowed: None,
         }
     }
 
@@ -529,6 +530,8 @@ mod tests {
             worker: None,
             qemu: None,
             created: "2026-11-22T10:00:00Z".parse().unwrap(),
+            shared: 0,
+            isolated: false,
         };
         insta::assert_snapshot!(snapshot(&tuesday, &week, &now, &look()), @r"
         Tuesday

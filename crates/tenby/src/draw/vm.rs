@@ -70,6 +70,10 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
         say(if i == 0 { "disks" } else { "" }, &format!("{}  {}  {}  {files}", disk.id, size(disk.size), bus));
         say("", &format!("       {} in {}", size(disk.bytes), plain(&disk.file)));
     }
+    if view.shared > 0 {
+        let detach = format!("tenby vm detach {}", machine::plan::quoted(&view.name));
+        say("shared", &format!("{} of its files are other machines', too ({detach} copies them)", size(view.shared)));
+    }
     say("network", &network(view));
     if let Some(cdrom) = &view.config.cdrom {
         say("CD", &plain(cdrom));
@@ -106,6 +110,14 @@ fn boots(view: &View) -> String {
 fn network(view: &View) -> String {
     let mode = word(view.net.mode);
     let card = (mode != "none").then(|| plain(&view.net.mac));
+    if view.isolated {
+        let owner = view.config.borrowed.as_ref();
+        let mac = owner.map(|owner| plain(&owner.mac)).unwrap_or_default();
+        return format!(
+            "{mode}, isolated: it goes on from another machine's memory, as {mac}; from its next start on it is {}",
+            plain(&view.net.mac)
+        );
+    }
     let ports =
         view.net.publish.iter().map(|port| format!("{}:{} leads to {}", plain(&port.address), port.host, port.guest));
     std::iter::once(mode).chain(card).chain(ports).collect::<Vec<_>>().join(", ")

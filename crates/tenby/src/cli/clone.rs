@@ -1,0 +1,200 @@
+//! `tenby vm create NEW --from VM@SNAP`, and `tenby snapshot apply NEW VM@SNAP`: machines from another one's snapshot.
+
+use super::vm::{carry_out_on, quoted};
+use super::{Waiting, job};
+use crate::session::Session;
+use crate::{draw, follow, json};
+use machine::linked::copied;
+use machine::request::{Job, Present, Problem, Request, View};
+use machine::root::Found;
+use machine::tree::{Machine, MachineId, Snapshot};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+/// How many machines are made at a time.
+pub(crate) const MOST: u32 = machine::ops::clone::MOST as u32;
+
+/// A snapshot of a machine, as one word: `VM@SNAP`.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    vm: String,
+    snapshot: String,
+}
+
+impl std::str::FromStr for Origin {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('@') {
+            Some((vm, snapshot)) if !vm.is_empty() && !snapshot.is_empty() => {
+                Ok(Self { vm: vm.to_owned(), snapshot: snapshot.to_owned() })
+            }
+            _ => Err("a machine and one of its snapshots, with @ between them: web@fresh".to_owned()),
+        }
+    }
+}
+
+/// The machine and its snapshot, as they are now. Nobody is woken.
+struct Source {
+    found: Found,
+    machine: Machine,
+    snapshot: Snapshot,
+}
+
+impl Source {
+    async fn find(session: &Session, origin: &Origin) -> Result<Self, Problem> {
+        let found = session.find(&origin.vm)?;
+        let machine = session.reader(&found).await?.machine().await?;
+        let snapshot = machine.snapshots[&machine.resolve(&origin.snapshot)?].clone();
+        Ok(Self { found, machine, snapshot })
+    }
+
+    /// By its id: a name that is given to another meanwhile does not lead astray.
+    fn snapshot_id(&self) -> String {
+        self.snapshot.id.to_string()
+    }
+
+    fn name(&self) -> String {
+        format!("{}@{}", self.machine.name, self.snapshot.name)
+    }
+
+    /// Says what cannot be shared, before it is copied.
+    fn tell_copies(&self, session: &Session, memory: bool, machines: usize) {
+        let each = if machines == 1 { String::new() } else { ", for each machine".to_owned() };
+        for row in copied(&self.machine, &self.snapshot, memory) {
+            let bytes = std::fs::metadata(&row.file).map_or(0, |about| about.blocks() * 512);
+            let line = format!("{} was taken in place: its {} are copied{each}", row.file, draw::size(bytes));
+            session.out.note(&line);
+        }
+        let device = |path: PathBuf| std::fs::metadata(path).map(|about| about.dev()).ok();
+        let own = session.root.machine_folder(self.machine.id).join("disks");
+        if device(own) != device(session.root.path().to_owned()) {
+            let line = format!("{} lies on a file system of its own: its files are copied{each}", self.machine.name);
+            session.out.note(&line);
+        }
+    }
+}
+
+/// What is to be made.
+#[derive(Debug)]
+pub(crate) struct New {
+    pub(crate) name: String,
+    pub(crate) count: Option<u32>,
+    pub(crate) start: bool,
+    pub(crate) note: String,
+}
+
+/// `vm create NEW --from VM@SNAP`
+pub(crate) async fn create(session: &Session, origin: &Origin, new: New) -> Result<(), Problem> {
+    let names: Vec<String> = match new.count {
+        None => vec![new.name],
+        Some(count) => (1..=count).map(|n| format!("{}-{n}", new.name)).collect(),
+    };
+    let source = Source::find(session, origin).await?;
+    if new.start {
+        check_ram(names.len(), source.snapshot.config.memory)?;
+    }
+    source.tell_copies(session, true, names.len());
+    let request = Request::Clone { snapshot: source.snapshot_id(), names: names.clone(), note: new.note };
+    let job = follow::ask(session, &source.found, request).await?;
+    let made = made(&job)?;
+    if new.start {
+        for machine in &made {
+            follow::ask(session, machine, Request::Start { paused: false }).await?;
+        }
+    }
+    if session.out.json() {
+        return tell(session, &made, new.count.is_some()).await;
+    }
+    let said = crate::draw::done(&job, jiff::Timestamp::now());
+    let then = match (new.start, made.as_slice()) {
+        (true, [_]) => "; it runs".to_owned(),
+        (true, _) => "; they run".to_owned(),
+        (false, [one]) => format!("; `tenby vm start {}` starts it", quoted(&one.name)),
+        (false, _) => String::new(),
+    };
+    session.out.done(&format!("{said}{then}"));
+    Ok(())
+}
+
+/// The machines that a job has made.
+fn made(job: &Job) -> Result<Vec<Found>, Problem> {
+    #[derive(serde::Deserialize)]
+    struct Made {
+        machines: Vec<machine::linked::Named>,
+    }
+    if let Some(error) = &job.error {
+        return Err(error.clone());
+    }
+    let result = job.result.clone().unwrap_or_default();
+    let made: Made = serde_json::from_value(result)
+        .map_err(|error| Problem::failed(format!("what was made is not said: {error}")).hint("tenby vm list"))?;
+    Ok(made.machines.into_iter().map(|new| Found { id: new.id, name: new.name }).collect())
+}
+
+async fn tell(session: &Session, made: &[Found], many: bool) -> Result<(), Problem> {
+    let mut vms: Vec<View> = Vec::new();
+    for found in made {
+        vms.push(session.reader(found).await?.view().await?);
+    }
+    match vms.as_slice() {
+        [one] if !many => session.out.document(one),
+        vms => session.out.document(&json::Machines { vms }),
+    }
+    Ok(())
+}
+
+/// Refuses to begin what this host has not the RAM for.
+fn check_ram(machines: usize, each: u64) -> Result<(), Problem> {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let free = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+    let (Some(free), needed) = (free.map(|kib| kib << 10), each.saturating_mul(machines as u64)) else {
+        return Ok(());
+    };
+    if needed <= free {
+        return Ok(());
+    }
+    let what = match machines {
+        1 => format!("it needs {} of RAM", draw::size(each)),
+        _ => format!("{machines} machines of {} need {} of RAM", draw::size(each), draw::size(needed)),
+    };
+    Err(Problem::refused(format!("{what}, and {} are free on this host; nothing was made", draw::size(free)))
+        .hint("the same without --start, or with fewer machines"))
+}
+
+/// `snapshot apply NEW VM@SNAP`. `present` is what becomes of NEW's.
+pub(crate) async fn apply(
+    session: &Session,
+    found: &Found,
+    origin: &Origin,
+    memory: bool,
+    present: Present,
+    waiting: Waiting,
+) -> Result<(), Problem> {
+    let source = Source::find(session, origin).await?;
+    check_can_take_over(session, found).await?;
+    source.tell_copies(session, memory, 1);
+    let lend = Request::Lend { snapshot: source.snapshot_id(), memory };
+    let job = follow::ask(session, &source.found, lend).await?;
+    let request = Request::TakeOver { lent: lent(&job)?, origin: source.name(), present };
+    carry_out_on(session, found, request, waiting).await
+}
+
+/// Whether VM@SNAP is a snapshot of this very machine; its name then.
+pub(crate) fn own_snapshot(session: &Session, found: &Found, origin: &Origin) -> Result<Option<String>, Problem> {
+    Ok((session.find(&origin.vm)?.id == found.id).then(|| origin.snapshot.clone()))
+}
+
+/// What its worker would refuse is not made ready first.
+async fn check_can_take_over(session: &Session, found: &Found) -> Result<(), Problem> {
+    let machine = session.reader(found).await?.machine().await?;
+    machine.check_can_take_over()?;
+    let request = Request::TakeOver { lent: found.id, origin: String::new(), present: Present::IfUnchanged };
+    machine::admit::admit(&request, machine.now.state, &machine.name).map(drop)
+}
+
+fn lent(job: &Job) -> Result<MachineId, Problem> {
+    let told = job::ended_well(job)?.result.as_ref().and_then(|result| result.get("lent")?.as_str()?.parse().ok());
+    told.map(MachineId).ok_or_else(|| Problem::failed("what was made ready is not said"))
+}
