@@ -288,8 +288,8 @@ impl Root {
         }
     }
 
-    /// Removes what is left of a machine that was deleted, if its worker died in the middle of that: else it would keep others from what they
-    /// shared with it. A process that was killed may take a moment to give up its lock.
+    /// Removes what is left of a machine that was deleted, or made for another one to take over, if a worker died in the middle of that: it
+    /// would keep others from what they shared with it. A process that was killed may take a moment to give up its lock.
     pub fn clear_away(&self, id: MachineId) {
         let name = hidden(id);
         for _ in 0..100 {

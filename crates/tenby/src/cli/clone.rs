@@ -177,8 +177,14 @@ pub(crate) async fn apply(
     source.tell_copies(session, memory, 1);
     let lend = Request::Lend { snapshot: source.snapshot_id(), memory };
     let job = follow::ask(session, &source.found, lend).await?;
-    let request = Request::TakeOver { lent: lent(&job)?, origin: source.name(), present };
-    carry_out_on(session, found, request, waiting).await
+    let lent = lent(&job)?;
+    let taken_over =
+        carry_out_on(session, found, Request::TakeOver { lent, origin: source.name(), present }, waiting).await;
+    if !waiting.at_once {
+        // A worker that died has left it.
+        session.root.clear_away(lent);
+    }
+    taken_over
 }
 
 /// Whether VM@SNAP is a snapshot of this very machine; its name then.
