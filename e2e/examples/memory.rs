@@ -1,7 +1,7 @@
 //! For `cargo xtask bench memory`: what a guest notices of its snapshots and applies, with Tenby or with QEMU's own. Prints JSON.
 //!
 //! `memory tenby MIB` and `memory qemu MIB`: a guest of so many MiB, of which it fills the half; `memory hundred MIB`: one snapshot of it applied a
-//! hundred times.
+//! hundred times; `memory clones MIB`: 25 machines that go on from one.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -16,17 +16,20 @@ use serde_json::{Value, json};
 const SNAPSHOTS: usize = 10;
 /// How often one is applied.
 const APPLIES: usize = 5;
+/// Clones that are started together.
+const CLONES: usize = 25;
 /// The guest does what it likes in between.
 const BETWEEN: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu|hundred MIB") };
+    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu|hundred|clones MIB") };
     let told = match peer.as_str() {
         "tenby" => tenby(mib)?,
         "qemu" => qemu(mib)?,
         "hundred" => hundred(mib)?,
-        other => bail!("{other}: tenby, qemu or hundred"),
+        "clones" => clones(mib)?,
+        other => bail!("{other}: tenby, qemu, hundred or clones"),
     };
     println!("{told}");
     Ok(())
@@ -83,6 +86,45 @@ fn hundred(mib: &str) -> Result<Value> {
     let told = json!({ "applied_s": applied, "descriptors": held, "worker_mib": memory()? });
     lab.ok(&["vm", "stop", "big", "--turn-off"]);
     Ok(told)
+}
+
+/// Linked clones that go on from one memory, started together: when each has answered, and what they cost the host.
+fn clones(mib: &str) -> Result<Value> {
+    let (lab, mut witness) = big(mib)?;
+    lab.ok(&["snapshot", "create", "big", "warm"]);
+    let nonce = witness.nonce();
+    lab.ok(&["vm", "stop", "big", "--turn-off"]);
+    let used = lab.json(&["snapshot", "show", "big", "warm"])["pages"]["stored"].as_f64().context("pages")? / 256.0;
+    let before = available()?;
+    let start = Instant::now();
+    let count = CLONES.to_string();
+    let clones: Vec<String> = (1..=CLONES).map(|number| format!("big-{number}")).collect();
+    lab.ok(&["vm", "create", "big", "--from", "big@warm", "--count", &count, "--start"]);
+    let mut answered = Vec::new();
+    for name in &clones {
+        let mut witness = lab.witness(name);
+        assert_eq!(witness.resync()["nonce"], nonce.as_str());
+        answered.push(start.elapsed().as_secs_f64());
+    }
+    wait_for("all memory to arrive", || {
+        let arrived = |name: &String| lab.json(&["vm", "ledger", name])["machine"]["now"]["restoring"].is_null();
+        clones.iter().all(arrived).then_some(())
+    });
+    std::thread::sleep(BETWEEN);
+    let each = (before - available()?) / CLONES as f64;
+    let own = |name: &String| lab.json(&["vm", "show", name])["disk_bytes"].as_f64().unwrap_or_default();
+    let disks: Vec<f64> = clones.iter().map(own).collect();
+    for name in &clones {
+        lab.ok(&["vm", "stop", name, "--turn-off"]);
+    }
+    Ok(json!({ "answered_s": answered, "used_mib": used, "host_mib": each, "disk_bytes": disks }))
+}
+
+/// RAM that the host could still give away, MiB.
+fn available() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("MemAvailable")?;
+    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
 }
 
 fn tenby(mib: &str) -> Result<Value> {

@@ -60,10 +60,11 @@ impl Lab {
         rows.machine.linked(snapshot, &Named { id: MachineId::new(), name: "twin".to_owned() }, "", true)
     }
 
-    /// Makes the twin, in the folder `two`.
+    /// Makes the twin, out of sight until it is complete; then its folder is `two`.
     fn link(&self, snapshot: &str) -> Files {
-        let files = new_folder(&self.sim, "two");
+        let files = new_folder(&self.sim, "two.new");
         self.keeper.link_machine(self.linked(snapshot), &files, &mut |_, _| true).expect("linked");
+        self.sim.root().rename("two.new", "two").expect("it is complete");
         files
     }
 

@@ -11,7 +11,9 @@ use crate::{call, cargo, guest, output_of, target};
 
 /// RAM of the guests, MiB.
 const SIZES: [&str; 2] = ["512", "2048"];
-/// Bytes in a page, of MiB.
+/// RAM of the guest that is cloned, MiB.
+const CLONE: &str = "256";
+/// Pages in a MiB.
 const PAGES_A_MIB: f64 = 256.0;
 
 pub(super) fn run() -> Result<Vec<Report>> {
@@ -38,7 +40,33 @@ pub(super) fn run() -> Result<Vec<Report>> {
         promises: vec![Promise::TimesAtMost("2048 MiB", 1.25, "512 MiB")],
     });
     reports.extend(hundred(&measure("hundred", SIZES[0])?)?);
+    reports.extend(clones(&measure("clones", CLONE)?)?);
     Ok(reports)
+}
+
+/// 25 clones of one memory, started together.
+fn clones(told: &Value) -> Result<Vec<Report>> {
+    let answered = numbers(told, "answered_s")?;
+    let slowest = answered.iter().copied().fold(0.0, f64::max);
+    let number = |key: &str| told[key].as_f64().with_context(|| format!("no {key} in {told}"));
+    let rows =
+        vec![Row { name: "each".into(), samples: answered }, Row { name: "slowest".into(), samples: vec![slowest] }];
+    Ok(vec![
+        Report {
+            name: "memory-clones".into(),
+            what: format!("25 linked clones that go on from the memory of a guest of {CLONE} MiB, until each answers"),
+            unit: "s",
+            rows,
+            promises: vec![Promise::AtMost("slowest", 8.0)],
+        },
+        Report {
+            name: "memory-clones-ram".into(),
+            what: "what each of them costs the host beside the pages that are not zero, with its worker".into(),
+            unit: "MiB",
+            rows: vec![Row { name: "each".into(), samples: vec![number("host_mib")? - number("used_mib")?] }],
+            promises: vec![Promise::AtMost("each", 80.0)],
+        },
+    ])
 }
 
 /// A snapshot applied a hundred times: does it become slower, does something leak?
