@@ -14,6 +14,7 @@ use crate::files::{Files, image_problem};
 use crate::firmware;
 use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
+use crate::ram::Pieces;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
@@ -246,11 +247,17 @@ impl Live {
     }
 
     /// Puts these pieces of its RAM into huge pages again, in the background: what a capture or a restore leaves makes the next pause longer.
-    pub(crate) async fn collapse(&mut self, pieces: Vec<Stretch>) {
-        if pieces.is_empty() || qemu::collapses().is_err() {
+    ///
+    /// What is mostly zeros takes as much room then as what is not, and the pause needs it as well: only where the host has room to spare. (From
+    /// Linux 6.12 on it takes such pages apart again when it runs short.)
+    pub(crate) async fn collapse(&mut self, Pieces { used, mut idle }: Pieces) {
+        if qemu::collapses().is_err() {
             return;
         }
-        let pieces: Vec<_> = pieces.into_iter().map(|Stretch { block, offset }| (block, offset)).collect();
+        if !qemu::has_ram_to_spare(idle.len() as u64 * qemu::HUGE_PAGE) {
+            idle.clear();
+        }
+        let pieces: Vec<_> = used.into_iter().chain(idle).map(|Stretch { block, offset }| (block, offset)).collect();
         match self.qemu.collapse(&pieces).await {
             Ok(collapse) => self.collapsing = Some(collapse),
             Err(error) => tracing::warn!("no huge pages for the guest's RAM: {error}"),

@@ -77,14 +77,23 @@ pub(crate) async fn no_point(_: &mut Capture) -> Result<Option<u64>, Problem> {
     Ok(None)
 }
 
-/// Writes a capture to its end; says also what of RAM is mostly in use. `at_point` waits for the point, while the stream is being read, and says how long the guest stood
+/// RAM by pieces of a huge page.
+#[derive(Debug, Default)]
+pub(crate) struct Pieces {
+    /// Mostly in use.
+    pub(crate) used: Vec<Stretch>,
+    /// Mostly zeros.
+    pub(crate) idle: Vec<Stretch>,
+}
+
+/// Writes a capture to its end; says also what of RAM is in use. `at_point` waits for the point, while the stream is being read, and says how long the guest stood
 /// still (microseconds). When anything fails, or the task is cancelled, the capture ends and the guest is as it was before it.
 pub(crate) async fn write(
     task: &Task,
     capture: &mut Capture,
     target: Target,
     at_point: impl AsyncFnOnce(&mut Capture) -> Result<Option<u64>, Problem>,
-) -> Result<(Written, Vec<Stretch>), Problem> {
+) -> Result<(Written, Pieces), Problem> {
     let began = Instant::now();
     let name = target.name.clone();
     let given_up = Arc::<AtomicBool>::default();
@@ -128,7 +137,7 @@ pub(crate) async fn write(
         pages_same: captured.counts.same,
         pages_zero: captured.counts.empty,
     };
-    Ok((Written { layer, stats }, captured.used))
+    Ok((Written { layer, stats }, Pieces { used: captured.used, idle: captured.idle }))
 }
 
 /// The stream as the capture reads it: it fails as soon as the capture is given up.

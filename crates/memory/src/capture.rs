@@ -21,6 +21,7 @@ use crate::table::{Content, DESCRIPTION_ROOM, Layout, PRELUDE_ROOM, STATE_ROOM, 
 use crate::{Error, ErrorKind, Result};
 use batch::Batch;
 use image::Chain;
+use std::collections::HashSet;
 use std::io::Read;
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -87,6 +88,8 @@ pub struct Captured {
     pub counts: Counts,
     /// What of RAM is mostly in use.
     pub used: Vec<Stretch>,
+    /// What is mostly zeros.
+    pub idle: Vec<Stretch>,
 }
 
 /// Captures a migration stream into a new memory disk.
@@ -121,11 +124,11 @@ pub fn capture(
         ));
     }
 
-    let (Tail { devices, used }, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
+    let (Tail { devices, used, idle }, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
     write_rest(&chain, &layout, &prelude, DeviceState::split(devices)?, counts)?;
     chain.flush()?;
     let ram = prelude.blocks.iter().map(|block| block.len).sum();
-    Ok(Captured { chain, on_parent, machine: prelude.machine, ram, counts, used })
+    Ok(Captured { chain, on_parent, machine: prelude.machine, ram, counts, used, idle })
 }
 
 /// Whether a disk holds RAM of these very blocks. One that cannot be read holds nothing to stand on: the new disk is then larger,
@@ -145,6 +148,7 @@ struct Tail {
     /// What followed the pages.
     devices: Vec<u8>,
     used: Vec<Stretch>,
+    idle: Vec<Stretch>,
 }
 
 /// Reads the pages to the stream's end and has them written.
@@ -300,7 +304,11 @@ impl<'a, S: FnMut(Signal)> Collector<'a, S> {
         source.each(|event| self.take(event).map(ControlFlow::Continue))?;
         self.hand_over()?;
         self.seen.check()?;
-        Ok(Tail { used: self.used.stretches(), devices: self.tail })
+        let (used, mut idle) = (self.used.stretches(), self.seen.stretches());
+        let known: HashSet<&Stretch> = used.iter().collect();
+        idle.retain(|stretch| !known.contains(stretch));
+        drop(known);
+        Ok(Tail { used, idle, devices: self.tail })
     }
 
     fn take(&mut self, event: Event<'_>) -> Result<()> {

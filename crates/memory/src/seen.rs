@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 const STRETCH: u64 = 512;
 
 /// 2 MiB of RAM, as large as a huge page.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Stretch {
     /// The block.
     pub block: String,

@@ -4,7 +4,7 @@
 //! is what a capture or a lazy restore leaves, some 25 ms for each GiB (measured with QEMU 7.2 and 10.0 on Linux 6.18). The kernel's own daemon takes hours to mend it.
 //! So the worker asks for it, from outside: `process_madvise(MADV_COLLAPSE)`, Linux 6.1 and later, for who may trace QEMU and has `CAP_SYS_NICE`.
 //!
-//! A huge page takes 2 MiB, whatever it holds: only pieces are named here that are mostly in use.
+//! A huge page takes 2 MiB, whatever it holds: for pieces that are not in use that is worth it only where there is RAM to spare.
 
 #![expect(unsafe_code, reason = "advice about the memory of another process, for which there is no safe binding")]
 
@@ -20,6 +20,9 @@ use tokio::sync::watch;
 
 /// Bytes in a huge page.
 pub const HUGE_PAGE: u64 = 2 << 20;
+
+/// RAM of the host that is left alone where it is not needed, bytes.
+const RESERVE: u64 = 1 << 30;
 
 /// Pieces that could not be had in a row before it is given up: the host has no more memory in one piece.
 const PATIENCE: u32 = 16;
@@ -104,6 +107,14 @@ pub fn collapses() -> Result<()> {
     // Of nothing: whether there is such advice.
     let me = pidfd_open(getpid(), PidfdFlags::empty()).map_err(|error| not(format!("no pidfd: {error}")))?;
     call(&me, &[]).map_err(|error| not(format!("process_madvise(MADV_COLLAPSE): {error}")))
+}
+
+/// Whether the host could give away twice so many bytes of RAM, and something besides.
+pub fn has_ram_to_spare(bytes: u64) -> bool {
+    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let available = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10;
+    available > 2 * bytes + RESERVE
 }
 
 fn advise(process: &OwnedFd, address: u64) -> std::result::Result<(), Errno> {

@@ -27,7 +27,7 @@ pub mod qmp;
 
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
-pub use hugepages::{Collapse, HUGE_PAGE, collapses};
+pub use hugepages::{Collapse, HUGE_PAGE, collapses, has_ram_to_spare};
 pub use launch::{
     Accel, Boot, Bus, Disk, Kernel, Launch, Nbd, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
     SPARE_QMP_SOCKET, Uefi, VNC_SOCKET,

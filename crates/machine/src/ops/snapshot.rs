@@ -109,9 +109,9 @@ impl Owner {
             let in_background = live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
             let mut capture = live.qemu.capture(mode).await.map_err(|e| qemu_problem(&name, &e))?;
-            let (written, used) = ram::write(task, &mut capture, target, ram::no_point).await?;
+            let (written, pieces) = ram::write(task, &mut capture, target, ram::no_point).await?;
             if in_background {
-                live.collapse(used).await;
+                live.collapse(pieces).await;
             }
             Ok(written)
         }
@@ -190,8 +190,8 @@ impl Owner {
             Ok(Some(point.pause_micros()))
         })
         .await;
-        let (written, used) = captured?;
-        live.collapse(used).await;
+        let (written, pieces) = captured?;
+        live.collapse(pieces).await;
         Ok(written)
     }
 }

@@ -6,6 +6,7 @@ use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
 use crate::log;
 use crate::plan::quoted;
+use crate::ram::Pieces;
 use crate::request::Problem;
 use crate::tree::{LayerId, Machine, State};
 use memory::Stretch;
@@ -219,7 +220,7 @@ impl Owner {
         self.keeper.book.commit(|rows| rows.machine.now.restoring = None)?;
         self.keeper.steps.at("restore:filled");
         if let Some(live) = &mut self.live {
-            live.collapse(used).await;
+            live.collapse(Pieces { used, ..Pieces::default() }).await;
         }
         Ok(())
     }
