@@ -282,16 +282,18 @@ impl Lab {
         small
     }
 
-    /// Waits until nothing is under way or pending, but for files that other files stand on.
+    /// Waits until nothing is under way or pending, but for files that other files stand on. (What memory is being lent from is not merged before
+    /// it has arrived.)
     ///
     /// # Panics
     /// If that does not come.
     pub fn settle(&self) {
         wait_for("all work to end", || {
+            let arrived = self.json(&["vm", "ledger", BASE])["machine"]["now"]["restoring"].is_null();
             let jobs = self.json(&["job", "list", BASE]);
             let running = jobs["jobs"].as_array().expect("a list").iter().any(|job| job["ended"].is_null());
             let pending = self.tree()["pending"].as_array().expect("a list").iter().any(|work| work["kind"] != "wait");
-            (!running && !pending).then_some(())
+            (arrived && !running && !pending).then_some(())
         });
     }
 

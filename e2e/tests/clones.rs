@@ -34,10 +34,11 @@ fn assert_whole(lab: &Lab, name: &str) {
     // A worker looks what there is to do.
     lab.ok(&["vm", "set", name, "--note", "looked at"]);
     wait_for("all work to end", || {
+        let arrived = lab.json(&["vm", "ledger", name])["machine"]["now"]["restoring"].is_null();
         let tree = lab.json(&["snapshot", "list", name]);
         let pending = tree["pending"].as_array().expect("a list").iter().any(|work| work["kind"] != "wait");
         let ledger = lab.json(&["vm", "ledger", name]);
-        (!pending && ledger["journal"].as_object().expect("a journal").is_empty()).then_some(())
+        (!pending && arrived && ledger["journal"].as_object().expect("a journal").is_empty()).then_some(())
     });
     let ledger = lab.json(&["vm", "ledger", name]);
     let rows = ledger["machine"]["layers"].as_object().expect("layers");
