@@ -1,5 +1,5 @@
-//! What has been sent, kept where it outlives the process: who takes the lending over must send the rest, and nothing twice (QEMU ends if a page
-//! comes twice).
+//! What has been sent, kept where it outlives the process: who takes the lending over must send the rest, and nothing twice (QEMU breaks off over a page
+//! that comes twice).
 //!
 //! ```text
 //!   record: number u32 │ block u16 │ which of the 16 pages u16 │ cluster u64          little-endian, 16 bytes
