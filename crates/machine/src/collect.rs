@@ -185,7 +185,7 @@ impl Owner {
 
     /// Deletions that wait for merging have ended when nothing more can be done. (What memory is being lent from is merged when it has arrived.)
     fn answer_waiting(&mut self) {
-        let arrived = self.machine().machine.now.restoring.is_none();
+        let arrived = self.live.as_ref().is_none_or(|live| live.lent().is_none());
         if arrived && self.folding.is_none() && self.starved.is_none() {
             for (task, result) in std::mem::take(&mut self.waiting) {
                 self.finish(&task, &Ok(result));

@@ -32,6 +32,8 @@ const TRAIL: &str = "memory.trail";
 #[derive(Debug)]
 pub(crate) struct Lent {
     layer: LayerId,
+    /// Its first source had broken off.
+    again: bool,
     lending: Lending,
     happens: mpsc::UnboundedReceiver<Happening>,
 }
@@ -80,6 +82,7 @@ impl Lent {
         let trail = trail(run_dir, &beginning)?;
         let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
         let lending = Lending::default();
+        let again = beginning == Beginning::Recovered;
         if !matches!(beginning, Beginning::Anew(_)) {
             // What its guest had asked for was heard by somebody else: it comes with the rest.
             lending.pace(Pace::Full);
@@ -93,18 +96,25 @@ impl Lent {
                 // QEMU holds our end as well: nobody else would tell it.
                 let _ = socket.shutdown(Shutdown::Both);
             }
+            // Who is told may merge these files at once.
+            drop(chain);
             let _ = tell.send(Happening::Ended(ended.map_err(|e| memory_problem(&e))));
         };
         std::thread::Builder::new()
             .name("memory-lent".into())
             .spawn(work)
             .map_err(|e| Problem::failed(format!("no thread for the guest's memory: {e}")))?;
-        Ok(Self { layer, lending, happens })
+        Ok(Self { layer, again, lending, happens })
     }
 
     /// Which memory it is.
     pub(crate) fn layer(&self) -> LayerId {
         self.layer
+    }
+
+    /// Whether it was taken up again after it had broken off.
+    pub(crate) fn is_again(&self) -> bool {
+        self.again
     }
 
     /// Its guest is about to run: what it does not ask for comes too.

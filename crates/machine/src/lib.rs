@@ -17,7 +17,6 @@
 //!   rescue    the rows made again from that, when the ledger is lost
 //!   records   how sealed layers read                               hashing making the records, in the background
 //!   root      the folder of all machines                           views  the rows as users see them
-//!   firmware  UEFI, as this host has it and as a machine keeps it
 //!   firmware  UEFI, as this host has it, and as a machine keeps it
 //! ```
 //!

@@ -55,7 +55,7 @@ const TOUCHED: usize = 4096;
 const RUNS: usize = 1024;
 
 /// How fast the pages come that nobody has asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub enum Pace {
     /// Not at all: the guest is being loaded.
     #[default]
@@ -71,9 +71,9 @@ pub enum Pace {
 pub struct Lending(Arc<Asked>);
 
 impl Lending {
-    /// Changes the pace.
+    /// Raises the pace; it never falls.
     pub fn pace(&self, pace: Pace) {
-        self.0.set_pace(pace);
+        self.0.raise_pace(pace);
     }
 }
 
@@ -278,19 +278,16 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
 
     /// QEMU says what it has.
     fn recover(&mut self) -> Result<()> {
-        let mut known = Vec::new();
-        let blocks = &self.parts.table.blocks;
-        for (block, Block { name, len }) in blocks.iter().enumerate() {
-            postcopy::ask_received(&mut self.out, &blocks[block]);
+        self.trail.begin_anew()?;
+        for (block, asked) in self.parts.table.blocks.iter().enumerate() {
+            postcopy::ask_received(&mut self.out, asked);
             self.send()?;
-            let bits = self.asked.received(name)?;
-            let pages = (0..len / PAGE as u64).filter(|page| has_bit(&bits, *page));
-            known.extend(pages.map(|page| (block, page)));
+            let bits = self.asked.received(&asked.name)?;
+            for piece in Piece::known(block, &bits) {
+                self.trail.sending(piece)?;
+                piece.pages().for_each(|page| self.sent.mark_page(block, page));
+            }
         }
-        for (block, page) in &known {
-            self.sent.mark_page(*block, *page);
-        }
-        self.trail.begin_anew(known)?;
         postcopy::resume(&mut self.out);
         self.send()?;
         self.asked.resumed()
@@ -415,8 +412,4 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
 
 fn pages(block: &Block) -> u64 {
     block.len / PAGE as u64
-}
-
-fn has_bit(bits: &[u8], page: u64) -> bool {
-    bits.get((page / 8) as usize).is_some_and(|byte| byte >> (page % 8) & 1 == 1)
 }

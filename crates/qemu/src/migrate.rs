@@ -248,9 +248,8 @@ impl Qemu {
 
     /// All of the memory has arrived, or nobody will bring it: its stream need not be kept any more. No error if it was not.
     pub async fn let_lender_go(&self) {
-        if unlink(self.run_dir().join(LENDER)).is_ok() {
-            let _ = self.qmp().close(LENDER).await;
-        }
+        let _ = unlink(self.run_dir().join(LENDER));
+        let _ = self.qmp().close(LENDER).await;
     }
 
     /// Takes up a lazy restore whose stream has broken, with a new one; `None` if it has ended meanwhile.

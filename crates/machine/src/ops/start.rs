@@ -225,11 +225,19 @@ impl Owner {
         Ok(())
     }
 
-    /// No more of the guest's memory comes. If QEMU still needs it: once more, over a new connection.
+    /// No more of the guest's memory comes. If QEMU still needs it: once more, over a new connection. What breaks off a second time would do so
+    /// for ever; the next worker tries again.
     async fn lend_again(&mut self, problem: Problem) -> Result<(), Problem> {
         let rows = self.machine();
         let Some(live) = self.live.as_mut().filter(|live| qemu::alive(live.qemu.identity())) else { return Ok(()) };
+        let again = live.lent().is_some_and(Lent::is_again);
         live.forget_lent();
+        if again {
+            let alert = format!("the rest of the guest's memory does not come, and it waits for it: {problem}");
+            log::write(&self.keeper.files, None, &alert);
+            self.shared.set_moment(|moment| moment.alert = Some(alert));
+            return Ok(());
+        }
         live.take_up_again(&self.keeper, &rows.machine).await?;
         if live.lent().is_none() {
             // The last that we sent had arrived.

@@ -58,8 +58,10 @@ pub(super) enum Next {
 }
 
 impl Asked {
-    pub(super) fn set_pace(&self, pace: Pace) {
-        self.state().pace = pace;
+    pub(super) fn raise_pace(&self, pace: Pace) {
+        let mut state = self.state();
+        state.pace = state.pace.max(pace);
+        drop(state);
         self.changed.notify_all();
     }
 

@@ -65,6 +65,13 @@ impl Piece {
         piece
     }
 
+    /// The pages of a block that QEMU says it has: a bit each, those of a cluster in two bytes.
+    pub(super) fn known(block: usize, bits: &[u8]) -> impl Iterator<Item = Self> {
+        let pages = |two: &[u8]| two.iter().rev().fold(0, |pages, byte| pages << 8 | u16::from(*byte));
+        let piece = move |(cluster, two)| Self { number: KNOWN, block: block as u16, pages: pages(two), cluster };
+        (0..).zip(bits.chunks(CLUSTER as usize / 8)).map(piece).filter(|piece| piece.pages != 0)
+    }
+
     pub(super) fn block(self) -> usize {
         self.block.into()
     }
@@ -96,11 +103,11 @@ impl Trail {
         self.append(Piece { number, block: ARRIVED, pages: 0, cluster: 0 })
     }
 
-    /// QEMU itself has told what it has: the trail begins anew with that.
-    pub(super) fn begin_anew(&self, known: impl IntoIterator<Item = (usize, u64)>) -> Result<()> {
+    /// QEMU itself tells what it has: the trail begins anew with that ([`Piece::known`]).
+    pub(super) fn begin_anew(&self) -> Result<()> {
         self.file.set_len(0).map_err(failed)?;
         self.end.store(0, Ordering::Relaxed);
-        known.into_iter().try_for_each(|(block, page)| self.append(Piece::new(KNOWN, block, [page])))
+        Ok(())
     }
 
     /// The last piece was not sent.
@@ -197,8 +204,13 @@ mod tests {
         ours.sending(Piece::new(4, 0, [2])).unwrap();
         let sent: Vec<u64> = trail(&disk).read().unwrap().sent.into_iter().flat_map(Piece::pages).collect();
         assert_eq!(sent, [3, 5, 1 << 40], "what was not sent is not told to be");
-        ours.begin_anew([(1, 9)]).unwrap();
-        assert_eq!(trail(&disk).read().unwrap(), Told { sent: vec![Piece::new(KNOWN, 1, [9])], last: None });
+        let known: Vec<Piece> = Piece::known(1, &[0, 0, 0, 2, 1]).collect();
+        assert_eq!(known, [Piece::new(KNOWN, 1, [25]), Piece::new(KNOWN, 1, [32])]);
+        ours.begin_anew().unwrap();
+        for piece in &known {
+            ours.sending(*piece).unwrap();
+        }
+        assert_eq!(trail(&disk).read().unwrap(), Told { sent: known, last: None });
     }
 
     #[test]
