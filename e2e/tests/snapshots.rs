@@ -2,6 +2,7 @@
 
 use e2e::{BASE, Lab, Witness, qemu_10, qemu_72, wait_for};
 use serde_json::Value;
+use std::time::Duration;
 
 /// Leaves a mark in RAM and on both disks.
 fn mark(witness: &mut Witness, day: &str) {
@@ -103,6 +104,31 @@ fn a_busy_guest_of_an_ordinary_user() {
     let mut witness = lab.witness(BASE);
     witness.resync();
     a_busy_guest(&lab, witness);
+}
+
+/// Cancelled before or after the disks have taken their new leaves: nothing that is written later is missing.
+#[test]
+fn a_cancelled_snapshot_of_an_ordinary_user() {
+    let lab = Lab::with_base().for_ordinary_users();
+    lab.ok(&["vm", "start", BASE]);
+    let mut witness = lab.witness(BASE);
+    witness.resync();
+    witness.ask("journal pace 1");
+    for round in 0..6 {
+        let job = lab.json(&["snapshot", "create", BASE, "never", "--async"]);
+        std::thread::sleep(Duration::from_millis(round * 30));
+        lab.tenby(&["job", "cancel", job["job"].as_str().expect("a job")]);
+        lab.tenby(&["job", "watch", job["job"].as_str().expect("a job")]);
+        mark(&mut witness, &format!("round {round}"));
+        lab.settle();
+        lab.assert_tidy();
+        witness.prove();
+    }
+    lab.kill_worker();
+    assert_day(&mut witness, "round 5");
+    lab.settle();
+    lab.assert_tidy();
+    assert_eq!(lab.json(&["vm", "check", BASE])["clean"], true);
 }
 
 fn a_busy_guest(lab: &Lab, mut witness: Witness) {
@@ -271,6 +297,7 @@ fn a_dry_run_changes_nothing() {
     lab.snapshot("one");
     mark(&mut witness, "two");
     lab.snapshot("two");
+    lab.settle();
     lab.settle();
     let is = || (lab.json(&["vm", "ledger", BASE])["machine"].take(), lab.files().len());
     let before = is();

@@ -35,6 +35,7 @@ fn from(state: &str, rows: &[Row]) {
     lab.snapshot(BACK);
     for (request, outcome) in rows {
         put_into(&lab, state);
+        lab.settle();
         let before = lab.json(&["vm", "ledger", BASE])["machine"].clone();
         match outcome {
             Becomes(next) => {

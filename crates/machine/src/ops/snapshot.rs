@@ -85,11 +85,17 @@ impl Owner {
         let running = self.machine().machine.now.state == State::Running;
         let target = ram::Target::new(&self.keeper.files, &self.machine().machine, memory);
         let in_background = self.running()?.0.qemu.captures_in_background().is_ok();
-        match (running, in_background) {
-            (true, true) => self.capture_running(task, target, leaves, made).await,
-            (true, false) => self.capture_converging(task, target, leaves, made).await,
-            (false, _) => self.capture_halted(task, target, leaves, made).await,
+        let mut made = Some(made);
+        let captured = match (running, in_background) {
+            (true, true) => self.capture_running(task, target, leaves, &mut made).await,
+            (true, false) => self.capture_converging(task, target, leaves, &mut made).await,
+            (false, _) => self.capture_halted(task, target, leaves, &mut made).await,
+        };
+        // The ledger has these leaves as Now's: if it came to nothing before they were taken, they are taken now (invariant 3).
+        if let Some(live) = &mut self.live {
+            self.keeper.push(live.disks(), leaves, made.take().unwrap_or_default());
         }
+        captured
     }
 
     /// Sequence C: the guest stands still.
@@ -98,13 +104,13 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        made: Made,
+        made: &mut Option<Made>,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
         let captured = async {
             live.flush().await?;
-            self.keeper.push(live.disks(), leaves, made);
+            self.keeper.push(live.disks(), leaves, made.take().unwrap_or_default());
             // The quick way leaves a state that is no ordinary pause: only if there is no choice.
             let in_background = live.qemu.captures_standing().await.is_ok();
             let mode = if in_background { CaptureMode::Background } else { CaptureMode::Stopped };
@@ -126,7 +132,7 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        made: Made,
+        made: &mut Option<Made>,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
@@ -136,7 +142,7 @@ impl Owner {
             ram::write(task, &mut capture, target, async |capture: &mut Capture| {
                 stopped = Some(capture.converged().await.map_err(|e| qemu_problem(&name, &e))?);
                 live.flush().await?;
-                self.keeper.push(live.disks(), leaves, made);
+                self.keeper.push(live.disks(), leaves, made.take().unwrap_or_default());
                 self.keeper.steps.at("snapshot:point");
                 capture.go_on().await.map_err(|e| qemu_problem(&name, &e))?;
                 Ok(None)
@@ -165,12 +171,12 @@ impl Owner {
         task: &Task,
         target: ram::Target,
         leaves: &Leaves,
-        made: Made,
+        made: &mut Option<Made>,
     ) -> Result<Written, Problem> {
         let name = self.shared.name();
         let Some(live) = &mut self.live else { return Err(Problem::failed(format!("{name} has no QEMU"))) };
         live.collapsed(&name).await;
-        let mut windows = self.keeper.push_ambiguous(live.disks(), leaves, made);
+        let mut windows = self.keeper.push_ambiguous(live.disks(), leaves, made.take().unwrap_or_default());
         let mut capture = live.qemu.capture(CaptureMode::Background).await.map_err(|e| qemu_problem(&name, &e))?;
         let steps = Arc::clone(&self.keeper.steps);
         let captured = ram::write(task, &mut capture, target, async |capture: &mut Capture| {
