@@ -19,7 +19,6 @@ impl Untouched {
         lab.snapshot("Monday");
         // Its worker does this after it has written to the files what they are now.
         lab.ok(&["vm", "save", BASE]);
-        lab.settle();
         let (rows, files) = (lab.json(&["vm", "ledger", BASE])["machine"].clone(), lab.files());
         Self { lab, rows, files }
     }

@@ -298,7 +298,6 @@ fn a_dry_run_changes_nothing() {
     mark(&mut witness, "two");
     lab.snapshot("two");
     lab.settle();
-    lab.settle();
     let is = || (lab.json(&["vm", "ledger", BASE])["machine"].take(), lab.files().len());
     let before = is();
     let plan = lab.json(&["snapshot", "delete", BASE, "one", "--dry-run"]);
