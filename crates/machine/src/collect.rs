@@ -340,7 +340,7 @@ impl Keeper {
         };
         task.running();
         if direction == Direction::Down {
-            self.label_run(machine, &rows, &*layers[1]);
+            self.label_run(&rows, &*layers[1]);
         }
         log::write(&self.files, Some(task.id()), &format!("merging {} into {}", gone.join(", "), stays.file));
         let mark = lowest.folded;
@@ -531,7 +531,7 @@ impl Keeper {
         let rows = self.rows();
         let machine = &rows.machine;
         let Some(row) = machine.layers.get(&folded) else { return Ok(()) };
-        self.label_moved(machine, row, disks.as_deref_mut());
+        self.label_moved(&rows, row, disks.as_deref_mut());
         if let Some(parent) = row.parent.and_then(|id| machine.layers.get(&id)) {
             let id = self.handle(parent, Mode::Read, disks.as_deref_mut())?.info().data_id;
             // A raw file has none.

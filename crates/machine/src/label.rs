@@ -37,7 +37,7 @@ const FORMAT: u32 = 1;
 pub struct Label {
     /// The version of the label.
     pub format: u32,
-    /// When it was written.
+    /// Of when it is: of labels that say different things of one machine, the later one is right ([`Rows::at`]).
     pub at: Timestamp,
     /// The machine whose layer it is.
     pub machine: Head,
@@ -152,8 +152,8 @@ impl Label {
 }
 
 /// The labels that the layers of a machine are to have. There are none for what was taken in place (it is the user's file), and for raw files.
-fn labels(machine: &Machine) -> BTreeMap<LayerId, Label> {
-    let names = Names::of(machine);
+fn labels(machine: &Machine, at: Timestamp) -> BTreeMap<LayerId, Label> {
+    let names = Names::of(machine, at);
     let labelled = machine.layers.values().filter(|row| takes_label(row));
     labelled.map(|row| (row.id, names.label(row))).collect()
 }
@@ -195,17 +195,18 @@ fn disks(machine: &Machine) -> BTreeMap<LayerId, DiskId> {
 /// Who names a machine's layers.
 struct Names<'a> {
     machine: &'a Machine,
+    at: Timestamp,
     disks: BTreeMap<LayerId, DiskId>,
     holders: BTreeMap<LayerId, Vec<&'a Snapshot>>,
 }
 
 impl<'a> Names<'a> {
-    fn of(machine: &'a Machine) -> Self {
-        Self { machine, disks: disks(machine), holders: holders(machine) }
+    fn of(machine: &'a Machine, at: Timestamp) -> Self {
+        Self { machine, at, disks: disks(machine), holders: holders(machine) }
     }
 
     fn label(&self, row: &LayerRow) -> Label {
-        let Self { machine, disks, holders } = self;
+        let Self { machine, at, disks, holders } = self;
         let now = &machine.now;
         let is_now = now.memory == Some(row.id) || now.disks.values().any(|id| *id == row.id);
         let parent = row.parent.and_then(|id| machine.layers.get(&id));
@@ -213,7 +214,7 @@ impl<'a> Names<'a> {
         let Machine { id, name, note, created, policy, .. } = machine;
         Label {
             format: FORMAT,
-            at: Timestamp::UNIX_EPOCH,
+            at: *at,
             machine: Head {
                 id: *id,
                 name: name.clone(),
@@ -247,8 +248,9 @@ pub struct Labelled(Option<Arc<Rows>>);
 impl Labelled {
     /// The labels that the files do not have yet. Of rows that an earlier worker has committed: only those of the present and of what it
     /// stands on, where it may have died before it wrote them.
-    fn due(&self, machine: &Machine) -> Vec<Label> {
-        let labels = labels(machine).into_values();
+    fn due(&self, rows: &Rows) -> Vec<Label> {
+        let machine = &rows.machine;
+        let labels = labels(machine, rows.at()).into_values();
         match &self.0 {
             Some(before) => labels.filter(changed(machine, &before.machine)).collect(),
             None => labels.filter(|label| is_near(machine, label.layer)).collect(),
@@ -258,7 +260,7 @@ impl Labelled {
 
 /// Whether a label says something else than before, and is worth it.
 fn changed(machine: &Machine, before: &Machine) -> impl Fn(&Label) -> bool {
-    let before = labels(before);
+    let before = labels(before, Timestamp::UNIX_EPOCH);
     let found = garbage(machine);
     let remove: BTreeSet<LayerId> = found.remove.into_iter().collect();
     let fold: BTreeSet<LayerId> = found.fold.into_iter().map(|fold| fold.into).collect();
@@ -289,7 +291,7 @@ impl Keeper {
         }
         // Most transactions only end a job.
         let due = labelled.0.as_ref().is_none_or(|before| before.machine != *machine);
-        for label in due.then(|| labelled.due(machine)).into_iter().flatten() {
+        for label in due.then(|| labelled.due(&rows)).into_iter().flatten() {
             self.put_label(machine, label, disks.as_deref_mut());
         }
         if let Some(Err(problem)) = disks.map(|disks| disks.seal(machine)) {
@@ -299,18 +301,19 @@ impl Keeper {
     }
 
     /// The file of a layer that has come to live in another says so.
-    pub(crate) fn label_moved(&self, machine: &Machine, row: &LayerRow, disks: Option<&mut Disks>) {
+    pub(crate) fn label_moved(&self, rows: &Rows, row: &LayerRow, disks: Option<&mut Disks>) {
         if takes_label(row) {
-            self.put_label(machine, Names::of(machine).label(row), disks);
+            self.put_label(&rows.machine, Names::of(&rows.machine, rows.at()).label(row), disks);
         }
     }
 
     /// A run of layers is about to be folded into one, downwards: what stands between its ends reads as nothing sensible meanwhile. Its second
     /// layer, the one whose link changes, says so.
-    pub(crate) fn label_run(&self, machine: &Machine, run: &[&LayerRow], second: &dyn Layer) {
+    pub(crate) fn label_run(&self, run: &[&LayerRow], second: &dyn Layer) {
+        let rows = self.rows();
         let [lowest, between @ .., _top] = run else { return };
         let Some(row) = between.first().filter(|row| takes_label(row)) else { return };
-        let mut label = Names::of(machine).label(row);
+        let mut label = Names::of(&rows.machine, rows.at()).label(row);
         label.merging = std::iter::once(lowest).chain(between).map(|row| row.id).collect();
         if let Err(problem) = write(second, label) {
             self.report(row, &problem);
@@ -348,7 +351,7 @@ impl Keeper {
 
 /// Labels the layers of a machine that is being made.
 pub(crate) fn label_new(files: &Files, machine: &Machine) -> Result<(), Problem> {
-    for (id, label) in labels(machine) {
+    for (id, label) in labels(machine, machine.created) {
         let row = &machine.layers[&id];
         if files.is_shared(row) {
             continue;
@@ -370,7 +373,6 @@ fn has(layer: &dyn Layer, label: &Label) -> Result<bool, Problem> {
 }
 
 fn write(layer: &dyn Layer, mut label: Label) -> Result<(), Problem> {
-    label.at = Timestamp::now();
     label.content = label.is_sealed().then(|| layer.info().data_id);
     layer.set_note(&label.encode()?).map_err(|e| image_problem(&e))
 }

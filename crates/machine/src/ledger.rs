@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The file is a `redb` database on our own [`Store`], so that the simulated disk cuts it like any other file. Its tables hold
-//! JSON: `ledger` (what there is once: `format`, `machine`, `now`), and by id `snapshots`, `trash`, `layers`, `jobs`, `journal`.
+//! JSON: `ledger` (what there is once: `format`, `machine`, `now`, `at`), and by id `snapshots`, `trash`, `layers`, `jobs`, `journal`.
 //!
 //! A ledger of an older format is read as it is, and rewritten in the present one when it is opened for writing; what it was is kept beside it as
 //! `ledger.format-N`.
@@ -24,7 +24,7 @@ use crate::request::{Job, Problem};
 use crate::reserve;
 use crate::trash::Trash;
 use crate::tree::{JobId, LayerRow, Machine, MachineId, Now, Policy, Snapshot};
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use redb::{Database, ReadableDatabase, ReadableTable, StorageBackend, TableDefinition};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,7 @@ const JOURNAL: Table = Table::new("journal");
 pub struct State {
     /// The machine.
     pub machine: Machine,
+    at: Timestamp,
     jobs: BTreeMap<JobId, Job>,
     journal: BTreeMap<JobId, Journal>,
 }
@@ -86,7 +87,12 @@ pub struct Journal {
 
 impl State {
     fn new(machine: Machine) -> Self {
-        Self { machine, jobs: BTreeMap::new(), journal: BTreeMap::new() }
+        Self { at: machine.created, machine, jobs: BTreeMap::new(), journal: BTreeMap::new() }
+    }
+
+    /// When the machine was last changed, by the host's clock; but later than every change before it, also where that clock was set back.
+    pub fn at(&self) -> Timestamp {
+        self.at
     }
 
     /// The jobs that are remembered, oldest first.
@@ -149,12 +155,17 @@ pub struct Ledger {
 impl Ledger {
     /// Makes the ledger of a new machine, durable with its name when it returns. Replaces one that is there.
     pub fn create(folder: &Arc<dyn Folder>, machine: &Machine) -> Result<Self> {
-        Self::create_with(folder, machine, Vec::new())
+        Self::create_with(folder, machine, machine.created, Vec::new())
     }
 
-    /// The same, with work that is left for the machine's next worker.
-    pub fn create_with(folder: &Arc<dyn Folder>, machine: &Machine, journals: Vec<Journal>) -> Result<Self> {
-        let mut state = State::new(machine.clone());
+    /// The same, of a machine that was last changed then, and with work that is left for its next worker.
+    pub fn create_with(
+        folder: &Arc<dyn Folder>,
+        machine: &Machine,
+        at: Timestamp,
+        journals: Vec<Journal>,
+    ) -> Result<Self> {
+        let mut state = State { at, ..State::new(machine.clone()) };
         for journal in journals {
             state.insert_journal(journal);
         }
@@ -211,6 +222,9 @@ impl Ledger {
     pub fn commit(&mut self, change: impl FnOnce(&mut State)) -> Result<()> {
         let mut next = State::clone(&self.state);
         change(&mut next);
+        if next.machine != self.state.machine {
+            next.at = Timestamp::now().max(just_after(self.state.at));
+        }
         let rows = Rows::between(Some(&self.state), &next)?;
         if rows.0.is_empty() {
             return Ok(());
@@ -289,6 +303,11 @@ pub(crate) fn keep_copy(folder: &dyn Folder, ledger: &dyn Store, name: &str) -> 
     folder.sync()
 }
 
+/// The moment after this one.
+pub(crate) fn just_after(at: Timestamp) -> Timestamp {
+    at.saturating_add(SignedDuration::from_nanos(1)).unwrap_or(at)
+}
+
 fn check(state: &State) -> std::result::Result<(), String> {
     state.machine.check()
 }
@@ -365,13 +384,14 @@ impl File {
             }
             let Head { id, name, note, created, policy, next_disk } = parse("machine", once("machine")?)?;
             let now: Now = parse("now", once("now")?)?;
+            let at = once("at")?.map(|at| parse("at", Some(at))).transpose()?.unwrap_or_else(Timestamp::now);
             let snapshots = read_table(&rows, SNAPSHOTS, |row: &Snapshot| row.id)?;
             let trash = read_table(&rows, TRASH, |row: &Trash| row.id)?;
             let layers = read_table(&rows, LAYERS, |row: &LayerRow| row.id)?;
             let jobs = read_table(&rows, JOBS, |row: &Job| row.id)?;
             let journal = read_table(&rows, JOURNAL, |row: &Journal| row.job)?;
             let machine = Machine { id, name, note, created, policy, next_disk, now, snapshots, trash, layers };
-            let state = State { machine, jobs, journal };
+            let state = State { machine, at, jobs, journal };
             check(&state).map_err(Error::damaged)?;
             Ok((state, format))
         })
@@ -457,6 +477,7 @@ impl Rows {
         let mut rows = Self::default();
         rows.once("format", old.map(|_| &FORMAT), &FORMAT)?;
         rows.once("machine", old.map(|old| Head::of(&old.machine)).as_ref(), &Head::of(&new.machine))?;
+        rows.once("at", old.map(|old| &old.at), &new.at)?;
         rows.once("now", old.map(|old| &old.machine.now), &new.machine.now)?;
         rows.table(SNAPSHOTS, old.map(|old| &old.machine.snapshots), &new.machine.snapshots)?;
         rows.table(TRASH, old.map(|old| &old.machine.trash), &new.machine.trash)?;

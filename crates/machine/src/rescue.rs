@@ -89,7 +89,7 @@ pub fn rescue_files(
         return Err(Problem::damaged(format!("{} holds no disk and no memory of a machine", files.path().display())));
     }
     let rebuilt = rebuild(id, &found, named, jiff::Timestamp::now(), unknown).map_err(|why| nothing(files, &why))?;
-    let Rebuilt { mut machine, over, mend, mut unknown } = rebuilt;
+    let Rebuilt { mut machine, at, over, mend, mut unknown } = rebuilt;
     machine.now.config.borrowed.take_if(|_| machine.now.memory.is_none());
     let name = free_name(&machine.name)?;
     if name != machine.name {
@@ -107,7 +107,7 @@ pub fn rescue_files(
         .map_err(|why| Problem::damaged(format!("what the files say of the machine makes no sense: {why}")))?;
     files.create_missing()?;
     let aside = keep_aside(files.folder())?;
-    let ledger = Ledger::create_with(files.folder(), &machine, mend.into_iter().map(journal).collect());
+    let ledger = Ledger::create_with(files.folder(), &machine, at, mend.into_iter().map(journal).collect());
     ledger.map_err(|e| e.problem(files.path()))?.close();
     log::write(files, None, &format!("rescued from its files: {} snapshots", machine.snapshots.len()));
     let tree = views::tree(&machine, files, machine.now.state);

@@ -126,6 +126,18 @@ fn firmware_that_is_missing_or_none_is_refused() {
     of(&volume(8 << 20), &volume(4096), "more than 8M of flash memory");
 }
 
+/// What is shown, but for the sizes of files: those grow by what is written into them of themselves, in its own time.
+fn but_for_bytes(shown: &Value) -> Value {
+    match shown {
+        Value::Array(all) => all.iter().map(but_for_bytes).collect(),
+        Value::Object(all) => {
+            let lasting = all.iter().filter(|(name, _)| !name.ends_with("bytes"));
+            Value::Object(lasting.map(|(name, value)| (name.clone(), but_for_bytes(value))).collect())
+        }
+        other => other.clone(),
+    }
+}
+
 #[test]
 fn a_rescue_brings_it_back() {
     let place = good();
@@ -145,9 +157,9 @@ fn a_rescue_brings_it_back() {
     assert!(!out.contains("- "), "nothing is lost: {out}");
     let again = place.machine("web");
     for field in ["config", "disks", "variables"] {
-        assert_eq!(again[field], machine[field]);
+        assert_eq!(but_for_bytes(&again[field]), but_for_bytes(&machine[field]));
     }
-    assert_eq!(place.tree("web")["snapshots"], tree["snapshots"]);
+    assert_eq!(but_for_bytes(&place.tree("web")["snapshots"]), but_for_bytes(&tree["snapshots"]));
 
     // What the UEFI keeps is lost, the code too: they can be had again, what was in them cannot.
     std::fs::remove_file(folder.join("boot/firmware")).unwrap();

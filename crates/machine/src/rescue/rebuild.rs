@@ -12,6 +12,7 @@ use super::found::{Found, Unknown};
 use super::links::Links;
 use super::sane;
 use crate::label::{Head, Label, Present};
+use crate::ledger::just_after;
 use crate::tree::{
     Config, DiskId, Firmware, LayerId, LayerKind, LayerRow, Machine, MachineId, Now, Snapshot, SnapshotId,
     SnapshotState, State, Stats,
@@ -25,6 +26,8 @@ use uuid::Uuid;
 pub struct Rebuilt {
     /// Its rows. If `over` is there, Now has no disks yet.
     pub machine: Machine,
+    /// When it is: later than all that its files say.
+    pub at: Timestamp,
     /// Now needs fresh leaves over this snapshot.
     pub over: Option<SnapshotId>,
     /// Layers whose link to their parent a merge has left half-changed.
@@ -495,7 +498,7 @@ impl<'a> Rebuild<'a> {
         let kept: BTreeSet<usize> = named.iter().flat_map(|id| self.links.chain(self.by_id[id])).collect();
         self.tell_the_rest(&kept);
         self.set_parents();
-        let head = self.head();
+        let (head, at) = (self.head(), self.last());
         let parent = match (&now, over) {
             (_, Some(over)) => Some(over),
             (Some(now), None) => {
@@ -533,7 +536,7 @@ impl<'a> Rebuild<'a> {
             layers,
         };
         sane::network(&mut machine);
-        Rebuilt { machine, over, mend, unknown: self.unknown }
+        Rebuilt { machine, at, over, mend, unknown: self.unknown }
     }
 
     fn row(&self, at: usize) -> LayerRow {
@@ -595,6 +598,12 @@ impl<'a> Rebuild<'a> {
             })
         };
         disks.values().filter_map(nearest).max_by_key(|snapshot| (snapshot.created, snapshot.id)).map(|s| s.id)
+    }
+
+    /// A moment after all labels.
+    fn last(&self) -> Timestamp {
+        let told = self.all().filter_map(|at| self.label(at)).map(|label| just_after(label.at));
+        told.max().map_or(self.at, |last| last.max(self.at))
     }
 
     /// What is said of the machine, by the label that was written last; the present's know its name best.
