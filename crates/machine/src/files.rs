@@ -231,8 +231,10 @@ impl Files {
         for file in files {
             let Some((folder, name)) = file.split_once('/') else { continue };
             let folder = self.folder.folder(folder).map_err(|e| file_problem(&e))?;
+            // With a handle that outlives the name nobody waits until a thousand pieces of a file are given back.
+            let last = folder.open(name, Mode::Read);
             match folder.unlink(name) {
-                Ok(()) => {}
+                Ok(()) => drop(last),
                 Err(e) if e.kind == store::ErrorKind::NotFound => {}
                 Err(e) => return Err(file_problem(&e)),
             }

@@ -12,6 +12,8 @@
 //! well, and convert atomically; but they would also meet QEMU's own byte locks, and `qemu-img info` on a file of a running
 //! machine would fail.) A conversion between shared and exclusive is not atomic: see [`Store::lock`].
 
+mod reclaim;
+
 use crate::{Error, ErrorKind, Folder, Lax, Lock, Mode, Result, Store, check_name};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{
@@ -221,7 +223,8 @@ impl Folder for HostFolder {
 
     fn room(&self) -> Result<u64> {
         let stat = retry_on_intr(|| fs::fstatvfs(&self.fd)).map_err(|errno| failed("statvfs", &self.path, errno))?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        let device = fs::fstat(&self.fd).map(|stat| stat.st_dev).map_err(|errno| failed("stat", &self.path, errno))?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize).saturating_add(reclaim::soon_free(device)))
     }
 }
 
@@ -586,6 +589,7 @@ impl Drop for HostFile {
             // Closing would do it too, only later: a failure here changes nothing.
             let _ = self.flock(Lock::None);
         }
+        reclaim::before_close(self.fd.as_fd());
     }
 }
 
@@ -780,6 +784,24 @@ mod tests {
             assert_eq!(std::fs::read(&path).expect("read"), b"whole");
         }
         assert_eq!(folder.list().expect("list"), ["new-false", "new-true"], "and nothing else");
+    }
+
+    #[test]
+    fn what_was_removed_is_given_back_in_its_own_time() {
+        let (_place, folder) = folder();
+        let file = folder.create("a").expect("create");
+        file.write_at(&vec![7; 4 << 20], 0).expect("write");
+        file.sync().expect("sync");
+        let (device, held) = (fs::fstat(&folder.fd).expect("stat").st_dev, folder.open("a", Mode::Read).expect("open"));
+        folder.unlink("a").expect("unlink");
+        drop(held);
+        let mut read = [0; 3];
+        file.read_at(&mut read, 0).expect("another handle does not notice");
+        assert_eq!(read, [7; 3]);
+        drop(file);
+        while reclaim::soon_free(device) > 0 {
+            std::thread::yield_now();
+        }
     }
 
     #[test]

@@ -113,7 +113,8 @@ pub trait Folder: Any + Send + Sync + fmt::Debug {
     fn link(&self, name: &str, into: &dyn Folder, new: &str) -> Result<()>;
     /// How many names a file has, here and elsewhere.
     fn links(&self, name: &str) -> Result<u64>;
-    /// Removes a file's name.
+    /// Removes a file's name. Its content goes with its last name and its last handle; whoever has a handle until after that need not wait until
+    /// the space is given back.
     fn unlink(&self, name: &str) -> Result<()>;
     /// Makes a folder (0700) below this one.
     fn create_folder(&self, name: &str) -> Result<Arc<dyn Folder>>;
@@ -125,7 +126,8 @@ pub trait Folder: Any + Send + Sync + fmt::Debug {
     fn list(&self) -> Result<Vec<String>>;
     /// Makes the names in this folder durable.
     fn sync(&self) -> Result<()>;
-    /// Bytes that are free on the file system that this folder is on, for whoever is not its root.
+    /// Bytes that are free on the file system that this folder is on, for whoever is not its root, or will be in a moment: what a file without
+    /// a name had is given back when its last handle is gone, and that takes its time.
     fn room(&self) -> Result<u64>;
 }
 
