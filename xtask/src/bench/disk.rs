@@ -88,32 +88,17 @@ pub(super) fn merge() -> Result<Vec<Report>> {
     let folder = scratch("disk-merge")?;
     let (vhdx, qcow2) = (ours_written(&folder)?, theirs_written(&folder)?);
     let space = fs::metadata(vhdx.join("leaf.avhdx"))?.blocks() as f64 * 512.0 / PAYLOAD as f64;
-    let work = folder.join("work");
-    let fresh = |from: &Path| -> Result<()> {
-        if work.exists() {
-            fs::remove_dir_all(&work)?;
-        }
-        call(Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(&work))?;
-        // What the copy left to be written is not the merge's to wait for.
-        call(&mut Command::new("sync"))
-    };
     let contestants: Vec<Contestant<'_>> = vec![
         ("payload".into(), Box::new(|| written_once(&folder.join("payload"), PAYLOAD / MIB, MIB, MIB))),
         ("to its places".into(), Box::new(|| written_and_removed(&folder))),
         (
             "tenby".into(),
             Box::new(|| {
-                fresh(&vhdx)?;
+                let work = fresh(&folder, &vhdx)?;
                 seconds(tenby_disk().arg("merge").arg(work.join("leaf.avhdx")))
             }),
         ),
-        (
-            "qemu-img".into(),
-            Box::new(|| {
-                fresh(&qcow2)?;
-                seconds(Command::new("qemu-img").arg("commit").arg("-q").arg(work.join("leaf.qcow2")))
-            }),
-        ),
+        ("qemu-img".into(), Box::new(|| committed(&folder, &qcow2))),
     ];
     let rows = in_turn(ROUNDS, contestants)?;
     let thirds = [rows[3].clone(), rows[2].clone()];
@@ -241,6 +226,23 @@ fn written_and_removed(folder: &Path) -> Result<f64> {
     Ok(written + start.elapsed().as_secs_f64())
 }
 
+/// A copy of a folder of disks, to be merged. What the copy left to be written is not the merge's to wait for.
+fn fresh(folder: &Path, from: &Path) -> Result<PathBuf> {
+    let work = folder.join("work");
+    if work.exists() {
+        fs::remove_dir_all(&work)?;
+    }
+    call(Command::new("cp").args(["-r", "--sparse=always"]).arg(from).arg(&work))?;
+    call(&mut Command::new("sync"))?;
+    Ok(work)
+}
+
+/// How long `qemu-img commit` takes for what [`theirs_written`] has made.
+pub(super) fn committed(folder: &Path, written: &Path) -> Result<f64> {
+    let work = fresh(folder, written)?;
+    seconds(Command::new("qemu-img").arg("commit").arg("-q").arg(work.join("leaf.qcow2")))
+}
+
 /// As many bytes as such a merge moves, as scattered.
 pub(super) fn scattered_file(path: &Path) -> Result<()> {
     written_once(path, WRITES, 4096, SCATTER).map(drop)
@@ -269,7 +271,7 @@ fn ours_written(folder: &Path) -> Result<PathBuf> {
     Ok(own)
 }
 
-fn theirs_written(folder: &Path) -> Result<PathBuf> {
+pub(super) fn theirs_written(folder: &Path) -> Result<PathBuf> {
     let own = folder.join("qcow2");
     fs::create_dir(&own)?;
     let create = ["create", "-q", "-f", "qcow2"];
