@@ -27,7 +27,7 @@ use machine::keeper::Keeper;
 use machine::request::Problem;
 use machine::steps::Steps;
 use machine::tree::State;
-use model::{Checked, Model};
+use model::{Checked, Held, Model};
 use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -150,12 +150,12 @@ fn check(disk: &Sim, models: &[Model], seed: u64) -> Checked {
     if rows.machine.now.state == State::Running {
         keeper.book().commit(|rows| rows.machine.turn_off()).map_err(|e| e.to_string())?;
     }
-    let is = |model: &Model| model.check(&keeper.rows(), &files, None);
-    let results: Vec<Checked> = models.iter().map(is).collect();
-    let Some(right) = results.iter().position(Result::is_ok) else {
-        let all: Vec<String> = results.into_iter().filter_map(Result::err).collect();
-        return Err(all.join("; or "));
-    };
+    let rows = keeper.rows();
+    let held = Held::by(&rows, &files);
+    let mut wrong = Vec::new();
+    let is = |model: &Model| model.matches(&held, None).map_err(|error| wrong.push(error)).is_ok();
+    let Some(right) = models.iter().position(is) else { return Err(wrong.join("; or ")) };
+    drop(held);
     let mut dice = Dice::new(seed);
     if !dice.one_in(3) {
         return Ok(());

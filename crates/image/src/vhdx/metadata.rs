@@ -182,6 +182,15 @@ impl Locator {
     }
 }
 
+/// How many bytes of a region of `length` its table and its items take, by a region's beginning: there may be holes among them, and behind them
+/// is nothing.
+pub(crate) fn extent(beginning: &[u8], length: usize) -> usize {
+    let count = parse::<RawMetadataTable>(beginning, 0).map_or(0, |table| table.count.get().min(MAX_ITEMS));
+    let items = (1..=usize::from(count)).filter_map(|index| parse::<RawItem>(beginning, index * size_of::<RawItem>()));
+    let ends = items.map(|item| item.offset.get() as usize + item.length.get() as usize);
+    ends.fold(TABLE_BYTES, usize::max).min(length)
+}
+
 /// The table's entries.
 pub(crate) fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
     let table: RawMetadataTable = parse(region, 0).ok_or_else(|| damaged("the metadata region is too small"))?;

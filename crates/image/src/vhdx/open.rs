@@ -75,11 +75,7 @@ fn open_with(store: Arc<dyn Store>, mode: Mode, carry: Option<Carry>) -> Result<
         let message = format!("its metadata region has {} bytes, which is too much", regions.metadata.length);
         return Err(fault((ErrorKind::Unsupported, message)));
     }
-    let mut region = vec![0; regions.metadata.length as usize];
-    read_data(&*store, regions.metadata, "its metadata", |at, bytes| {
-        region[at as usize..][..bytes.len()].copy_from_slice(bytes);
-    })?;
-    let metadata = metadata::read(&region).map_err(fault)?;
+    let metadata = read_metadata(&*store, regions.metadata)?;
     let geometry = geometry(&metadata);
     let mut edits = match (&carry, carried) {
         (Some(carry), Some(mark)) => carry.edits(header.file_write, mark, &geometry)?,
@@ -175,6 +171,18 @@ impl Inner {
             closed: AtomicBool::new(false),
         })
     }
+}
+
+/// Reads the metadata: some pages of a region of 1 MiB.
+fn read_metadata(store: &dyn Store, region: Region) -> Result<Metadata> {
+    let fault = |(kind, message): Fault| Error::new(kind, store.name(), message);
+    let mut bytes = Vec::new();
+    read_data(store, region, "its metadata", |at, pages| {
+        bytes.resize(at as usize, 0);
+        bytes.extend_from_slice(pages);
+    })?;
+    bytes.resize(metadata::extent(&bytes, region.length as usize).max(bytes.len()), 0);
+    metadata::read(&bytes).map_err(fault)
 }
 
 /// Reads the table. That of a disk of 1 TiB has 4 MiB, most of them a hole.

@@ -1,13 +1,17 @@
 //! What a machine ought to hold: a version for each sector and each page, 0 for zeros.
 
-use image::{Access, Chain, RunKind};
+use crate::world::PAGES;
+use image::{Access, Chain, Layer, RunKind, gate};
 use machine::files::Files;
 use machine::ledger::State as Rows;
 use machine::request::JobState;
 use machine::tree::{DiskId, JobId, LayerId, Snapshot, SnapshotId};
 use memory::stream::{Event, PAGE, Parser};
+use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::rc::Rc;
 use std::sync::Arc;
+use store::Mode;
 
 pub(crate) const SECTOR: u64 = 512;
 
@@ -82,16 +86,69 @@ pub(crate) struct Model {
     pub(crate) ended: BTreeMap<JobId, JobState>,
 }
 
+/// The version of each sector of a disk, or of each page of a memory.
+type Versions = Rc<Result<Vec<u32>, String>>;
+
+/// What a machine's files hold. Each is read once, however many models it is compared with.
+pub(crate) struct Held<'a> {
+    rows: &'a Rows,
+    files: &'a Files,
+    layers: RefCell<BTreeMap<LayerId, Arc<dyn Layer>>>,
+    /// What each leaf reads as.
+    read: RefCell<BTreeMap<LayerId, Versions>>,
+}
+
+impl<'a> Held<'a> {
+    pub(crate) fn by(rows: &'a Rows, files: &'a Files) -> Self {
+        Self { rows, files, layers: RefCell::default(), read: RefCell::default() }
+    }
+
+    fn disk(&self, leaf: LayerId) -> Versions {
+        self.read(leaf, || sectors(&self.chain(leaf)?))
+    }
+
+    fn memory(&self, leaf: LayerId) -> Versions {
+        self.read(leaf, || pages(&self.chain(leaf)?).map_err(|e| format!("memory: {e}")))
+    }
+
+    fn read(&self, leaf: LayerId, read: impl FnOnce() -> Result<Vec<u32>, String>) -> Versions {
+        Rc::clone(self.read.borrow_mut().entry(leaf).or_insert_with(|| Rc::new(read())))
+    }
+
+    fn chain(&self, leaf: LayerId) -> Result<Chain, String> {
+        let (machine, mut opened) = (&self.rows.machine, self.layers.borrow_mut());
+        let mut layers: Vec<Arc<dyn Layer>> = Vec::new();
+        for id in machine.chain(leaf) {
+            let row = machine.layers.get(&id).ok_or("a layer is not in the ledger")?;
+            let layer = match opened.get(&id) {
+                Some(layer) => Arc::clone(layer),
+                None => self.files.open_layer(row, Mode::Read).map_err(|e| e.to_string())?,
+            };
+            if let Some(parent) = layers.last() {
+                gate::check_link(&*layer, &**parent).map_err(|e| e.to_string())?;
+            }
+            opened.insert(id, Arc::clone(&layer));
+            layers.push(layer);
+        }
+        Chain::new(layers, Access::Read).map_err(|e| e.to_string())
+    }
+}
+
 impl Model {
     /// Whether the machine holds just this. Of disks that are written, what `live` shows is to be exact; without it, what the files show
     /// is as a power cut may leave it.
     pub(crate) fn check(&self, rows: &Rows, files: &Files, live: Option<&Live>) -> Checked {
-        let machine = &rows.machine;
+        self.matches(&Held::by(rows, files), live)
+    }
+
+    /// The same.
+    pub(crate) fn matches(&self, held: &Held<'_>, live: Option<&Live>) -> Checked {
+        let machine = &held.rows.machine;
         if !machine.snapshots.keys().eq(self.snapshots.keys()) {
             return Err(format!("{} snapshots, not {}", machine.snapshots.len(), self.snapshots.len()));
         }
         for (id, content) in &self.snapshots {
-            check_snapshot(rows, files, &machine.snapshots[id], content)?;
+            check_snapshot(held, &machine.snapshots[id], content)?;
         }
         let trash: BTreeMap<SnapshotId, &Snapshot> =
             machine.trash.values().flat_map(|trash| &trash.snapshots).map(|snapshot| (snapshot.id, snapshot)).collect();
@@ -99,83 +156,87 @@ impl Model {
             return Err(format!("{} snapshots to take back, not {}", trash.len(), self.trash.len()));
         }
         for (id, content) in &self.trash {
-            check_snapshot(rows, files, trash[id], content).map_err(|error| format!("in the trash: {error}"))?;
+            check_snapshot(held, trash[id], content).map_err(|error| format!("in the trash: {error}"))?;
         }
         // Of those that are remembered.
-        let ended = |(id, state): (&JobId, &JobState)| rows.job(*id).is_none_or(|job| job.state == *state);
+        let ended = |(id, state): (&JobId, &JobState)| held.rows.job(*id).is_none_or(|job| job.state == *state);
         if !self.ended.iter().all(ended) {
             return Err("a request has ended in another way".to_owned());
         }
         for (disk, written) in &self.disks {
             let leaf = machine.now.disks.get(disk).ok_or("a disk of Now is missing")?;
-            let allows = |sector, version| written.allows(live.is_some(), sector, version);
-            match live.and_then(|live| live.get(disk)) {
-                Some(chain) => compare(chain, allows),
-                None => check_disk(rows, files, *leaf, allows),
-            }
-            .map_err(|error| format!("Now, {disk}: {error}"))?;
+            let found = match live.and_then(|live| live.get(disk)) {
+                Some(chain) => Rc::new(sectors(chain)),
+                None => held.disk(*leaf),
+            };
+            compare(&found, |sector, version| written.allows(live.is_some(), sector, version))
+                .map_err(|error| format!("Now, {disk}: {error}"))?;
         }
-        check_memory(rows, files, machine.now.memory, self.saved.as_deref()).map_err(|error| format!("Now: {error}"))
+        check_memory(held, machine.now.memory, self.saved.as_deref()).map_err(|error| format!("Now: {error}"))
     }
 }
 
-fn check_snapshot(rows: &Rows, files: &Files, found: &Snapshot, content: &Content) -> Checked {
+fn check_snapshot(held: &Held<'_>, found: &Snapshot, content: &Content) -> Checked {
     let told = |error| format!("snapshot {}: {error}", found.name);
     for (disk, sectors) in &content.disks {
         let leaf = found.disks.get(disk).ok_or_else(|| told("a disk is missing".to_owned()))?;
-        check_disk(rows, files, *leaf, |sector, version| sectors[sector as usize] == version).map_err(told)?;
+        compare(&held.disk(*leaf), |sector, version| sectors[sector as usize] == version).map_err(told)?;
     }
-    check_memory(rows, files, found.memory, content.memory.as_deref()).map_err(told)
+    check_memory(held, found.memory, content.memory.as_deref()).map_err(told)
 }
 
-fn check_disk(rows: &Rows, files: &Files, leaf: LayerId, allows: impl Fn(u64, u32) -> bool) -> Checked {
-    let layers = files.open_chain(&rows.machine, leaf).map_err(|e| e.to_string())?;
-    compare(&Chain::new(layers, Access::Read).map_err(|e| e.to_string())?, allows)
+fn compare(found: &Result<Vec<u32>, String>, allows: impl Fn(u64, u32) -> bool) -> Checked {
+    let found = found.as_ref().map_err(String::clone)?;
+    match (0..).zip(found).find(|(sector, version)| !allows(*sector, **version)) {
+        Some((sector, version)) => Err(format!("sector {sector} holds version {version}")),
+        None => Ok(()),
+    }
 }
 
-fn compare(chain: &Chain, allows: impl Fn(u64, u32) -> bool) -> Checked {
+/// The version of each sector of a disk.
+fn sectors(chain: &Chain) -> Result<Vec<u32>, String> {
+    let mut versions = Vec::new();
     let mut at = 0;
     while at < chain.size() {
         for run in chain.runs(at, chain.size() - at, 1000).map_err(|e| e.to_string())? {
-            let mut bytes = vec![0; run.len as usize];
-            if run.kind == RunKind::Data {
-                chain.read(&mut bytes, run.offset).map_err(|e| e.to_string())?;
-            }
-            check_sectors(&bytes, run.offset / SECTOR, &allows)?;
             at = run.offset + run.len;
+            if run.kind != RunKind::Data {
+                versions.resize((at / SECTOR) as usize, 0);
+                continue;
+            }
+            let mut bytes = vec![0; run.len as usize];
+            chain.read(&mut bytes, run.offset).map_err(|e| e.to_string())?;
+            for sector in bytes.chunks(SECTOR as usize) {
+                if sector[4..] != sector[..sector.len() - 4] {
+                    return Err(format!("sector {} is torn", versions.len()));
+                }
+                versions.push(u32::from_le_bytes(sector[..4].try_into().expect("four bytes")));
+            }
         }
     }
-    Ok(())
+    Ok(versions)
 }
 
-fn check_sectors(bytes: &[u8], first: u64, allows: &impl Fn(u64, u32) -> bool) -> Checked {
-    for (sector, bytes) in (first..).zip(bytes.chunks(SECTOR as usize)) {
-        let version = u32::from_le_bytes(bytes[..4].try_into().expect("four bytes"));
-        if bytes[4..] != bytes[..bytes.len() - 4] {
-            return Err(format!("sector {sector} is torn"));
-        }
-        if !allows(sector, version) {
-            return Err(format!("sector {sector} holds version {version}"));
-        }
-    }
-    Ok(())
-}
-
-fn check_memory(rows: &Rows, files: &Files, layer: Option<LayerId>, expected: Option<&[u32]>) -> Checked {
+fn check_memory(held: &Held<'_>, layer: Option<LayerId>, expected: Option<&[u32]>) -> Checked {
     let (layer, expected) = match (layer, expected) {
         (Some(layer), Some(expected)) => (layer, expected),
         (None, None) => return Ok(()),
         (found, _) => return Err(format!("memory: {}", if found.is_some() { "there is one" } else { "it is gone" })),
     };
-    let layers = files.open_chain(&rows.machine, layer).map_err(|e| e.to_string())?;
-    let chain = Chain::new(layers, Access::Read).map_err(|e| e.to_string())?;
+    let found = held.memory(layer);
+    let pages = (*found).as_ref().map_err(String::clone)?;
+    if pages == expected { Ok(()) } else { Err(format!("memory: {pages:?} instead of {expected:?}")) }
+}
+
+/// The version of each page of a memory.
+fn pages(chain: &Chain) -> Result<Vec<u32>, String> {
     let mut stream = Vec::new();
-    memory::restore(&chain, &mut stream, |_, _| {}).map_err(|e| format!("memory: {e}"))?;
-    let (mut parser, mut rest, mut pages) = (Parser::new(), stream.as_slice(), vec![0; expected.len()]);
-    while let Some(event) = parser.next(&mut rest).map_err(|e| format!("memory: {e}"))? {
+    memory::restore(chain, &mut stream, |_, _| {}).map_err(|e| e.to_string())?;
+    let (mut parser, mut rest, mut pages) = (Parser::new(), stream.as_slice(), vec![0; PAGES]);
+    while let Some(event) = parser.next(&mut rest).map_err(|e| e.to_string())? {
         if let Event::Page { offset, data, .. } = event {
             pages[offset as usize / PAGE] = u32::from_le_bytes(data[..4].try_into().expect("four bytes"));
         }
     }
-    if pages == expected { Ok(()) } else { Err(format!("memory: {pages:?} instead of {expected:?}")) }
+    Ok(pages)
 }

@@ -34,7 +34,7 @@ const ROOM: u64 = 4 << 20;
 /// A merge notes how far it is, and a leaf gets another on top, for little.
 const SIZES_OF_MERGES: Sizes = Sizes { mark_every: 128 << 10, split_from: 64 << 10 };
 /// Pages of RAM.
-const PAGES: usize = 24;
+pub(crate) const PAGES: usize = 24;
 
 pub(crate) type Result<T> = std::result::Result<T, Problem>;
 
