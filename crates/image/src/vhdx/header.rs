@@ -75,6 +75,11 @@ pub(crate) fn read_data(
         at = end;
     }
     // Asked behind the last look: what lies past the file's end is no hole.
+    check_reaches(store, region, what)
+}
+
+/// Fails if the file ends before the region does.
+pub(crate) fn check_reaches(store: &dyn Store, region: Region, what: &str) -> Result<(), crate::Error> {
     let length = store.len()?;
     if length < region.end() {
         let message = format!("it was cut: {what} reaches to {}, and the file has {length} bytes", region.end());

@@ -7,7 +7,7 @@ use super::format::{
     RawLocatorEntry, RawMetadataTable, TABLE_BYTES, parse, put,
 };
 use crate::{ErrorKind, MAX_NOTE, ParentLink};
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
@@ -182,17 +182,13 @@ impl Locator {
     }
 }
 
-/// How many bytes of a region of `length` its table and its items take, by a region's beginning: there may be holes among them, and behind them
-/// is nothing.
-pub(crate) fn extent(beginning: &[u8], length: usize) -> usize {
-    let count = parse::<RawMetadataTable>(beginning, 0).map_or(0, |table| table.count.get().min(MAX_ITEMS));
-    let items = (1..=usize::from(count)).filter_map(|index| parse::<RawItem>(beginning, index * size_of::<RawItem>()));
-    let ends = items.map(|item| item.offset.get() as usize + item.length.get() as usize);
-    ends.fold(TABLE_BYTES, usize::max).min(length)
+/// The table's entries. (For bytes of a region, its beginning is enough.)
+pub(crate) fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
+    items_within(region, region.len() as u64)
 }
 
-/// The table's entries.
-pub(crate) fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
+/// The same of a region of `length` bytes, whose beginning this is.
+pub(crate) fn items_within(region: &[u8], length: u64) -> Result<Vec<RawItem>, Fault> {
     let table: RawMetadataTable = parse(region, 0).ok_or_else(|| damaged("the metadata region is too small"))?;
     if table.signature != METADATA_SIGNATURE {
         return Err(damaged("the metadata table has no signature"));
@@ -208,7 +204,7 @@ pub(crate) fn items(region: &[u8]) -> Result<Vec<RawItem>, Fault> {
         let id = Uuid::from(item.id);
         let end = u64::from(item.offset.get()) + u64::from(item.length.get());
         let empty = item.length.get() == 0;
-        if end > region.len() as u64 || (!empty && (item.offset.get() as usize) < TABLE_BYTES) {
+        if end > length || (!empty && (item.offset.get() as usize) < TABLE_BYTES) {
             return Err(damaged(format!("metadata item {id} lies outside of its region")));
         }
         if !seen.insert((id, item.flags.get() & ITEM_USER)) {
@@ -239,11 +235,19 @@ fn is_note(item: &RawItem) -> bool {
 /// What a region of metadata says. The region is bounded by the caller.
 pub(crate) fn read(region: &[u8]) -> Result<Metadata, Fault> {
     let items = items(region)?;
-    let find = |id: Uuid| {
-        let item = items.iter().find(|item| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == id)?;
-        Some(&region[item.offset.get() as usize..][..item.length.get() as usize])
-    };
-    if find(ITEM_INCOMPLETE).is_some() {
+    let content = |item: &RawItem| region[item.offset.get() as usize..][..item.length.get() as usize].to_vec();
+    decode(&items, &says(&items).map(|item| (Uuid::from(item.id), content(item))).collect())
+}
+
+/// The items that say what the disk is.
+pub(crate) fn says(items: &[RawItem]) -> impl Iterator<Item = &RawItem> {
+    items.iter().filter(|item| item.flags.get() & ITEM_USER == 0 && is_known(item))
+}
+
+/// What a region of these items says, the contents of those that say something being these.
+pub(crate) fn decode(items: &[RawItem], contents: &BTreeMap<Uuid, Vec<u8>>) -> Result<Metadata, Fault> {
+    let find = |id: Uuid| contents.get(&id).map(Vec::as_slice);
+    if items.iter().any(|item| item.flags.get() & ITEM_USER == 0 && Uuid::from(item.id) == ITEM_INCOMPLETE) {
         return Err(damaged("the image was never finished: what was making it stopped half-way"));
     }
     let strange = |item: &&RawItem| item.flags.get() & ITEM_REQUIRED != 0 && !is_known(item);

@@ -5,8 +5,8 @@ use super::bat::{Bat, Entry, Geometry, State};
 use super::bitmap::Bitmaps;
 use super::carry::{Carry, Edit, Writer};
 use super::flush::Session;
-use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE, PAGE_BYTES};
-use super::header::{self, Header, Region, Regions, read, read_data};
+use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE, PAGE_BYTES, TABLE_BYTES};
+use super::header::{self, Header, Region, Regions, check_reaches, read, read_data};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
 use super::replay::{self, Replayed};
@@ -14,7 +14,7 @@ use super::units::Units;
 use super::{Dirty, Ids, Inner, Meta, USERS, VhdxLayer, lock};
 use crate::layer::Kind;
 use crate::{Error, ErrorKind, Result};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 use store::{Mode, Store};
@@ -173,16 +173,18 @@ impl Inner {
     }
 }
 
-/// Reads the metadata: some pages of a region of 1 MiB.
+/// Reads of the metadata its table and what says what the disk is: a fraction of a region of 1 MiB.
 fn read_metadata(store: &dyn Store, region: Region) -> Result<Metadata> {
     let fault = |(kind, message): Fault| Error::new(kind, store.name(), message);
-    let mut bytes = Vec::new();
-    read_data(store, region, "its metadata", |at, pages| {
-        bytes.resize(at as usize, 0);
-        bytes.extend_from_slice(pages);
-    })?;
-    bytes.resize(metadata::extent(&bytes, region.length as usize).max(bytes.len()), 0);
-    metadata::read(&bytes).map_err(fault)
+    check_reaches(store, region, "its metadata")?;
+    let table = read(store, region.offset, TABLE_BYTES)?;
+    let items = metadata::items_within(&table, region.length).map_err(fault)?;
+    let mut contents = BTreeMap::new();
+    for item in metadata::says(&items) {
+        let content = read(store, region.offset + u64::from(item.offset.get()), item.length.get() as usize)?;
+        contents.insert(item.id.into(), content);
+    }
+    metadata::decode(&items, &contents).map_err(fault)
 }
 
 /// Reads the table. That of a disk of 1 TiB has 4 MiB, most of them a hole.

@@ -1,15 +1,49 @@
 //! The bytes of a simulated file: pages that copies of the file share.
 
 use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
-use std::sync::Arc;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::{Arc, OnceLock};
 
 /// Bytes in a page.
 pub(super) const PAGE: u64 = 4096;
 
-type Page = [u8; PAGE as usize];
+type Bytes = [u8; PAGE as usize];
 
-const ZEROS: Page = [0; PAGE as usize];
+const ZEROS: Bytes = [0; PAGE as usize];
+
+/// Shared by copies of the disk, of which each is hashed: that is done once.
+struct Page {
+    bytes: Bytes,
+    /// None for zeros.
+    digest: OnceLock<Option<u64>>,
+}
+
+impl Page {
+    fn zeros() -> Arc<Self> {
+        Arc::new(Self { bytes: ZEROS, digest: OnceLock::new() })
+    }
+
+    /// Its bytes, to be changed.
+    fn change(page: &mut Arc<Self>) -> &mut Bytes {
+        let page = Arc::make_mut(page);
+        page.digest.take();
+        &mut page.bytes
+    }
+
+    fn digest(&self) -> Option<u64> {
+        *self.digest.get_or_init(|| {
+            let mut hasher = DefaultHasher::new();
+            self.bytes.hash(&mut hasher);
+            (self.bytes != ZEROS).then(|| hasher.finish())
+        })
+    }
+}
+
+impl Clone for Page {
+    fn clone(&self) -> Self {
+        Self { bytes: self.bytes, digest: OnceLock::new() }
+    }
+}
 
 /// A file's bytes. A page that is not there reads as zeros. A clone shares all pages.
 #[derive(Clone, Default)]
@@ -53,7 +87,7 @@ impl Pages {
         for (index, at, part) in split(buf.len() as u64, offset) {
             let buf = &mut buf[part];
             match self.pages.get(&index) {
-                Some(page) => buf.copy_from_slice(&page[at..at + buf.len()]),
+                Some(page) => buf.copy_from_slice(&page.bytes[at..at + buf.len()]),
                 None => buf.fill(0),
             }
         }
@@ -73,8 +107,8 @@ impl Pages {
     pub(super) fn write(&mut self, buf: &[u8], offset: u64) {
         for (index, at, part) in split(buf.len() as u64, offset) {
             let buf = &buf[part];
-            let page = self.pages.entry(index).or_insert_with(|| Arc::new(ZEROS));
-            Arc::make_mut(page)[at..at + buf.len()].copy_from_slice(buf);
+            let page = self.pages.entry(index).or_insert_with(Page::zeros);
+            Page::change(page)[at..at + buf.len()].copy_from_slice(buf);
         }
     }
 
@@ -86,7 +120,7 @@ impl Pages {
             if (start, end) == (0, PAGE) {
                 self.pages.remove(&index);
             } else if let Some(page) = self.pages.get_mut(&index) {
-                Arc::make_mut(page)[start as usize..end as usize].fill(0);
+                Page::change(page)[start as usize..end as usize].fill(0);
             }
         }
     }
@@ -102,8 +136,8 @@ impl Hash for Pages {
     fn hash<H: Hasher>(&self, state: &mut H) {
         self.len.hash(state);
         for (index, page) in &self.pages {
-            if **page != ZEROS {
-                (index, page).hash(state);
+            if let Some(digest) = page.digest() {
+                (index, digest).hash(state);
             }
         }
     }
