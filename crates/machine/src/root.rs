@@ -101,15 +101,23 @@ impl Root {
     /// The folder of a machine's sockets: `$TENBY_RUNTIME/ID` if that is set (tests run copies of one machine side by side), else
     /// `/run/tenby/ID` for root and `$XDG_RUNTIME_DIR/tenby/ID` otherwise.
     pub fn runtime_folder(id: MachineId) -> PathBuf {
+        Self::runtime().join(id.to_string())
+    }
+
+    /// Where it is noted what QEMU has said of itself, for all machines.
+    pub(crate) fn qemu_note() -> PathBuf {
+        Self::runtime().join("qemu")
+    }
+
+    fn runtime() -> PathBuf {
         let set = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
         let uid = rustix::process::getuid();
-        let base = match (set("TENBY_RUNTIME"), set("XDG_RUNTIME_DIR")) {
+        match (set("TENBY_RUNTIME"), set("XDG_RUNTIME_DIR")) {
             (Some(dir), _) => dir,
             _ if uid.is_root() => PathBuf::from("/run/tenby"),
             (None, Some(dir)) => dir.join("tenby"),
             (None, None) => std::env::temp_dir().join(format!("tenby-{}", uid.as_raw())).join("tenby"),
-        };
-        base.join(id.to_string())
+        }
     }
 
     /// The machines, by name.
