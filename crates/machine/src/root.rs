@@ -242,7 +242,7 @@ impl Root {
             build(&begun.files, id, spec, progress)?;
             let _names = self.lock_names()?;
             self.check_free(&spec.name, None)?;
-            self.show(&[id])
+            self.show(&[id], || {})
         });
         match made {
             Ok(()) => self.mark(id, &spec.disks),
@@ -271,9 +271,10 @@ impl Root {
         Ok(Begun { files: Files::new(folder, &self.path.join(name)), _lock: lock })
     }
 
-    /// These machines, whose folders are complete, are there from now on. Under [`Root::lock_names`].
-    pub(crate) fn show(&self, ids: &[MachineId]) -> Result<(), Problem> {
-        let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string());
+    /// These machines, whose folders are complete, are there from now on, whatever becomes of the host; as are all that were shown before.
+    /// `shown` is told of each. Under [`Root::lock_names`].
+    pub(crate) fn show(&self, ids: &[MachineId], mut shown: impl FnMut()) -> Result<(), Problem> {
+        let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string()).map(|()| shown());
         ids.iter().try_for_each(show).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
     }
 
