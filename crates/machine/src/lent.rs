@@ -63,7 +63,7 @@ impl Habits {
 }
 
 /// How long pages that no guest asks for give way to others on a busy host.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What there is to tell of it.
 #[derive(Debug)]
