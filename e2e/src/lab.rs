@@ -367,8 +367,9 @@ impl Lab {
     pub fn left(&self) -> Vec<String> {
         let names =
             entries(&self.root()).chain(entries(&self.runtime())).filter_map(|path| Some(path.file_name()?.to_owned()));
-        // The root's own lock stays.
-        names.map(|name| name.to_string_lossy().into_owned()).filter(|name| name != "lock").collect()
+        // The root's own lock stays, and what QEMU has said of itself.
+        let names = names.map(|name| name.to_string_lossy().into_owned());
+        names.filter(|name| !["lock", "qemu"].contains(&name.as_str())).collect()
     }
 
     /// The folders of the only machine's sockets: one a QEMU.

@@ -4,7 +4,7 @@
 use e2e::{BASE, Lab, Output, Witness, wait_for};
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::process::Stdio;
 
@@ -246,6 +246,40 @@ fn what_this_host_has_no_ram_for_is_not_begun() {
     lab.fails(3, "2 machines of 4T", &["vm", "create", "t", "--from", "big@one", "--count", "2", "--start"]);
     assert_eq!(names(&lab), ["big"]);
     lab.ok(&["vm", "create", "t", "--from", "big@one"]);
+}
+
+/// Several are started side by side. One of them has a QEMU that does not come up: the others run, and it is said what became of each.
+#[test]
+fn one_that_cannot_be_started_keeps_no_other_from_it() {
+    let lab = Lab::empty();
+    let qemu = lab.path("qemu");
+    let script = "#!/bin/sh\ncase \"$*\" in *guest=t-[24]*) echo not this one >&2; exit 7;; esac\nexec qemu-system-x86_64 \"$@\"\n";
+    std::fs::write(&qemu, script).expect("there is room");
+    std::fs::set_permissions(&qemu, PermissionsExt::from_mode(0o700)).expect("it is ours");
+    let lab = lab.on_qemu(qemu);
+    lab.ok(&["vm", "create", BASE, "--memory", "32M", "--accel", "tcg", "--disk", "new:16M"]);
+    lab.ok(&["snapshot", "create", BASE, "one"]);
+    let create = |name: &str, count: &str| {
+        lab.tenby(&["vm", "create", name, "--from", "Tenby@one", "--count", count, "--start", "--json"])
+    };
+    let output = create("t", "5");
+    let error = &output.exits(1).json()["error"];
+    let message = error["message"].as_str().expect("a message");
+    assert!(message.contains("started 3 of 5 machines, but not t-2, t-4: "), "{message}");
+    assert!(message.contains("not this one"), "the reason of the first: {message}");
+    assert_eq!(error["hint"], "tenby vm start t-2");
+    for name in ["t-2", "t-4"] {
+        assert!(output.stderr.contains(&format!("{name} was not started: ")), "{}", output.stderr);
+    }
+    let states = |prefix: &str| -> Vec<String> {
+        let made = names(&lab).into_iter().filter(|name| name.starts_with(prefix));
+        made.map(|name| lab.state(&name)).collect()
+    };
+    assert_eq!(states("t-"), ["running", "off", "running", "off", "running"]);
+    let made = create("u", "3").exits(0).json();
+    assert_eq!(made["vms"].as_array().expect("a list").len(), 3);
+    assert_eq!(states("u-"), ["running"; 3]);
+    delete_all(&lab);
 }
 
 /// A disk that was taken in place cannot be shared: it is copied, and that is said before. Deleted, the source merges into it what is its own.

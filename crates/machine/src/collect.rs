@@ -185,8 +185,9 @@ impl Owner {
 
     /// Deletions that wait for merging have ended when nothing more can be done. (What memory is being lent from is merged when it has arrived.)
     fn answer_waiting(&mut self) {
-        let arrived = self.live.as_ref().is_none_or(|live| live.lent().is_none());
-        if arrived && self.folding.is_none() && self.starved.is_none() {
+        let lent = self.live.as_ref().and_then(Live::lent);
+        lent.filter(|_| !self.waiting.is_empty()).inspect(|lent| lent.hurry());
+        if lent.is_none() && self.folding.is_none() && self.starved.is_none() {
             for (task, result) in std::mem::take(&mut self.waiting) {
                 self.finish(&task, &Ok(result));
             }

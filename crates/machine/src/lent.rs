@@ -9,6 +9,7 @@
 //! Until it has ended, Now names the memory that it comes from ([`crate::tree::Now::restoring`]): whatever becomes of the snapshot, that is needed. What
 //! it stands on is not folded meanwhile. And QEMU does not let such a guest be captured.
 
+use crate::crowd::Crowd;
 use crate::files::{file_problem, image_problem};
 use crate::ram::memory_problem;
 use crate::request::Problem;
@@ -21,6 +22,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use store::host::HostFolder;
 use store::{Folder, Mode};
 use tokio::sync::mpsc;
@@ -60,6 +62,9 @@ impl Habits {
     }
 }
 
+/// How long pages that no guest asks for give way to others on a busy host.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// What there is to tell of it.
 #[derive(Debug)]
 pub(crate) enum Happening {
@@ -91,7 +96,14 @@ impl Lent {
         let ours = lending.clone();
         let work = move || {
             let trouble = |error: &image::Error| drop(tell.send(Happening::Trouble(image_problem(error))));
-            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, |_, _| steps.at("restore:sending"));
+            let (began, mut crowd) = (Instant::now(), Crowd::default());
+            let sending = |_, _| {
+                steps.at("restore:sending");
+                if began.elapsed() < PATIENCE {
+                    ours.rest(crowd.rest());
+                }
+            };
+            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, sending);
             if ended.is_err() {
                 // QEMU holds our end as well: nobody else would tell it.
                 let _ = socket.shutdown(Shutdown::Both);

@@ -31,6 +31,7 @@ pub mod carry;
 mod check;
 pub mod collect;
 mod console;
+mod crowd;
 pub mod disks;
 pub mod files;
 pub mod firmware;

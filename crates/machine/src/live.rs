@@ -9,6 +9,7 @@
 //!
 //! Disks are served before QEMU is asked anything: a QEMU that waits for a disk does not answer (facts of NBD's `reconnect-delay`).
 
+use crate::crowd::Crowd;
 use crate::disks::Disks;
 use crate::files::{Files, image_problem};
 use crate::firmware;
@@ -258,7 +259,8 @@ impl Live {
             idle.clear();
         }
         let pieces: Vec<_> = used.into_iter().chain(idle).map(|Stretch { block, offset }| (block, offset)).collect();
-        match self.qemu.collapse(&pieces).await {
+        let mut crowd = Crowd::default();
+        match self.qemu.collapse(&pieces, move || crowd.rest()).await {
             Ok(collapse) => self.collapsing = Some(collapse),
             Err(error) => tracing::warn!("no huge pages for the guest's RAM: {error}"),
         }

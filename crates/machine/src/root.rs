@@ -101,15 +101,23 @@ impl Root {
     /// The folder of a machine's sockets: `$TENBY_RUNTIME/ID` if that is set (tests run copies of one machine side by side), else
     /// `/run/tenby/ID` for root and `$XDG_RUNTIME_DIR/tenby/ID` otherwise.
     pub fn runtime_folder(id: MachineId) -> PathBuf {
+        Self::runtime().join(id.to_string())
+    }
+
+    /// Where it is noted what QEMU has said of itself, for all machines.
+    pub(crate) fn qemu_note() -> PathBuf {
+        Self::runtime().join("qemu")
+    }
+
+    fn runtime() -> PathBuf {
         let set = |name| std::env::var_os(name).filter(|dir| !dir.is_empty()).map(PathBuf::from);
         let uid = rustix::process::getuid();
-        let base = match (set("TENBY_RUNTIME"), set("XDG_RUNTIME_DIR")) {
+        match (set("TENBY_RUNTIME"), set("XDG_RUNTIME_DIR")) {
             (Some(dir), _) => dir,
             _ if uid.is_root() => PathBuf::from("/run/tenby"),
             (None, Some(dir)) => dir.join("tenby"),
             (None, None) => std::env::temp_dir().join(format!("tenby-{}", uid.as_raw())).join("tenby"),
-        };
-        base.join(id.to_string())
+        }
     }
 
     /// The machines, by name.
@@ -234,7 +242,7 @@ impl Root {
             build(&begun.files, id, spec, progress)?;
             let _names = self.lock_names()?;
             self.check_free(&spec.name, None)?;
-            self.show(&[id])
+            self.show(&[id], || {})
         });
         match made {
             Ok(()) => self.mark(id, &spec.disks),
@@ -263,9 +271,10 @@ impl Root {
         Ok(Begun { files: Files::new(folder, &self.path.join(name)), _lock: lock })
     }
 
-    /// These machines, whose folders are complete, are there from now on. Under [`Root::lock_names`].
-    pub(crate) fn show(&self, ids: &[MachineId]) -> Result<(), Problem> {
-        let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string());
+    /// These machines, whose folders are complete, are there from now on, whatever becomes of the host; as are all that were shown before.
+    /// `shown` is told of each. Under [`Root::lock_names`].
+    pub(crate) fn show(&self, ids: &[MachineId], mut shown: impl FnMut()) -> Result<(), Problem> {
+        let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string()).map(|()| shown());
         ids.iter().try_for_each(show).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
     }
 

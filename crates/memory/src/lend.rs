@@ -38,6 +38,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 use trail::Piece;
 
 /// Pages that are looked at together: those around the one that was asked for, or the next ones.
@@ -74,6 +75,12 @@ impl Lending {
     /// Raises the pace; it never falls.
     pub fn pace(&self, pace: Pace) {
         self.0.raise_pace(pace);
+    }
+
+    /// Nothing that was not asked for is sent for so long, unless at [`Pace::Full`]: others on this host go first. To be said as the lending
+    /// goes on.
+    pub fn rest(&self, time: Duration) {
+        self.0.rest(time);
     }
 }
 

@@ -16,6 +16,8 @@ use rustix::thread::{CapabilitySet, capabilities};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 /// Bytes in a huge page.
@@ -30,29 +32,64 @@ const PATIENCE: u32 = 16;
 /// Huge pages being made, in the background. Dropping it stops it.
 #[derive(Debug)]
 pub struct Collapse {
-    stop: Arc<AtomicBool>,
+    orders: Arc<Orders>,
+    thread: Thread,
     made: watch::Receiver<Option<u64>>,
 }
 
+/// What the thread that makes them is told.
+#[derive(Debug, Default)]
+struct Orders {
+    stop: AtomicBool,
+    /// Somebody waits for it: no more rests.
+    hurry: AtomicBool,
+}
+
+impl Orders {
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// Rests so long, or until something else is wanted.
+    fn rest(&self, time: Duration) {
+        let until = Instant::now() + time;
+        while !self.stopped() && !self.hurry.load(Ordering::Relaxed) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            thread::park_timeout(left);
+        }
+    }
+}
+
 impl Collapse {
-    /// Waits for its end: how many huge pages there are now. Nothing is lost if the future is dropped.
+    /// Waits for its end: how many huge pages there are now. It rests no more. Nothing is lost if the future is dropped.
     pub async fn ended(&mut self) -> u64 {
+        self.orders.hurry.store(true, Ordering::Relaxed);
+        self.thread.unpark();
         self.made.wait_for(Option::is_some).await.ok().and_then(|made| *made).unwrap_or_default()
     }
 }
 
 impl Drop for Collapse {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.orders.stop.store(true, Ordering::Relaxed);
+        self.thread.unpark();
     }
 }
 
 impl Qemu {
-    /// Makes huge pages of pieces of RAM: [`HUGE_PAGE`] bytes at these offsets of these blocks. Not while memory is captured or restored.
+    /// Makes huge pages of pieces of RAM: [`HUGE_PAGE`] bytes at these offsets of these blocks. Not while memory is captured or restored. After
+    /// each piece its thread asks how long to `rest`.
     ///
     /// # Errors
     /// Those of the monitor, [`Error::Io`].
-    pub async fn collapse(&self, pieces: &[(String, u64)]) -> Result<Collapse> {
+    pub async fn collapse(
+        &self,
+        pieces: &[(String, u64)],
+        mut rest: impl FnMut() -> Duration + Send + 'static,
+    ) -> Result<Collapse> {
         let blocks = parse_blocks(&self.qmp().human("info ramblock").await?);
         let address = |(name, offset): &(String, u64)| {
             let block = blocks.iter().find(|block| block.name == *name)?;
@@ -62,23 +99,22 @@ impl Qemu {
         };
         let addresses: Vec<u64> = pieces.iter().filter_map(address).collect();
         let process = self.process().pidfd()?;
-        let (stop, (tell, made)) = (Arc::<AtomicBool>::default(), watch::channel(None));
-        let stopped = Arc::clone(&stop);
+        let (orders, (tell, made)) = (Arc::<Orders>::default(), watch::channel(None));
+        let told = Arc::clone(&orders);
         let work = move || {
-            let _ = tell.send(Some(collapse(&process, &addresses, &stopped)));
+            let _ = tell.send(Some(collapse(&process, &addresses, &told, || told.rest(rest()))));
         };
-        std::thread::Builder::new()
-            .name("huge-pages".into())
-            .spawn(work)
-            .map_err(Error::io("make a thread for huge pages"))?;
-        Ok(Collapse { stop, made })
+        let thread = thread::Builder::new().name("huge-pages".into()).spawn(work);
+        let thread = thread.map_err(Error::io("make a thread for huge pages"))?.thread().clone();
+        Ok(Collapse { orders, thread, made })
     }
 }
 
-fn collapse(process: &OwnedFd, addresses: &[u64], stop: &AtomicBool) -> u64 {
+fn collapse(process: &OwnedFd, addresses: &[u64], orders: &Orders, mut rest: impl FnMut()) -> u64 {
     let (mut made, mut failures) = (0, 0);
     for address in addresses {
-        if stop.load(Ordering::Relaxed) {
+        rest();
+        if orders.stopped() {
             break;
         }
         match advise(process, *address) {
@@ -161,6 +197,21 @@ fn parse_blocks(text: &str) -> Vec<Block> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// It would not end for an hour.
+    #[test]
+    fn who_rests_hears_what_it_is_told() {
+        let hurry: fn(&Orders) = |orders| orders.hurry.store(true, Ordering::Relaxed);
+        let stop: fn(&Orders) = |orders| orders.stop.store(true, Ordering::Relaxed);
+        for order in [hurry, stop] {
+            let orders = Arc::<Orders>::default();
+            let told = Arc::clone(&orders);
+            let resting = thread::spawn(move || told.rest(Duration::from_secs(3600)));
+            order(&orders);
+            resting.thread().unpark();
+            resting.join().expect("it rests no more");
+        }
+    }
 
     #[test]
     fn blocks_are_found() {

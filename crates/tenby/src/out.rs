@@ -21,6 +21,11 @@ impl Out {
         Self { json, quiet, look: Look::here() }
     }
 
+    /// The same, but nothing is said beside results.
+    pub(crate) fn quietly(&self) -> Self {
+        Self { quiet: true, ..self.clone() }
+    }
+
     /// How things look.
     pub(crate) fn look(&self) -> &Look {
         &self.look

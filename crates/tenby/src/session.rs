@@ -26,6 +26,11 @@ impl Session {
         Ok(Self { root: Root::open(&place(root)?)?, out })
     }
 
+    /// The same, for one of several things that are done side by side: it draws no bar, and says nothing beside its result.
+    pub(crate) fn quietly(&self) -> Self {
+        Self { out: self.out.quietly(), ..self.clone() }
+    }
+
     /// The machine of this name, id, or beginning of an id.
     pub(crate) fn find(&self, name: &str) -> Result<Found, Problem> {
         self.root.find(name)

@@ -26,10 +26,14 @@ use crate::root::{Begun, Root};
 use crate::tree::{Firmware, LayerRow, Machine, MachineId, Snapshot, SnapshotId, SnapshotState, State};
 use crate::views;
 use serde_json::{Value, json};
+use std::sync::{Mutex, PoisonError};
 
 /// The journal's words for requests whose row names machines that are being made.
 const CLONE: &str = "clone";
 const LEND: &str = "lend";
+
+/// How many are made side by side.
+const MAKERS: usize = 8;
 
 /// How many machines one request makes at most.
 pub const MOST: usize = 1000;
@@ -104,8 +108,8 @@ impl Owner {
             (self.keeper.clone(), self.shared.root.clone(), task.clone(), new.iter().map(|new| new.id));
         let ids: Vec<_> = ids.collect();
         blocking(move || {
-            let made = ids.iter().zip(linked).map(|(id, linked)| make(&keeper, &root, &task, *id, linked)).collect();
-            if Result::is_err(&made) {
+            let made = make_all(&keeper, &root, &task, linked);
+            if made.is_err() {
                 for id in ids {
                     root.give_up(id);
                 }
@@ -119,11 +123,9 @@ impl Owner {
         let root = &self.shared.root;
         let _names = root.lock_names()?;
         new.iter().try_for_each(|new| root.check_free(&new.name, None))?;
-        for Named { id, .. } in new {
-            root.show(&[*id])?;
-            self.keeper.steps.at("clone:named");
-        }
-        Ok(())
+        let ids: Vec<_> = new.iter().map(|new| new.id).collect();
+        // Nobody uses one before all are certain to stay: we still have their locks.
+        root.show(&ids, || self.keeper.steps.at("clone:named"))
     }
 
     /// A machine that was made a moment ago goes again.
@@ -153,11 +155,13 @@ impl Owner {
             }
             let rest = new.iter().filter(|new| !root.has(new.id));
             let outcome = rest.into_iter().try_for_each(|new| {
-                root.check_free(&new.name, None).and_then(|()| root.show(&[new.id])).map_err(|problem| {
+                root.check_free(&new.name, None).and_then(|()| root.show(&[new.id], || {})).map_err(|problem| {
                     root.give_up(new.id);
                     Problem::failed(format!("{} could not be made: {problem}", new.name)).hint("tenby vm list")
                 })
             });
+            // Those that had their names already may have them in memory only.
+            root.show(&[], || {})?;
             let names: Vec<&str> = new.iter().map(|new| new.name.as_str()).collect();
             let result = json!({ "machines": new, "said": format!("{}: made", listed(&names)) });
             self.end_recovered(journal, &outcome.map(|()| result))?;
@@ -347,9 +351,39 @@ fn check_firmware(own: &Files, other: &Files, made: &Machine) -> Result<(), Prob
     }
 }
 
+/// Makes the folders, several side by side: for most of the time that one takes, the disk writes. What is copied comes one after the other.
+fn make_all(keeper: &Keeper, root: &Root, task: &Task, linked: Vec<Linked>) -> Result<Vec<Begun>, Problem> {
+    let copies = linked.iter().flat_map(|linked| &linked.layers).any(|(row, _)| row.in_place);
+    let makers = if copies { 1 } else { MAKERS.min(linked.len()) };
+    let left = Mutex::new(linked);
+    let left = || left.lock().unwrap_or_else(PoisonError::into_inner);
+    let some = || {
+        let mut made = Vec::new();
+        // (A lock in the head of a loop would be held through its body.)
+        let next = || left().pop();
+        while let Some(linked) = next() {
+            match make(keeper, root, task, linked) {
+                Ok(begun) => made.push(begun),
+                Err(problem) => {
+                    left().clear();
+                    return Err(problem);
+                }
+            }
+        }
+        Ok(made)
+    };
+    std::thread::scope(|scope| {
+        let makers: Vec<_> = (0..makers).map(|_| scope.spawn(some)).collect();
+        let broke = |_| Err(Problem::failed("making a machine broke off"));
+        let made = makers.into_iter().map(|maker| maker.join().unwrap_or_else(broke));
+        let made: Result<Vec<Vec<Begun>>, Problem> = made.collect();
+        made.map(|made| made.into_iter().flatten().collect())
+    })
+}
+
 /// Makes one machine's folder, and holds it until it is named.
-fn make(keeper: &Keeper, root: &Root, task: &Task, id: MachineId, linked: Linked) -> Result<Begun, Problem> {
-    let begun = root.begin(id)?;
+fn make(keeper: &Keeper, root: &Root, task: &Task, linked: Linked) -> Result<Begun, Problem> {
+    let begun = root.begin(linked.machine.id)?;
     keeper.link_machine(linked, &begun.files, &mut |done, total| {
         task.progress(done, total);
         !task.cancelled()

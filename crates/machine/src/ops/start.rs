@@ -8,6 +8,7 @@ use crate::log;
 use crate::plan::quoted;
 use crate::ram::Pieces;
 use crate::request::Problem;
+use crate::root::Root;
 use crate::tree::{LayerId, Machine, State};
 use memory::Stretch;
 use qemu::{Installed, RunState};
@@ -50,7 +51,8 @@ impl Owner {
     /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen for life at the
     /// first start is noted in `next`.
     pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
-        let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
+        let note = Root::qemu_note();
+        let installed = Installed::find_noted(&note).await.map_err(|e| qemu_problem(&next.name, &e))?;
         pin(&mut next.now.config, &installed)?;
         let memory = memory.map(|id| self.open_memory(next, id)).transpose()?;
         Live::bring_up(&self.keeper, next, &installed, memory).await

@@ -34,6 +34,8 @@ struct State {
     /// When a page was last asked for, sent unasked, or tried in vain.
     asked_at: Option<Instant>,
     pushed_at: Option<Instant>,
+    /// Until when nothing is sent unasked, unless somebody waits for all of it.
+    rests_until: Option<Instant>,
     tried_at: Option<Instant>,
     /// What arrived earlier, by block, until it is taken.
     received: BTreeMap<String, Vec<u8>>,
@@ -63,6 +65,12 @@ impl Asked {
         state.pace = state.pace.max(pace);
         drop(state);
         self.changed.notify_all();
+    }
+
+    pub(super) fn rest(&self, time: Duration) {
+        let until = Instant::now() + time;
+        let mut state = self.state();
+        state.rests_until = state.rests_until.max(Some(until));
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -222,8 +230,29 @@ impl State {
             Pace::Full => Some(now),
             Pace::Gentle => {
                 let quiet = self.asked_at.is_none_or(|asked| now - asked >= QUIET);
-                Some(if quiet { now } else { self.pushed_at.map_or(now, |pushed| pushed + BREATH) })
+                let breath = self.pushed_at.filter(|_| !quiet).map(|pushed| pushed + BREATH);
+                Some(now).max(breath).max(self.rests_until)
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_asked_for_waits() {
+        let (now, second) = (Instant::now(), Duration::from_secs(1));
+        let state = |pace| State { pace, ..State::default() };
+        assert_eq!(state(Pace::OnDemand).push_at(now), None);
+        assert_eq!(state(Pace::Gentle).push_at(now), Some(now));
+        let busy = State { asked_at: Some(now), pushed_at: Some(now), ..state(Pace::Gentle) };
+        assert_eq!(busy.push_at(now), Some(now + BREATH), "the guest asks");
+        let rests = |pace| State { rests_until: Some(now + second), ..state(pace) };
+        assert_eq!(rests(Pace::Gentle).push_at(now), Some(now + second), "others go first");
+        assert_eq!(rests(Pace::Gentle).push_at(now + 2 * second), Some(now + 2 * second));
+        assert_eq!(rests(Pace::Full).push_at(now), Some(now), "somebody waits");
+        assert_eq!(rests(Pace::OnDemand).push_at(now), None);
     }
 }

@@ -5,11 +5,12 @@ use super::{Waiting, job};
 use crate::session::Session;
 use crate::{draw, follow, json};
 use machine::linked::copied;
-use machine::request::{Job, Present, Problem, Request, View};
+use machine::request::{Job, Present, Problem, ProblemKind, Request, View};
 use machine::root::Found;
 use machine::tree::{Machine, MachineId, Snapshot};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
+use tokio::task::JoinSet;
 
 /// How many machines are made at a time.
 pub(crate) const MOST: u32 = machine::ops::clone::MOST as u32;
@@ -99,9 +100,7 @@ pub(crate) async fn create(session: &Session, origin: &Origin, new: New) -> Resu
     let job = follow::ask(session, &source.found, request).await?;
     let made = made(&job)?;
     if new.start {
-        for machine in &made {
-            follow::ask(session, machine, Request::Start { paused: false }).await?;
-        }
+        start(session, &made).await?;
     }
     if session.out.json() {
         return tell(session, &made, new.count.is_some()).await;
@@ -115,6 +114,63 @@ pub(crate) async fn create(session: &Session, origin: &Origin, new: New) -> Resu
     };
     session.out.done(&format!("{said}{then}"));
     Ok(())
+}
+
+/// Starts machines that were made a moment ago. That one of them cannot be started keeps none of the others from it.
+async fn start(session: &Session, machines: &[Found]) -> Result<(), Problem> {
+    if let [one] = machines {
+        return start_one(session, one).await;
+    }
+    let outcomes = start_side_by_side(session, machines).await?;
+    let outcomes = || machines.iter().zip(&outcomes);
+    let failed = || outcomes().filter_map(|(machine, outcome)| Some((machine, outcome.as_ref()?.as_ref().err()?)));
+    for (machine, problem) in failed() {
+        session.out.note(&format!("{} was not started: {problem}", machine.name));
+    }
+    let Some((_, first)) = failed().next() else { return Ok(()) };
+    let missing = outcomes().filter(|(_, outcome)| !matches!(outcome, Some(Ok(()))));
+    let missing: Vec<&str> = missing.map(|(machine, _)| machine.name.as_str()).collect();
+    let (all, started) = (machines.len(), machines.len() - missing.len());
+    let message = format!("started {started} of {all} machines, but not {}: {}", few(&missing), first.message);
+    let start = format!("tenby vm start {}", quoted(missing[0]));
+    Err(Problem::new(first.kind, message).hint(first.hint.clone().unwrap_or(start)))
+}
+
+async fn start_one(session: &Session, machine: &Found) -> Result<(), Problem> {
+    follow::ask(session, machine, Request::Start { paused: false }).await.map(drop)
+}
+
+/// What came of starting a machine; nothing, if that was not begun.
+type Outcome = Option<Result<(), Problem>>;
+
+/// Starts machines, as many side by side as there are processors. Once its user has cancelled one, no more are begun.
+async fn start_side_by_side(session: &Session, machines: &[Found]) -> Result<Vec<Outcome>, Problem> {
+    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    let (quiet, progress) = (session.quietly(), session.out.progress());
+    let mut outcomes: Vec<Outcome> = machines.iter().map(|_| None).collect();
+    let mut waiting = machines.iter().cloned().enumerate();
+    let (mut under_way, mut ended, mut cancelled) = (JoinSet::new(), 0, false);
+    loop {
+        while under_way.len() < most && !cancelled {
+            let Some((nth, machine)) = waiting.next() else { break };
+            let session = quiet.clone();
+            under_way.spawn(async move { (nth, start_one(&session, &machine).await) });
+        }
+        progress.say(&format!("started {ended} of {}", machines.len()));
+        let Some(joined) = under_way.join_next().await else { return Ok(outcomes) };
+        let (nth, outcome) = joined.map_err(|error| Problem::failed(format!("starting broke off: {error}")))?;
+        cancelled |= outcome.as_ref().is_err_and(|problem| problem.kind == ProblemKind::Cancelled);
+        ended += 1;
+        outcomes[nth] = Some(outcome);
+    }
+}
+
+/// `web-1, web-2, web-3 and 7 more`.
+fn few(names: &[&str]) -> String {
+    const FEW: usize = 3;
+    let more = names.len().saturating_sub(FEW);
+    let named = names[..names.len() - more].join(", ");
+    if more == 0 { named } else { format!("{named} and {more} more") }
 }
 
 /// The machines that a job has made.
