@@ -63,19 +63,21 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command` in `dir`, its complaints appended to `log`, with this input and output. It should begin a session of its own.
+    /// Starts `binary` in `dir`, in a session of its own, its complaints appended to `log`, with this input and output.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be started.
-    pub(crate) fn spawn(
-        mut command: Command,
+    pub fn spawn(
+        binary: &Path,
+        args: &[OsString],
         dir: &Path,
         log: &Path,
         input: impl Into<Stdio>,
         output: impl Into<Stdio>,
     ) -> Result<Self> {
-        command.current_dir(dir).stdin(input).stdout(output).stderr(append_to(log)?);
-        let child = command.spawn().map_err(Error::io(Error::at("run", command.get_program())))?;
+        let mut command = detached(binary);
+        command.args(args).current_dir(dir).stdin(input).stdout(output).stderr(append_to(log)?);
+        let child = command.spawn().map_err(Error::io(Error::at("run", binary)))?;
         // Our unreaped child: its id cannot have been given to another process yet.
         let pid = Pid::from_child(&child);
         Self::hold(pid)?.ok_or(Error::Gone { pid: pid.as_raw_nonzero().get() })
@@ -200,15 +202,15 @@ impl Process {
 
 /// `setsid` makes the session and becomes the program: the process id stays. Where it is missing, a process group of its own still keeps
 /// the terminal's signals away.
-pub(crate) fn detached(binary: &Path, args: &[OsString]) -> Command {
+fn detached(binary: &Path) -> Command {
     const SETSID: &str = "/usr/bin/setsid";
     if rustix::fs::access(SETSID, rustix::fs::Access::EXEC_OK).is_ok() {
         let mut command = Command::new(SETSID);
-        command.arg(binary).args(args);
+        command.arg(binary);
         return command;
     }
     let mut command = Command::new(binary);
-    command.args(args).process_group(0);
+    command.process_group(0);
     command
 }
 
@@ -261,7 +263,8 @@ mod tests {
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; read x; exec sleep 1000".into()];
         let process = Process::spawn(
-            detached(Path::new("/bin/sh"), &args),
+            Path::new("/bin/sh"),
+            &args,
             dir.path(),
             &log,
             Stdio::null(),
@@ -288,7 +291,8 @@ mod tests {
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; exit 3".into()];
         let process = Process::spawn(
-            detached(Path::new("/bin/sh"), &args),
+            Path::new("/bin/sh"),
+            &args,
             dir.path(),
             &log,
             Stdio::null(),
@@ -304,7 +308,8 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let args = ["1000".into()];
         let process = Process::spawn(
-            detached(Path::new("/bin/sleep"), &args),
+            Path::new("/bin/sleep"),
+            &args,
             dir.path(),
             &dir.path().join("log"),
             Stdio::null(),

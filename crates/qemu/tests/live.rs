@@ -4,7 +4,7 @@
 
 use qemu::{
     Accel, Boot, Bus, Capture, CaptureMode, Console, ConsoleReader, Disk, Ending, Error, EventKind, Identity,
-    Installed, Launch, MigrationStatus, Nbd, Nic, Publish, Qemu, RestoreMode, Rights, RunState,
+    Installed, Launch, MigrationStatus, Nbd, Nic, Publish, Qemu, RestoreMode, RunState,
 };
 use std::future::Future;
 use std::io::{Read, Write};
@@ -58,10 +58,7 @@ impl Place {
     /// A machine of 64 MiB whose sockets lie in `run`.
     fn launch(&self, run: &str) -> Launch {
         let run_dir = self.path(run);
-        if !run_dir.exists() {
-            std::fs::create_dir(&run_dir).expect("the run folder");
-            qemu::prepare(&run_dir, Rights::Starter).expect("QEMU's own");
-        }
+        std::fs::create_dir_all(&run_dir).expect("the run folder");
         Launch {
             binary: self.installed.binary.clone(),
             machine_type: "pc-q35-7.2".into(),
@@ -83,8 +80,6 @@ impl Place {
             nic: None,
             incoming: false,
             sandbox: true,
-            rights: Rights::Starter,
-            low_ports: false,
         }
     }
 }

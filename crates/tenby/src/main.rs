@@ -10,7 +10,6 @@ mod doctor;
 mod draw;
 mod follow;
 mod json;
-mod launch;
 mod out;
 mod rescue;
 mod session;
