@@ -176,6 +176,10 @@ impl<'a> Asking<'a> {
     }
 
     fn heard(&mut self, job: Job) {
+        let warned = self.last.as_ref().and_then(|last| last.warning.as_ref());
+        if let Some(warning) = job.warning.as_ref().filter(|&warning| warned != Some(warning)) {
+            self.session.out.note(warning);
+        }
         self.progress.job(&job);
         self.last = Some(job);
     }

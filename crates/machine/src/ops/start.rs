@@ -5,10 +5,11 @@ use crate::job::Task;
 use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
 use crate::log;
+use crate::needs::Here;
 use crate::plan::quoted;
 use crate::ram::Pieces;
 use crate::request::Problem;
-use crate::tree::{LayerId, Machine, State};
+use crate::tree::{Config, LayerId, Machine, State};
 use memory::Stretch;
 use qemu::{Installed, RunState};
 use serde_json::{Value, json};
@@ -20,7 +21,7 @@ impl Owner {
         self.passing(State::Starting);
         let mut next = self.machine().machine.clone();
         let memory = next.now.memory;
-        let live = self.bring_up(&mut next, memory).await?;
+        let live = self.bring_up_now(&mut next).await?;
         self.keeper.steps.at("start:up");
         if let Err(problem) = task.check() {
             self.end(live).await;
@@ -47,18 +48,56 @@ impl Owner {
         Ok(result)
     }
 
-    /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen for life at the
-    /// first start is noted in `next`.
-    pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
+    async fn bring_up_now(&self, next: &mut Machine) -> Result<Live, Problem> {
+        let memory = match next.now.memory {
+            Some(layer) => {
+                let name = &next.name;
+                let without = format!(
+                    "tenby vm stop {} --turn-off      (gives that memory up; then it can be started from its disks)",
+                    quoted(name)
+                );
+                let what = format!("the memory that {name} was saved with");
+                Some(self.open_memory(next, &next.now.config, layer, &what, without).await?)
+            }
+            None => None,
+        };
+        self.bring_up(next, memory).await
+    }
+
+    /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen at the first start is noted
+    /// in `next`.
+    pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<Memory>) -> Result<Live, Problem> {
         let installed = Installed::find().await.map_err(|e| qemu_problem(&next.name, &e))?;
+        let before = next
+            .now
+            .config
+            .machine_type
+            .take_if(|kind| memory.is_none() && installed.check_machine_type(kind).is_err());
         pin(&mut next.now.config, &installed)?;
-        let memory = memory.map(|id| self.open_memory(next, id)).transpose()?;
+        if let (Some(before), Some(kind)) = (before, &next.now.config.machine_type) {
+            let words = format!("it is a {kind} from now on, for QEMU {} has no {before}", installed.version);
+            log::write(&self.keeper.files, None, &words);
+        }
         Live::bring_up(&self.keeper, next, &installed, memory).await
     }
 
-    fn open_memory(&self, machine: &Machine, layer: LayerId) -> Result<Memory, Problem> {
+    /// A memory to go on from, for a guest of this configuration. Refused where what it needs is not here: `what` is what it is called, `without`
+    /// what a person types to do without it.
+    pub(crate) async fn open_memory(
+        &self,
+        machine: &Machine,
+        config: &Config,
+        layer: LayerId,
+        what: &str,
+        without: String,
+    ) -> Result<Memory, Problem> {
+        let installed = Installed::find().await.map_err(|e| qemu_problem(&machine.name, &e))?;
+        let taken_on = machine.layers.get(&layer).and_then(|row| row.taken_on.clone());
+        if let Some(lacks) = Here::look(&installed).lacks(config, taken_on.as_ref()) {
+            return Err(Problem::refused(format!("{what} {lacks}")).hint(without));
+        }
         let layers = self.keeper.files.open_chain(machine, layer)?;
-        Ok(Memory { layer, layers, touched: self.habits.of(layer) })
+        Ok(Memory { layer, layers, touched: self.habits.of(layer), taken_on, without })
     }
 
     /// This QEMU is the machine's from now on.
@@ -124,6 +163,12 @@ impl Owner {
         }
         let (live, name) = self.running()?;
         live.qemu.reset().await.map_err(|e| qemu_problem(&name, &e))?;
+        // It reads the time as it comes up.
+        if let Err(problem) =
+            self.keeper.book.commit(|rows| rows.machine.now.run.iter_mut().for_each(|run| run.clock = None))
+        {
+            tracing::error!("{problem}");
+        }
         log::write(&self.keeper.files, Some(task.id()), "restarted");
         Ok(Value::Null)
     }
@@ -171,7 +216,8 @@ impl Owner {
         match event {
             RunState::Shutdown => self.off("the guest powered off", None).await,
             RunState::Exited(how) => {
-                let alert = format!("QEMU {how}; the disks are as after a power cut");
+                let lost = self.memory_lost();
+                let alert = format!("QEMU {how}{lost}; the disks are as after a power cut");
                 self.off(&alert, Some(alert.clone())).await;
             }
             RunState::IoError => {
@@ -182,6 +228,12 @@ impl Owner {
             RunState::Broken => self.halted("QEMU cannot let the guest run any further"),
             RunState::Running | RunState::Paused | RunState::Incoming => {}
         }
+    }
+
+    /// What is to be said besides of a guest that has gone before all of its memory had come. What it came from is only read.
+    pub(crate) fn memory_lost(&self) -> &'static str {
+        let coming = self.machine().machine.now.restoring.is_some();
+        if coming { " while its memory was on its way into it, and all snapshots are as they were" } else { "" }
     }
 
     /// Something is to be told of the memory that is on its way into the guest.

@@ -831,7 +831,7 @@ fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
 }
 
 fn run() -> Run {
-    Run { pid: 1, started: 1, since: jiff::Timestamp::UNIX_EPOCH, dir: String::new() }
+    Run { pid: 1, started: 1, since: jiff::Timestamp::UNIX_EPOCH, dir: String::new(), clock: None }
 }
 
 fn cancelled() -> Problem {
