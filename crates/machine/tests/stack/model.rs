@@ -3,8 +3,10 @@
 use image::{Access, Chain, RunKind};
 use machine::files::Files;
 use machine::ledger::State as Rows;
+use machine::records::downwards;
 use machine::request::JobState;
 use machine::tree::{DiskId, JobId, LayerId, Snapshot, SnapshotId};
+use memory::Sealed;
 use memory::stream::{Event, PAGE, Parser};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -170,7 +172,8 @@ fn check_memory(rows: &Rows, files: &Files, layer: Option<LayerId>, expected: Op
     let layers = files.open_chain(&rows.machine, layer).map_err(|e| e.to_string())?;
     let chain = Chain::new(layers, Access::Read).map_err(|e| e.to_string())?;
     let mut stream = Vec::new();
-    memory::restore(&chain, &mut stream, |_, _| {}).map_err(|e| format!("memory: {e}"))?;
+    let sealed = Sealed { chain, expected: files.expected(&downwards(&rows.machine, layer)) };
+    memory::restore(&sealed, &mut stream, |_, _| {}).map_err(|e| format!("memory: {e}"))?;
     let (mut parser, mut rest, mut pages) = (Parser::new(), stream.as_slice(), vec![0; expected.len()]);
     while let Some(event) = parser.next(&mut rest).map_err(|e| format!("memory: {e}"))? {
         if let Event::Page { offset, data, .. } = event {

@@ -65,6 +65,11 @@ impl Asked {
         self.changed.notify_all();
     }
 
+    /// Whether the guest does not run yet.
+    pub(super) fn is_loading(&self) -> bool {
+        self.state().pace == Pace::OnDemand
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
