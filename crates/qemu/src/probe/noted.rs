@@ -45,10 +45,10 @@ pub(super) fn write(file: &Path, installed: &Installed, stamp: Stamped) {
     }
 }
 
-/// Nobody sees it half-written. If two write it at the same time, one of them lets it be.
+/// Nobody sees it half-written. Workers that are started side by side write it at the same time: each a file of its own, and the last one stays.
 fn put(file: &Path, text: &[u8]) -> Result<()> {
-    let new = file.with_extension("new");
-    // One that has died in the middle of this.
+    let new = file.with_extension(format!("{}.new", std::process::id()));
+    // Left by a process of the same number.
     let _ = std::fs::remove_file(&new);
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
     let mut store = std::fs::File::from(open(&new, flags, Mode::RUSR | Mode::WUSR)?);
