@@ -223,12 +223,12 @@ fn start_dies_at(step: &str) {
 /// The worker is killed while it hashes what a snapshot has sealed; the next one goes on.
 fn hash_dies_at(step: &str) {
     let mut scene = Scene::new();
+    // What is left to be hashed would kill one worker after the other before it has answered.
+    scene.lab.wait_hashed();
     scene.arm(step);
-    let armed = scene.lab.worker();
+    let doomed = scene.lab.worker().expect("a worker");
     scene.lab.ok(&["snapshot", "create", BASE, "three"]);
-    if let Some(worker) = armed {
-        scene.lab.wait_gone(worker);
-    }
+    scene.lab.wait_gone(doomed);
     assert_eq!(scene.day(), "now");
     let audit = scene.lab.wait_hashed();
     assert_eq!(audit["compared"]["layers"], 9, "{audit}");

@@ -16,6 +16,12 @@ use tokio::sync::watch;
 /// How often the monitor's socket is looked for while a process comes up.
 const CONNECT_EVERY: Duration = Duration::from_millis(5);
 
+/// How often a QEMU that lives may end the connection before that is a failure.
+const MEETINGS: u32 = 100;
+
+/// How long a process that has closed its sockets takes to end.
+const ENDING: Duration = Duration::from_secs(1);
+
 /// How much of QEMU's last words an error carries, bytes.
 const LAST_WORDS: u64 = 2048;
 
@@ -81,7 +87,7 @@ impl Qemu {
             Err(Error::Disconnected) => return Err(words.ended(process.get().wait().await)),
             other => other?,
         };
-        Self::assemble(process.keep(), qmp, tracker, launch.run_dir.clone(), words).await
+        Ok(Self::assemble(process.keep(), qmp, tracker, launch.run_dir.clone(), words))
     }
 
     /// Takes over a process that runs already. Its disks must be served before this is called: a QEMU that waits for a disk does not answer.
@@ -94,31 +100,27 @@ impl Qemu {
         crate::migrate::drain(run_dir);
         let Some(process) = Process::adopt(identity)? else { return Err(gone) };
         let words = Words::from_here(log);
-        let tracker = Tracker::new();
-        let stream = connect(run_dir, QMP_SOCKET).await?;
-        let qmp = tokio::select! {
+        let met = tokio::select! {
             biased;
-            qmp = greet(stream, &tracker) => qmp?,
             _ = process.wait() => return Err(gone),
+            met = meet_again(run_dir) => met,
         };
-        Self::assemble(process, qmp, tracker, run_dir.into(), words).await
+        match met {
+            Ok((qmp, tracker)) => Ok(Self::assemble(process, qmp, tracker, run_dir.into(), words)),
+            // A process that ends closes its sockets first.
+            Err(_) if tokio::time::timeout(ENDING, process.wait()).await.is_ok() => Err(gone),
+            Err(error) => Err(error),
+        }
     }
 
-    async fn assemble(
-        process: Process,
-        qmp: Qmp,
-        tracker: Arc<Tracker>,
-        run_dir: PathBuf,
-        words: Words,
-    ) -> Result<Self> {
-        tracker.resync(&qmp).await?;
+    fn assemble(process: Process, qmp: Qmp, tracker: Arc<Tracker>, run_dir: PathBuf, words: Words) -> Self {
         let process = Arc::new(process);
         let state = tracker.state.subscribe();
         let unexplained = tracker.unexplained.subscribe();
         tokio::spawn(watch_process(process.clone(), tracker.clone()));
         let inner = Arc::new(Inner { process, qmp, tracker, state, run_dir, words });
         tokio::spawn(explain_stops(Arc::downgrade(&inner), unexplained));
-        Ok(Self { inner })
+        Self { inner }
     }
 
     /// Who the process is, to adopt it later.
@@ -324,9 +326,29 @@ async fn greet(stream: UnixStream, tracker: &Arc<Tracker>) -> Result<Qmp> {
     let qmp = Qmp::connect(stream, move |event| observer.take(event)).await?;
     match qmp.set_capabilities(&[(Capability::Events, true)]).await {
         // Refused while a capture is under way: then this was set when it began.
-        Ok(()) | Err(Error::Refused { .. }) => Ok(qmp),
-        Err(error) => Err(error),
+        Ok(()) | Err(Error::Refused { .. }) => {}
+        Err(error) => return Err(error),
     }
+    tracker.resync(&qmp).await?;
+    Ok(qmp)
+}
+
+/// Connects to a QEMU whose last client has died.
+///
+/// A QEMU that notices that in two threads at once (one reads, one has something to tell) ends the next connection in place of the last.
+async fn meet_again(run_dir: &Path) -> Result<(Qmp, Arc<Tracker>)> {
+    let meet = async || {
+        let tracker = Tracker::new();
+        let qmp = greet(connect(run_dir, QMP_SOCKET).await?, &tracker).await?;
+        Ok((qmp, tracker))
+    };
+    for _ in 1..MEETINGS {
+        match meet().await {
+            Err(Error::Disconnected) => tokio::time::sleep(CONNECT_EVERY).await,
+            met => return met,
+        }
+    }
+    meet().await
 }
 
 async fn watch_process(process: Arc<Process>, tracker: Arc<Tracker>) {
