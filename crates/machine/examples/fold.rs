@@ -181,27 +181,18 @@ impl Lab {
     fn live(&mut self) -> Result<Value> {
         let snapshot = self.scattered()?;
         let (mut disks, chain) = self.disks()?;
-        let stop = AtomicBool::new(false);
-        let before = std::thread::scope(|scope| {
-            let writer = scope.spawn(|| write_steadily(&chain, &stop));
+        let wait = || {
             std::thread::sleep(UNDISTURBED);
-            stop.store(true, Ordering::Relaxed);
-            writer.join().expect("it does not panic")
-        })?;
+            Ok(0)
+        };
+        let (_, before) = beside_a_writer(&chain, wait)?;
         self.delete(&[snapshot])?;
-        stop.store(false, Ordering::Relaxed);
-        let (seconds, during) = std::thread::scope(|scope| {
-            let writer = scope.spawn(|| write_steadily(&chain, &stop));
-            let start = Instant::now();
-            let collected = self.collect(Some(&mut disks));
-            let seconds = start.elapsed().as_secs_f64();
-            stop.store(true, Ordering::Relaxed);
-            let seen = writer.join().expect("it does not panic");
-            collected.map(|_| (seconds, seen))
-        })?;
+        let (seconds, during) = beside_a_writer(&chain, || self.collect(Some(&mut disks)))?;
+        // What was removed is given back.
+        let (_, after) = beside_a_writer(&chain, wait)?;
         drop(chain);
         disks.close()?;
-        Ok(json!({ "seconds": seconds, "before": before.told(), "during": during?.told() }))
+        Ok(json!({ "seconds": seconds, "before": before.told(), "during": during.told(), "after": after.told() }))
     }
 
     /// So many snapshots, each after so many bytes were written, so far behind those before.
@@ -242,6 +233,21 @@ impl Seen {
         let most = self.writes.iter().copied().fold(0.0, f64::max);
         json!({ "worst_write_ms": most, "flush_p999_ms": self.flushes.get(nth), "flushes": self.flushes.len() })
     }
+}
+
+/// Somebody writes while this is done: how long it took, seconds, and what they saw.
+fn beside_a_writer(chain: &Chain, work: impl FnOnce() -> std::result::Result<u64, Problem>) -> Result<(f64, Seen)> {
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_steadily(chain, &stop));
+        let start = Instant::now();
+        let done = work();
+        let seconds = start.elapsed().as_secs_f64();
+        stop.store(true, Ordering::Relaxed);
+        let seen = writer.join().expect("it does not panic")?;
+        done?;
+        Ok((seconds, seen))
+    })
 }
 
 /// A page every now and then, all over the disk, and a flush after each eight.
