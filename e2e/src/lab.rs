@@ -375,7 +375,7 @@ impl Lab {
     /// The folders of the only machine's sockets: one a QEMU.
     pub fn sockets(&self) -> Vec<PathBuf> {
         let below = entries(&self.runtime()).flat_map(|machine| entries(&machine));
-        below.filter(|path| path.join("qmp.sock").exists()).collect()
+        below.filter(|path| path.join("qemu/qmp.sock").exists()).collect()
     }
 
     /// The folder of [`BASE`].
@@ -386,7 +386,12 @@ impl Lab {
     /// Every process of this lab: the program's, its workers' and their QEMUs'.
     pub fn processes(&self) -> Vec<Process> {
         let mark = self.folder.path().to_string_lossy().into_owned();
-        processes().filter(|process| process.environ.contains(&mark) || process.command.contains(&mark)).collect()
+        let ours = |process: &Process| {
+            process.environ.contains(&mark)
+                || process.command.contains(&mark)
+                || process.cwd.starts_with(self.folder.path())
+        };
+        processes().filter(ours).collect()
     }
 
     /// The worker of the only machine, if one runs.
@@ -488,6 +493,8 @@ pub struct Process {
     pub pid: Pid,
     command: String,
     environ: String,
+    /// Where it is: a QEMU has nothing else of its lab's.
+    cwd: PathBuf,
 }
 
 impl Process {
@@ -514,7 +521,8 @@ fn processes() -> impl Iterator<Item = Process> {
         let entry = entry.ok()?;
         let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
         let read = |name| Some(String::from_utf8_lossy(&std::fs::read(entry.path().join(name)).ok()?).into_owned());
-        let process = Process { pid, command: read("cmdline")?, environ: read("environ")? };
+        let cwd = std::fs::read_link(entry.path().join("cwd")).unwrap_or_default();
+        let process = Process { pid, command: read("cmdline")?, environ: read("environ")?, cwd };
         // One that has ended and waits for its parent has no command any more.
         (!process.command.is_empty() && pid != rustix::process::getpid()).then_some(process)
     })

@@ -3,7 +3,7 @@
 //! ```text
 //!   <runtime>/api.sock                  the worker's
 //!             console.sock              the serial port, for any number of clients
-//!             <run>/qmp.sock, vnc.sock  one folder a QEMU: while a snapshot is applied there are two
+//!             <run>/qemu/qmp.sock, …    one folder a QEMU: while a snapshot is applied there are two. Below it, what QEMU makes
 //!                   disk0.sock …        NBD, ours
 //! ```
 //!
@@ -19,11 +19,12 @@ use crate::ram::Pieces;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, LayerId, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, Kernel, LayerId, Machine, NetMode, Run};
 use export::Export;
 use image::Layer;
 use memory::{Beginning, Stretch, Touched};
-use qemu::{Collapse, Identity, Installed, Launch, Qemu, RestoreMode, RunState};
+use qemu::{Collapse, Identity, Installed, Launch, Qemu, RestoreMode, Rights, RunState, User};
+use rustix::fs::Mode;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,6 +33,9 @@ use tokio::sync::watch;
 
 /// How long QEMU gets to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
+
+/// Below this, to listen on a port takes a privilege.
+const FIRST_FREE_PORT: u16 = 1024;
 
 /// How long a snapshot waits for huge pages; without them it pauses the guest longer.
 const COLLAPSE: Duration = Duration::from_secs(5);
@@ -82,7 +86,9 @@ impl Served {
         let mut served = Self { disks: keeper.open_disks(machine)?, exports: Vec::new() };
         for (disk, chain) in served.disks.chains() {
             let failed = |e: &dyn std::fmt::Display| Problem::failed(format!("serving {disk}: {e}"));
-            let listener = export::listen_unix(&run_dir.join(disk_socket(disk))).map_err(|e| failed(&e))?;
+            let socket = disk_socket(disk);
+            let listener = export::listen_unix(&run_dir.join(&socket)).map_err(|e| failed(&e))?;
+            qemu::hand_over(run_dir, &socket).map_err(|e| failed(&e))?;
             let export = Export::serve(Arc::clone(chain), listener, export::Options::default());
             served.exports.push(export.map_err(|e| failed(&e))?);
         }
@@ -108,10 +114,11 @@ impl Live {
         installed: &Installed,
         memory: Option<Memory>,
     ) -> Result<Self, Problem> {
-        let run_dir = new_run_dir(machine)?;
+        let rights = rights(machine, installed).await;
+        let run_dir = new_run_dir(machine, rights)?;
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
         let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
-        let launched = launch(&keeper.files, machine, installed, &run_dir, memory.is_some());
+        let launched = launch(&keeper.files, machine, installed, rights, &run_dir, memory.is_some());
         let qemu = match launched {
             Ok(launch) => Qemu::start(&launch).await.map_err(|e| qemu_problem(&machine.name, &e)),
             Err(problem) => Err(problem),
@@ -387,6 +394,20 @@ pub(crate) fn pin(config: &mut Config, installed: &Installed) -> Result<(), Prob
     Ok(())
 }
 
+/// What the machine's QEMU may do: as little as this host makes possible. What is missing costs protection, but no machine its run.
+async fn rights(machine: &Machine, installed: &Installed) -> Rights {
+    if !qemu::privileged() {
+        return Rights::NoMore;
+    }
+    match qemu::separates(&installed.binary).await {
+        Ok(tracking) => Rights::User(User::of(machine.id.0.as_u128()), tracking),
+        Err(why) => {
+            tracing::warn!("the QEMU of {} runs as root (`tenby doctor` says what that costs): {why}", machine.name);
+            Rights::NoMore
+        }
+    }
+}
+
 fn accel(config: &Config) -> Result<qemu::Accel, Problem> {
     match config.accel {
         Accel::Tcg => Ok(qemu::Accel::Tcg),
@@ -402,6 +423,7 @@ fn launch(
     files: &Files,
     machine: &Machine,
     installed: &Installed,
+    rights: Rights,
     run_dir: &Path,
     incoming: bool,
 ) -> Result<Launch, Problem> {
@@ -413,6 +435,15 @@ fn launch(
         Problem::refused(e.to_string()).hint("TENBY_QEMU=/path/to/another/qemu-system-x86_64 tenby vm start …")
     })?;
     let boot_file = |name: &String| files.path().join("boot").join(name);
+    if matches!(rights, Rights::User(..)) {
+        // QEMU opens them again by what it was given, as a user that is not theirs. Nobody else gets as far as into this folder.
+        for name in config.kernel.iter().flat_map(Kernel::files) {
+            let readable = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::ROTH;
+            let path = boot_file(name);
+            let failed = |e| Problem::failed(format!("{}: {}", path.display(), std::io::Error::from(e)));
+            rustix::fs::chmod(&path, readable).map_err(failed)?;
+        }
+    }
     Ok(Launch {
         binary: installed.binary.clone(),
         machine_type,
@@ -443,6 +474,8 @@ fn launch(
         nic: (config.net.mode == NetMode::User).then(|| qemu::Nic { mac: mac.clone(), isolated: borrowed.is_some() }),
         incoming,
         sandbox: true,
+        rights,
+        low_ports: ports(config)?.iter().any(|port| port.host < FIRST_FREE_PORT),
     })
 }
 
@@ -489,10 +522,11 @@ pub(crate) fn console_log(files: &Files) -> PathBuf {
     files.path().join("log/serial.log")
 }
 
-fn new_run_dir(machine: &Machine) -> Result<PathBuf, Problem> {
+fn new_run_dir(machine: &Machine, rights: Rights) -> Result<PathBuf, Problem> {
     let name = format!("run-{}", &LayerId::new().to_string()[..8]);
     let dir = Root::runtime_folder(machine.id).join(name);
     store::host::HostFolder::create(&dir).map_err(|e| crate::files::file_problem(&e))?;
+    qemu::prepare(&dir, rights).map_err(|e| qemu_problem(&machine.name, &e))?;
     Ok(dir)
 }
 

@@ -224,7 +224,7 @@ pub struct Kernel {
 
 impl Kernel {
     /// The names of its files.
-    fn files(&self) -> impl Iterator<Item = &String> {
+    pub(crate) fn files(&self) -> impl Iterator<Item = &String> {
         std::iter::once(&self.kernel).chain(&self.initrd)
     }
 }

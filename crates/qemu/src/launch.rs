@@ -9,6 +9,7 @@
 //!   pflash     0 UEFI's code, read only     1 its variables
 //! ```
 
+use crate::confine::{Rights, descriptor};
 use crate::error::{Error, Result};
 use std::ffi::{OsStr, OsString};
 use std::net::Ipv4Addr;
@@ -16,14 +17,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// What QEMU itself makes, in the run folder: made by [`crate::prepare`].
+pub(crate) const QEMU_FOLDER: &str = "qemu";
 /// The worker's monitor, in the run folder.
-pub const QMP_SOCKET: &str = "qmp.sock";
+pub const QMP_SOCKET: &str = "qemu/qmp.sock";
 /// A second monitor, left free for people and for emergencies (a monitor serves one client at a time).
-pub const SPARE_QMP_SOCKET: &str = "qmp-spare.sock";
+pub const SPARE_QMP_SOCKET: &str = "qemu/qmp-spare.sock";
 /// The pipe into the first serial port, in the run folder. What the port prints goes to [`Launch::console_log`].
 pub const SERIAL_PIPE: &str = "serial.pipe";
 /// The screen (RFB), in the run folder.
-pub const VNC_SOCKET: &str = "vnc.sock";
+pub const VNC_SOCKET: &str = "qemu/vnc.sock";
 /// The process id, in the run folder.
 pub const PID_FILE: &str = "qemu.pid";
 
@@ -36,6 +39,11 @@ const FIRMWARE_CODE: &str = "firmware-code";
 const FIRMWARE: &str = "firmware";
 /// The nodes that are no disks'.
 const TAKEN: [&str; 3] = ["cdrom", FIRMWARE, FIRMWARE_CODE];
+
+/// Where QEMU has the descriptors that it was given as sets.
+const FDSET: &str = "/dev/fdset";
+/// Where every process has the files that it has open.
+const OPEN_FILES: &str = "/proc/self/fd";
 
 const FIRST_DISK_SLOT: usize = 0x08;
 const VIRTIO_DISKS: usize = 16;
@@ -69,7 +77,8 @@ pub struct Launch {
     pub uuid: String,
     /// The generation id (a UUID), new for every start: it tells a guest that it was taken back.
     pub generation: Option<String>,
-    /// The folder of the process's sockets; it is the process's working directory. Must exist; one per process.
+    /// The folder of the process's sockets; it is the process's working directory. Must exist and be [prepared](crate::prepare); one per
+    /// process.
     pub run_dir: PathBuf,
     /// The file to which QEMU's own words are appended.
     pub log: PathBuf,
@@ -91,6 +100,11 @@ pub struct Launch {
     pub incoming: bool,
     /// Whether QEMU gives up system calls that it does not need (seccomp).
     pub sandbox: bool,
+    /// What QEMU may do on the host. A user of its own is given the CD and the firmware open; kernel and initial RAM disk it opens again
+    /// itself, so whoever has such a file open must be allowed to read it.
+    pub rights: Rights,
+    /// Whether ports below 1024 are to be published.
+    pub low_ports: bool,
 }
 
 /// How a guest's processor runs.
@@ -197,6 +211,7 @@ impl Launch {
         let mut line = Line::default();
         self.machine(&mut line);
         Self::monitors(&mut line);
+        self.sets(&mut line);
         self.devices(&mut line);
         self.storage(&mut line);
         self.boot_options(&mut line);
@@ -211,12 +226,8 @@ impl Launch {
         if !(1..=255).contains(&self.cpus) {
             return refuse(format!("{} processors; 1 to 255 are possible", self.cpus));
         }
-        let paths =
-            [Some(&self.run_dir), Some(&self.console_log), self.cdrom.as_ref(), self.kernel.as_ref().map(|k| &k.image)];
-        let initrd = self.kernel.as_ref().and_then(|k| k.initrd.as_ref());
-        let code = self.uefi.as_ref().map(|uefi| &uefi.code);
         // QEMU's working directory is the run folder: any other relative path would mean another file there.
-        for path in paths.into_iter().flatten().chain(initrd).chain(code) {
+        for path in [self.run_dir.as_path(), &self.console_log].into_iter().chain(self.files()) {
             if !path.is_absolute() {
                 return refuse(format!("the path {} is not absolute", path.display()));
             }
@@ -252,6 +263,31 @@ impl Launch {
         Ok(())
     }
 
+    /// The files that QEMU reads.
+    pub(crate) fn files(&self) -> Vec<&Path> {
+        let code = self.uefi.as_ref().map(|uefi| &uefi.code);
+        let kernel = self.kernel.iter().flat_map(|kernel| std::iter::once(&kernel.image).chain(&kernel.initrd));
+        code.into_iter().chain(&self.cdrom).chain(kernel).map(PathBuf::as_path).collect()
+    }
+
+    /// Where QEMU finds one of them: below `open` by the number of its descriptor, if it is given it open.
+    fn found(&self, file: &Path, open: &str) -> PathBuf {
+        let place = self.files().iter().position(|one| *one == file);
+        match (self.rights, place) {
+            (Rights::User(..), Some(place)) => Path::new(open).join(descriptor(place).to_string()),
+            _ => file.to_owned(),
+        }
+    }
+
+    /// What QEMU takes for a file itself comes as a set of descriptors that it has a way of its own to.
+    fn sets(&self, line: &mut Line) {
+        let sets = usize::from(self.uefi.is_some()) + usize::from(self.cdrom.is_some());
+        for number in (0..sets).map(descriptor).filter(|_| matches!(self.rights, Rights::User(..))) {
+            let number = number.to_string();
+            line.option("-add-fd", Opts::new().with("fd", &number).with("set", &number));
+        }
+    }
+
     fn machine(&self, line: &mut Line) {
         let accel = match self.accel {
             Accel::Kvm => "kvm",
@@ -276,7 +312,10 @@ impl Launch {
         // A guest asleep (S3) would be a state that nothing else knows.
         line.pair("-global", "ICH9-LPC.disable_s3=1");
         line.pair("-rtc", "base=utc");
-        line.pair("-pidfile", PID_FILE);
+        // Who gives rights up does it itself: QEMU 7.2 insists on finding its way to the file from the top.
+        if self.rights == Rights::Starter {
+            line.pair("-pidfile", PID_FILE);
+        }
         if self.sandbox {
             line.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
         }
@@ -317,7 +356,7 @@ impl Launch {
 
     fn storage(&self, line: &mut Line) {
         if let Some(uefi) = &self.uefi {
-            line.option("-blockdev", file_node(FIRMWARE_CODE, &uefi.code));
+            line.option("-blockdev", file_node(FIRMWARE_CODE, &self.found(&uefi.code, FDSET)));
             line.option("-blockdev", uefi.variables.node(FIRMWARE));
         }
         if self.disks.iter().any(|disk| disk.bus == Bus::Scsi) {
@@ -344,7 +383,7 @@ impl Launch {
             line.option("-device", device);
         }
         if let Some(image) = &self.cdrom {
-            line.option("-blockdev", file_node("cdrom", image));
+            line.option("-blockdev", file_node("cdrom", &self.found(image, FDSET)));
             let drive = Opts::of("ide-cd")
                 .with("id", "dev-cdrom")
                 .with("bus", format!("ide.{CDROM_PORT}"))
@@ -356,9 +395,9 @@ impl Launch {
     fn boot_options(&self, line: &mut Line) {
         line.pair("-boot", "strict=on");
         if let Some(kernel) = &self.kernel {
-            line.pair("-kernel", &kernel.image);
+            line.pair("-kernel", self.found(&kernel.image, OPEN_FILES));
             if let Some(initrd) = &kernel.initrd {
-                line.pair("-initrd", initrd);
+                line.pair("-initrd", self.found(initrd, OPEN_FILES));
             }
             line.pair("-append", &kernel.append);
         }
@@ -489,6 +528,7 @@ pub(crate) fn through(dir: &impl std::os::fd::AsRawFd, name: &str) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::confine::{Tracking, User};
 
     fn launch() -> Launch {
         Launch {
@@ -512,6 +552,8 @@ mod tests {
             nic: None,
             incoming: false,
             sandbox: true,
+            rights: Rights::Starter,
+            low_ports: false,
         }
     }
 
@@ -551,10 +593,10 @@ mod tests {
             -uuid 8d3cc1c7-3c1d-4c0e-9a0e-2f7e4f3a4b10 -machine pc-q35-7.2,dump-guest-core=off,mem-merge=off \
             -accel tcg -cpu Nehalem -m 512M -smp 2 -global ICH9-LPC.disable_s3=1 -rtc base=utc -pidfile qemu.pid \
             -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
-            -chardev socket,id=qmp,path=qmp.sock,server=on,wait=off -mon chardev=qmp,mode=control \
-            -chardev socket,id=qmp-spare,path=qmp-spare.sock,server=on,wait=off -mon chardev=qmp-spare,mode=control \
+            -chardev socket,id=qmp,path=qemu/qmp.sock,server=on,wait=off -mon chardev=qmp,mode=control \
+            -chardev socket,id=qmp-spare,path=qemu/qmp-spare.sock,server=on,wait=off -mon chardev=qmp-spare,mode=control \
             -chardev stdio,id=serial0,signal=off \
-            -device isa-serial,id=ttyS0,chardev=serial0 -display none -vnc unix:vnc.sock \
+            -device isa-serial,id=ttyS0,chardev=serial0 -display none -vnc unix:qemu/vnc.sock \
             -device VGA,id=vga,bus=pcie.0,addr=0x01 -object rng-builtin,id=rng0 \
             -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x03,rng=rng0 \
             -device vmgenid,id=generation,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 -netdev user,id=net0 \
@@ -630,6 +672,26 @@ mod tests {
         assert_eq!(values(&launch, "-initrd"), ["/boot/i"]);
         assert_eq!(values(&launch, "-append"), ["console=ttyS0 a,b"]);
         assert!(!words(&launch).iter().any(|word| word.contains("bootindex=0")));
+    }
+
+    #[test]
+    fn a_user_of_its_own_gets_its_files_open() {
+        let mut launch = launch();
+        launch.cdrom = Some("/root/x.iso".into());
+        launch.uefi = Some(Uefi { code: "/m/boot/code".into(), variables: nbd("firmware") });
+        launch.kernel = Some(Kernel { image: "/m/k".into(), initrd: Some("/m/i".into()), append: String::new() });
+        let without = words(&launch);
+        launch.rights = Rights::User(User::of(1), Tracking::Device);
+        assert_eq!(launch.files(), ["/m/boot/code", "/root/x.iso", "/m/k", "/m/i"].map(Path::new));
+        assert_eq!(values(&launch, "-add-fd"), ["fd=100,set=100", "fd=101,set=101"]);
+        assert_eq!(values(&launch, "-kernel"), ["/proc/self/fd/102"]);
+        assert_eq!(values(&launch, "-initrd"), ["/proc/self/fd/103"]);
+        let nodes = values(&launch, "-blockdev");
+        assert!(nodes[0].ends_with("file.filename=/dev/fdset/100"), "{}", nodes[0]);
+        assert!(nodes[2].ends_with("file.filename=/dev/fdset/101"), "{}", nodes[2]);
+        // A guest sees nothing of it.
+        assert_eq!(words(&launch).len(), without.len() + 4 - 2);
+        assert_eq!(values(&launch, "-device"), values(&Launch { rights: Rights::NoMore, ..launch.clone() }, "-device"));
     }
 
     #[test]

@@ -15,6 +15,7 @@
 //! This crate knows nothing of image files and snapshots: disks are sockets, memory is a byte stream. It must run inside a tokio runtime.
 //! It never waits with a time limit where the limit could be wrong; who wants one wraps the future (all may be dropped).
 
+mod confine;
 mod console;
 mod error;
 mod hugepages;
@@ -24,7 +25,9 @@ mod probe;
 mod process;
 mod qemu;
 pub mod qmp;
+mod untraced;
 
+pub use confine::{Confined, PRIVILEGED_VARIABLE, Rights, Tracking, User, hand_over, prepare, privileged, separates};
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
 pub use hugepages::{Collapse, HUGE_PAGE, collapses, has_ram_to_spare};

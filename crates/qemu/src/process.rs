@@ -63,21 +63,19 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary` in `dir`, in a session of its own, its complaints appended to `log`, with this input and output.
+    /// Starts `command` in `dir`, its complaints appended to `log`, with this input and output. It should begin a session of its own.
     ///
     /// # Errors
     /// [`Error::Io`] if it cannot be started.
-    pub fn spawn(
-        binary: &Path,
-        args: &[OsString],
+    pub(crate) fn spawn(
+        mut command: Command,
         dir: &Path,
         log: &Path,
         input: impl Into<Stdio>,
         output: impl Into<Stdio>,
     ) -> Result<Self> {
-        let mut command = detached(binary);
-        command.args(args).current_dir(dir).stdin(input).stdout(output).stderr(append_to(log)?);
-        let child = command.spawn().map_err(Error::io(Error::at("run", binary)))?;
+        command.current_dir(dir).stdin(input).stdout(output).stderr(append_to(log)?);
+        let child = command.spawn().map_err(Error::io(Error::at("run", command.get_program())))?;
         // Our unreaped child: its id cannot have been given to another process yet.
         let pid = Pid::from_child(&child);
         Self::hold(pid)?.ok_or(Error::Gone { pid: pid.as_raw_nonzero().get() })
@@ -202,15 +200,15 @@ impl Process {
 
 /// `setsid` makes the session and becomes the program: the process id stays. Where it is missing, a process group of its own still keeps
 /// the terminal's signals away.
-fn detached(binary: &Path) -> Command {
+pub(crate) fn detached(binary: &Path, args: &[OsString]) -> Command {
     const SETSID: &str = "/usr/bin/setsid";
     if rustix::fs::access(SETSID, rustix::fs::Access::EXEC_OK).is_ok() {
         let mut command = Command::new(SETSID);
-        command.arg(binary);
+        command.arg(binary).args(args);
         return command;
     }
     let mut command = Command::new(binary);
-    command.process_group(0);
+    command.args(args).process_group(0);
     command
 }
 
@@ -263,8 +261,7 @@ mod tests {
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; read x; exec sleep 1000".into()];
         let process = Process::spawn(
-            Path::new("/bin/sh"),
-            &args,
+            detached(Path::new("/bin/sh"), &args),
             dir.path(),
             &log,
             Stdio::null(),
@@ -291,8 +288,7 @@ mod tests {
         let log = dir.path().join("log");
         let args = ["-c".into(), "echo words; echo more >&2; exit 3".into()];
         let process = Process::spawn(
-            Path::new("/bin/sh"),
-            &args,
+            detached(Path::new("/bin/sh"), &args),
             dir.path(),
             &log,
             Stdio::null(),
@@ -308,8 +304,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let args = ["1000".into()];
         let process = Process::spawn(
-            Path::new("/bin/sleep"),
-            &args,
+            detached(Path::new("/bin/sleep"), &args),
             dir.path(),
             &dir.path().join("log"),
             Stdio::null(),

@@ -1,9 +1,10 @@
 //! A QEMU process with its monitor.
 
+use crate::confine::{Confined, Rights};
 use crate::console::{Console, make_pipe};
 use crate::error::{Error, Result};
 use crate::launch::{Launch, NETDEV, Publish, QMP_SOCKET, SERIAL_PIPE, VNC_SOCKET, through};
-use crate::process::{Ending, Identity, Process, append_to};
+use crate::process::{Ending, Identity, Process, append_to, detached};
 use crate::qmp::{Capability, Event, EventKind, Events, MigrationStatus, Qmp};
 use rustix::fs::{Mode, OFlags, open};
 use std::os::fd::OwnedFd;
@@ -71,7 +72,11 @@ impl Qemu {
         let args = launch.args()?;
         let words = Words::from_here(&launch.log);
         let (typed, printed) = (make_pipe(&launch.run_dir.join(SERIAL_PIPE))?, append_to(&launch.console_log)?);
-        let process = Kill(Some(Process::spawn(&launch.binary, &args, &launch.run_dir, &launch.log, typed, printed)?));
+        let command = match launch.rights {
+            Rights::Starter => detached(&launch.binary, &args),
+            Rights::NoMore | Rights::User(..) => Confined::of(launch).command(&launch.binary, &args),
+        };
+        let process = Kill(Some(Process::spawn(command, &launch.run_dir, &launch.log, typed, printed)?));
         let connected = tokio::select! {
             connected = connect_when_up(&launch.run_dir) => connected,
             how = process.get().wait() => Err(words.ended(how)),
@@ -188,7 +193,7 @@ impl Qemu {
         self.inner.qmp.system_reset().await
     }
 
-    /// Writes the screen as PNG into an absolute path, which QEMU must be able to write.
+    /// Writes the screen as PNG into a file, which QEMU must be able to write. A relative path begins in the run folder.
     ///
     /// # Errors
     /// Those of the monitor.

@@ -4,7 +4,7 @@
 
 use qemu::{
     Accel, Boot, Bus, Capture, CaptureMode, Console, ConsoleReader, Disk, Ending, Error, EventKind, Identity,
-    Installed, Launch, MigrationStatus, Nbd, Nic, Publish, Qemu, RestoreMode, RunState,
+    Installed, Launch, MigrationStatus, Nbd, Nic, Publish, Qemu, RestoreMode, Rights, RunState,
 };
 use std::future::Future;
 use std::io::{Read, Write};
@@ -58,7 +58,10 @@ impl Place {
     /// A machine of 64 MiB whose sockets lie in `run`.
     fn launch(&self, run: &str) -> Launch {
         let run_dir = self.path(run);
-        std::fs::create_dir_all(&run_dir).expect("the run folder");
+        if !run_dir.exists() {
+            std::fs::create_dir(&run_dir).expect("the run folder");
+            qemu::prepare(&run_dir, Rights::Starter).expect("QEMU's own");
+        }
         Launch {
             binary: self.installed.binary.clone(),
             machine_type: "pc-q35-7.2".into(),
@@ -80,6 +83,8 @@ impl Place {
             nic: None,
             incoming: false,
             sandbox: true,
+            rights: Rights::Starter,
+            low_ports: false,
         }
     }
 }

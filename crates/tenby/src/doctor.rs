@@ -1,4 +1,4 @@
-//! What this host offers: QEMU, KVM, userfaultfd, UEFI, the file system's features; what is missing, and what that costs.
+//! What this host offers: QEMU, KVM, userfaultfd, protection from its guests, UEFI, the file system's features; what is missing, and what that costs.
 
 use crate::draw::{Look, plain, size};
 use machine::firmware::Ovmf;
@@ -62,6 +62,11 @@ pub(crate) async fn examine(root: &Path) -> Findings {
             "a snapshot writes a running guest's memory more than once and holds it up for the rest, and apply holds it up until its memory is read: run tenby as root, or set the sysctl vm.unprivileged_userfaultfd=1",
         ),
         Check::new(
+            "protection",
+            protection(qemu.as_ref().ok()).await,
+            "a guest that gets the better of QEMU is root on this host (but for QEMU's own sandbox): what keeps QEMU from running under a user of its own is named above",
+        ),
+        Check::new(
             "huge pages",
             qemu::collapses()
                 .map(|()| "a guest's memory is put into huge pages again after each snapshot".to_owned())
@@ -76,6 +81,19 @@ pub(crate) async fn examine(root: &Path) -> Findings {
     ];
     checks.extend(file_system(root));
     Findings { ok: qemu.is_ok(), root: root.to_owned(), checks }
+}
+
+/// What a guest that gets the better of QEMU would be on this host.
+async fn protection(qemu: Option<&qemu::Installed>) -> Result<String, String> {
+    let Some(found) = qemu else { return Err("there is no QEMU".to_owned()) };
+    if !qemu::privileged() {
+        return Ok("QEMU may do what you may, less what its sandbox refuses, and never more".to_owned());
+    }
+    let privileges = match qemu::separates(&found.binary).await? {
+        qemu::Tracking::Device => "without privileges",
+        qemu::Tracking::Privilege => "with one privilege, to track memory (QEMU 8.0 and later need none)",
+    };
+    Ok(format!("QEMU runs under a user of the machine's own, {privileges}, in its sandbox"))
 }
 
 /// The features of the file system that the root lies on, or will.

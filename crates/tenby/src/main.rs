@@ -10,6 +10,7 @@ mod doctor;
 mod draw;
 mod follow;
 mod json;
+mod launch;
 mod out;
 mod rescue;
 mod session;

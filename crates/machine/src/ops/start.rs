@@ -1,6 +1,7 @@
 //! Starting, pausing, resuming, restarting; and what the guest does by itself.
 
 use crate::actor::Owner;
+use crate::files::file_problem;
 use crate::job::Task;
 use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
@@ -13,7 +14,16 @@ use crate::tree::{LayerId, Machine, State};
 use memory::Stretch;
 use qemu::{Installed, RunState};
 use serde_json::{Value, json};
-use store::Mode;
+use std::path::Path;
+use std::sync::Arc;
+use store::host::HostFolder;
+use store::{ErrorKind, Folder, Store};
+
+/// The screen's picture, in the folder of QEMU's sockets.
+const PICTURE: &str = "screen.png";
+
+/// No screen makes a larger one, bytes.
+const LARGEST_PICTURE: u64 = 256 << 20;
 
 impl Owner {
     /// Boots the guest, or resumes its saved memory. The ledger says `running` before the guest's first instruction (invariant 6).
@@ -149,15 +159,16 @@ impl Owner {
             ))
             .hint(format!("tenby vm start {}", quoted(name))));
         };
-        let file = live.run_dir().join("screen.png");
-        live.qemu.screendump(&file).await.map_err(|e| qemu_problem(name, &e))?;
-        let read = || {
-            let store = store::host::open_file(&file, Mode::Read)?;
-            let mut png = vec![0; store.len()? as usize];
-            store.read_at(&mut png, 0)?;
-            Ok(png)
-        };
-        read().map_err(|e: store::Error| crate::files::file_problem(&e))
+        let picture = new_picture(live.run_dir()).map_err(|e| file_problem(&e))?;
+        qemu::hand_over(live.run_dir(), PICTURE).map_err(|e| qemu_problem(name, &e))?;
+        live.qemu.screendump(Path::new(PICTURE)).await.map_err(|e| qemu_problem(name, &e))?;
+        let len = picture.len().map_err(|e| file_problem(&e))?;
+        if len > LARGEST_PICTURE {
+            return Err(Problem::failed(format!("QEMU made a picture of {len} bytes of the screen of {name}")));
+        }
+        let mut png = vec![0; len as usize];
+        picture.read_at(&mut png, 0).map_err(|e| file_problem(&e))?;
+        Ok(png)
     }
 
     /// Something has happened that nobody asked for.
@@ -316,5 +327,14 @@ impl Owner {
         if let Err(problem) = said {
             tracing::error!("{problem}; it is tried again");
         }
+    }
+}
+
+/// An empty file of ours, for QEMU to write into.
+fn new_picture(run_dir: &Path) -> store::Result<Arc<dyn Store>> {
+    let folder = HostFolder::open(run_dir)?;
+    match folder.unlink(PICTURE) {
+        Err(error) if error.kind != ErrorKind::NotFound => Err(error),
+        _ => folder.create(PICTURE),
     }
 }

@@ -109,6 +109,9 @@ pub(crate) enum Command {
         /// The machine's id
         id: MachineIdArg,
     },
+    /// Becomes QEMU, with as few rights as it needs
+    #[command(hide = true, after_help = "Example:\n  tenby launch --user 2013265920 -- qemu-system-x86_64 -version")]
+    Launch(crate::launch::Launch),
     /// Hyper-V's cmdlets, by their own names (not there yet)
     #[command(
         name = "powershell",
@@ -153,6 +156,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Problem> {
         Some(Command::Demo(demo)) => demo.run(cli.global.root.as_deref()).await,
         Some(Command::Completions { shell }) => completions::run(shell),
         Some(Command::Worker { id }) => crate::worker::run(&open()?, id.0).await,
+        Some(Command::Launch(launch)) => Err(launch.run()),
         Some(Command::Serve(_)) => Err(later("`tenby serve`")),
         Some(Command::Token(_)) => Err(later("`tenby token`")),
         Some(Command::PowerShell(_)) => Err(later("`tenby powershell`")),
