@@ -14,9 +14,14 @@
 //! nothing else has to be kept for it. Its format is that of `docs/formats/hashes.md`.
 //!
 //! A record may cover the beginning of a disk alone ([`Record::done`]): making it goes on from there.
+//!
+//! Of a memory layer its pages are recorded instead, as they are written ([`Pages`]).
 
 mod format;
+mod pages;
 mod walk;
+
+pub use pages::{Expected, MAX_PAGED, PAGE, Pages};
 
 use crate::{Error, ErrorKind, Layer, Result};
 use format::{ENTRY, Entry, HEAD, Head, MAGIC, VERSION};
@@ -199,7 +204,8 @@ impl Record {
         }
         let mut sum = blake3::Hasher::new();
         sum.update(Head { checksum: [0; 16], ..head }.as_bytes());
-        let entries = read_entries(store, done, count, &mut sum)?;
+        let mut entries = Vec::new();
+        each_entry(store, done, count, &mut sum, &mut |entry| entries.push(entry))?;
         if truncated(sum.finalize()) != head.checksum {
             return Err(damaged("its checksum is wrong"));
         }
@@ -207,15 +213,20 @@ impl Record {
     }
 }
 
-/// Entries in order, of blocks before `done`. The first that is not ends it: a file of holes has no second entry.
-fn read_entries(store: &dyn Store, done: u64, count: u64, sum: &mut blake3::Hasher) -> Result<Vec<Entry>> {
-    let mut entries: Vec<Entry> = Vec::new();
+/// Reads entries, which are in order and of blocks before `done`. The first that is not ends it: a file of holes has no second entry.
+fn each_entry(
+    store: &dyn Store,
+    done: u64,
+    count: u64,
+    sum: &mut blake3::Hasher,
+    each: &mut dyn FnMut(Entry),
+) -> Result<()> {
     let mut piece = vec![0; (PIECE / ENTRY).min(count as usize) * ENTRY];
-    let mut next = 0;
-    while (entries.len() as u64) < count {
-        let now = (piece.len() / ENTRY).min(count as usize - entries.len());
+    let (mut read, mut next) = (0, 0);
+    while read < count {
+        let now = (piece.len() / ENTRY).min((count - read) as usize);
         let piece = &mut piece[..now * ENTRY];
-        store.read_at(piece, (HEAD + entries.len() * ENTRY) as u64)?;
+        store.read_at(piece, HEAD as u64 + read * ENTRY as u64)?;
         sum.update(piece);
         for entry in piece.chunks_exact(ENTRY) {
             let entry = Entry::read_from_bytes(entry).expect("it has an entry's length");
@@ -224,10 +235,11 @@ fn read_entries(store: &dyn Store, done: u64, count: u64, sum: &mut blake3::Hash
                 return Err(Error::new(ErrorKind::Damaged, store.name(), "its blocks are out of order"));
             }
             next = block + 1;
-            entries.push(entry);
+            each(entry);
         }
+        read += now as u64;
     }
-    Ok(entries)
+    Ok(())
 }
 
 /// How many blocks a disk of this many bytes has.
@@ -276,7 +288,7 @@ pub fn record<E: From<Error>>(
     hashed: Hashed<'_, E>,
     progress: &mut dyn FnMut(u64) -> bool,
 ) -> Result<bool, E> {
-    check_size(record, hashed.layer)?;
+    check_size(record.size, hashed.layer)?;
     let below = hashed.below.filter(|below| below.key == record.key);
     let mut walk = Walk::new(Hashed { below, ..hashed });
     while !record.is_complete() {
@@ -314,7 +326,7 @@ pub fn compare<E: From<Error>>(
     progress: &mut dyn FnMut(u64) -> bool,
     each: &mut dyn FnMut(Difference),
 ) -> Result<bool, E> {
-    check_size(record, hashed.layer)?;
+    check_size(record.size, hashed.layer)?;
     let below = hashed.below.filter(|below| below.key == record.key);
     let mut walk = Walk::new(Hashed { below, ..hashed });
     for block in 0..record.done {
@@ -335,12 +347,12 @@ pub fn compare<E: From<Error>>(
     Ok(true)
 }
 
-fn check_size(record: &Record, layer: &dyn Layer) -> Result<()> {
+fn check_size(recorded: u64, layer: &dyn Layer) -> Result<()> {
     let size = layer.info().size;
-    if size == record.size {
+    if size == recorded {
         return Ok(());
     }
-    let message = format!("its disk has {size} bytes, {} were recorded", record.size);
+    let message = format!("its disk has {size} bytes, {recorded} were recorded");
     Err(Error::new(ErrorKind::Invalid, layer.store().name(), message))
 }
 
