@@ -398,7 +398,7 @@ impl<'a, T: FnMut(&Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         let is_wrong = |page: &mut u64| !self.sealed.expected.allows(place(*page), self.page(first, *page));
         let wrong: Vec<u64> = pages.extract_if(.., is_wrong).collect();
         let Some(page) = wrong.first() else { return Ok(()) };
-        let error = self.parts.table.not_as_captured(place(*page));
+        let error = self.sealed.not_as_captured(&self.parts.table, place(*page));
         if self.asked.is_loading() {
             return Err(error);
         }

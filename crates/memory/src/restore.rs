@@ -36,6 +36,14 @@ impl Sealed {
         let mut all = (at..).step_by(PAGE).zip(pages.chunks_exact(PAGE));
         all.find(|(at, page)| !self.expected.allows(*at, page)).map(|(at, _)| at)
     }
+
+    /// What is to be said of such a page: also in which file it lies; what was lost, in the topmost.
+    pub(crate) fn not_as_captured(&self, table: &Table, at: u64) -> Error {
+        let layers = self.chain.layers();
+        let holds = self.chain.runs(at, PAGE as u64, 1).ok().and_then(|runs| runs.first()?.layer);
+        let file = layers.get(holds.unwrap_or(layers.len() - 1)).map(|layer| layer.store().name());
+        table.not_as_captured(at, &file.unwrap_or_default())
+    }
 }
 
 /// What a memory disk holds.
@@ -132,10 +140,12 @@ impl<W: Write, P: FnMut(u64, u64)> Sender<'_, W, P> {
                     if span.data {
                         data.resize(len as usize, 0);
                         chain.read(&mut data, at)?;
-                        self.sealed.wrong(at, &data).map_or(Ok(()), |wrong| Err(table.not_as_captured(wrong)))?;
+                        if let Some(wrong) = self.sealed.wrong(at, &data) {
+                            return Err(self.sealed.not_as_captured(table, wrong));
+                        }
                         self.pages(emitter, index, at - start, &data, zeros);
                     } else if let Some(lost) = self.sealed.expected.next_data(at..at + len) {
-                        return Err(table.not_as_captured(lost));
+                        return Err(self.sealed.not_as_captured(table, lost));
                     } else if zeros {
                         (0..len)
                             .step_by(PAGE)

@@ -73,10 +73,11 @@ fn flip(disks: &Disks, disk: usize, number: u64) {
     chain.close().unwrap();
 }
 
-fn is_told(error: &Error, number: u64) {
+/// Which page it is, and in which disk's file.
+fn is_told(error: &Error, number: u64, disk: usize) {
     assert_eq!(error.kind, ErrorKind::Damaged, "{error}");
-    let words = format!("byte {} ({:#x} of ram) is not as it was captured", place(number), number * PAGE as u64);
-    assert!(error.message.contains(&words), "{error}");
+    let words = format!("byte {} ({:#x} of ram) is not as it was captured, in ", place(number), number * PAGE as u64);
+    assert!(error.message.contains(&words) && error.message.ends_with(&format!("/{disk}")), "{error}");
 }
 
 #[test]
@@ -85,13 +86,13 @@ fn a_damaged_page_is_not_restored() {
     for (disk, number) in [(0, HARMED), (1, HARMED), (0, 60), (0, 95)] {
         let disks = disks();
         flip(&disks, disk, number);
-        is_told(&restore(&disks.sealed(disk), Vec::new(), |_, _| {}).unwrap_err(), number);
+        is_told(&restore(&disks.sealed(disk), Vec::new(), |_, _| {}).unwrap_err(), number, disk);
         // Seen through the other one, too, unless that has a page of its own there.
         if disk == 0 {
             let other = restore(&disks.sealed(1), Vec::new(), |_, _| {});
             match other {
                 Ok(_) => assert!(number < 50, "page {number}"),
-                Err(error) => is_told(&error, number.max(50)),
+                Err(error) => is_told(&error, number.max(50), 0),
             }
         }
     }
@@ -104,7 +105,7 @@ fn a_page_that_was_lost_is_not_restored_as_zeros() {
         let chain = disks.open(disk, Access::Write);
         chain.zero(place(number), PAGE as u64).unwrap();
         chain.close().unwrap();
-        is_told(&restore(&disks.sealed(disk), Vec::new(), |_, _| {}).unwrap_err(), number);
+        is_told(&restore(&disks.sealed(disk), Vec::new(), |_, _| {}).unwrap_err(), number, disk);
     }
 }
 
@@ -176,7 +177,7 @@ fn a_damaged_page_is_kept_back_until_it_is_right() {
     let mut guest = Guest::new(disks.sealed(1));
     guest.lending.pace(Pace::Full);
     guest.ask(HARMED);
-    is_told(&guest.told.recv().unwrap(), HARMED);
+    is_told(&guest.told.recv().unwrap(), HARMED, 1);
     assert!(!guest.ended.is_finished());
     flip(&disks, 1, HARMED);
     guest.through.recv().unwrap();
@@ -201,7 +202,7 @@ fn a_page_that_was_lost_is_not_taken_for_zeros() {
     chain.close().unwrap();
     let guest = Guest::new(disks.sealed(1));
     guest.lending.pace(Pace::Full);
-    is_told(&guest.told.recv().unwrap(), 60);
+    is_told(&guest.told.recv().unwrap(), 60, 1);
     assert!(!guest.ended.is_finished());
     guest.socket.shutdown(std::net::Shutdown::Both).unwrap();
     guest.ended.join().unwrap().unwrap_err();
@@ -214,5 +215,5 @@ fn a_guest_that_does_not_run_yet_is_given_up_over_a_damaged_page() {
     flip(&disks, 0, 60);
     let mut guest = Guest::new(disks.sealed(1));
     guest.ask(60);
-    is_told(&guest.ended.join().unwrap().unwrap_err(), 60);
+    is_told(&guest.ended.join().unwrap().unwrap_err(), 60, 0);
 }
