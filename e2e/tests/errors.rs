@@ -310,6 +310,8 @@ fn what_a_machine_holds_is_compared_with_what_was_recorded() {
 fn a_damaged_page_of_a_memory_reaches_no_guest() {
     let (lab, _witness) = Lab::running();
     lab.snapshot("Monday");
+    // The memory that the machine was saved with is merged into it.
+    lab.wait_hashed();
     let machine = lab.json(&["vm", "ledger", BASE])["machine"].take();
     let monday = machine["snapshots"].as_object().expect("snapshots").values().next().expect("it is there");
     let file = machine["layers"][monday["memory"].as_str().expect("a layer")]["file"].as_str().expect("a file");
