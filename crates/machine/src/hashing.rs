@@ -104,7 +104,7 @@ impl Keeper {
         let machine = &self.rows().machine;
         let mut pages = match recorded {
             Some(pages) => self.with_merged(pages, machine),
-            None => Pages::new(row.id.0, chain.size())?,
+            None => Pages::new(row.id.0, chain.size(), self.files.key_of_pages(machine))?,
         };
         let (mut read, mut rest) = (0, Rest::new(manner.beside_guest));
         let ended = pages.is_whole(below)

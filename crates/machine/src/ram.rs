@@ -6,7 +6,7 @@ use crate::live::qemu_problem;
 use crate::plan::{Written, quoted};
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerRow, Machine, Snapshot, Stats};
-use image::hashes::{Expected, Pages};
+use image::hashes::{Expected, Key, Pages};
 use image::{Access, Chain, Layer};
 use memory::{Captured, Made, NewLayer, Sealed, Signal, Stretch};
 use qemu::{Capture, Stream};
@@ -26,6 +26,8 @@ pub struct Target {
     row: LayerRow,
     /// What the RAM was last equal to, base first, with the row of the topmost.
     parent: Option<(Vec<Arc<dyn Layer>>, LayerRow)>,
+    /// Of the hashes of its pages.
+    key: Key,
     name: String,
 }
 
@@ -37,7 +39,7 @@ impl Target {
             let layers = files.open_chain(machine, id).inspect_err(|e| tracing::warn!("{e}")).ok()?;
             Some((layers, machine.layers.get(&id)?.clone()))
         });
-        Self { files: files.clone(), row, parent, name: machine.name.clone() }
+        Self { files: files.clone(), row, parent, key: files.key_of_pages(machine), name: machine.name.clone() }
     }
 
     /// Reads the stream to its end into the new layer. Blocks.
@@ -46,13 +48,13 @@ impl Target {
             Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
             None => None,
         };
-        let (files, row) = (&self.files, &mut self.row);
+        let (files, row, key) = (&self.files, &mut self.row, self.key);
         let below = &self.parent;
         let new_layer = |new: NewLayer| {
             let below = below.as_ref().filter(|_| new.on_parent);
             row.parent = below.map(|(_, row)| row.id);
             let chain = Self::make(files, row, new.size, below).map_err(|problem| problem.message)?;
-            Ok(Made { chain, pages: Pages::new(row.id.0, new.size)? })
+            Ok(Made { chain, pages: Pages::new(row.id.0, new.size, key)? })
         };
         let mut captured =
             memory::capture(stream, parent.as_ref(), new_layer, signal).map_err(|e| memory_problem(&e))?;

@@ -13,8 +13,8 @@ use crate::files::{Files, file_problem, image_problem};
 use crate::garbage::from_the_base;
 use crate::job::Cancel;
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerId, LayerRow, Machine, SnapshotState};
-use image::hashes::{Expected, Pages, Record};
+use crate::tree::{LayerId, LayerKind, LayerRow, Machine, SnapshotState};
+use image::hashes::{Expected, Key, Pages, Record};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use store::{Folder, Mode, Store};
@@ -77,6 +77,13 @@ impl Files {
 
     fn open_record(&self, id: LayerId) -> store::Result<Arc<dyn Store>> {
         self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read)
+    }
+
+    /// The key of the hashes of a machine's memory. All of its layers have the same one: hashes of one hold where it was merged into another.
+    pub(crate) fn key_of_pages(&self, machine: &Machine) -> Key {
+        let mut memory = machine.layers.values().filter(|row| row.kind == LayerKind::Memory);
+        let key = |row: &LayerRow| Pages::read_key(&*self.open_record(row.id).ok()?).ok();
+        memory.find_map(key).unwrap_or_else(Key::new)
     }
 
     /// What a memory is to read as: `layers`, from the top downwards, each with the one that it stands on.

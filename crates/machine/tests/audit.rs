@@ -613,7 +613,7 @@ fn a_record_of_a_memory_that_is_lost_or_damaged_is_made_again() {
     lab.known = Known::default();
     assert!(lab.hash());
     assert_eq!(lab.deep().1, Vec::new());
-    assert_eq!(lab.files.pages(layers[1].id), before);
+    assert_eq!(lab.files.pages(layers[1].id), before, "with the key that the machine's memory has");
     assert!(!lab.files.expected(&downwards(&lab.machine(), layers[2].id)).allows(RAM, &harmed));
 }
 

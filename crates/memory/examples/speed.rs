@@ -4,7 +4,7 @@
 //! first byte of the stream to the flushed disk. *The guest's part* ends when the last page is read: until then a guest that
 //! writes to a page may wait for it. `parse` only reads and parses.
 
-use image::hashes::{Expected, Pages};
+use image::hashes::{Expected, Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Kind, Layer};
 use memory::stream::{Block, DeviceState, Emitter, PAGE, Parser};
@@ -28,7 +28,7 @@ fn main() {
     let folder = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from).join("tenby-memory-speed");
     let _ = std::fs::remove_dir_all(&folder);
     let folder_of_disks = HostFolder::create(&folder).expect("a folder");
-    let mut bench = Bench { folder: folder_of_disks, len: mib << 20, records: BTreeMap::new() };
+    let mut bench = Bench { folder: folder_of_disks, len: mib << 20, key: Key::new(), records: BTreeMap::new() };
 
     let filled: Fill = |page| page + 1;
     let zero: Fill = |_| 0;
@@ -50,6 +50,7 @@ fn main() {
 struct Bench {
     folder: HostFolder,
     len: u64,
+    key: Key,
     /// What was recorded of each disk, and the id of the one below.
     records: BTreeMap<String, (Pages, Option<Uuid>)>,
 }
@@ -128,7 +129,7 @@ impl Bench {
             };
             layers.push(vhdx::create(self.folder.create(name)?, &options)?);
             let chain = Arc::new(Chain::new(layers, Access::Write)?);
-            Ok(Made { chain, pages: Pages::new(id(name), new.size)? })
+            Ok(Made { chain, pages: Pages::new(id(name), new.size, self.key)? })
         };
         let start = Instant::now();
         let mut read = start.elapsed();

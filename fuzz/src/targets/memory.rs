@@ -8,7 +8,7 @@ use crate::file::{Disk, File, PAGE};
 use crate::mutate::{self, Field, checksum_without};
 use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
-use image::hashes::Pages;
+use image::hashes::{Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain};
 use memory::{Captured, Made, NewLayer, capture, inspect, restore};
@@ -53,7 +53,7 @@ fn captured(stream: &[u8], disk: &Arc<Disk>) -> memory::Result<Captured> {
         let options = Options { sector_size: PAGE as u32, ..Options::dynamic(new.size) };
         let layer = vhdx::create(store_of(disk), &options)?;
         let chain = Arc::new(Chain::new(vec![layer], Access::Write)?);
-        Ok(Made { chain, pages: Pages::new(Uuid::nil(), new.size)? })
+        Ok(Made { chain, pages: Pages::new(Uuid::nil(), new.size, Key::new())? })
     };
     capture(stream, None, new_layer, |_| ())
 }

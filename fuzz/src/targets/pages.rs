@@ -8,7 +8,7 @@ use crate::file::{Disk, File};
 use crate::mutate::{self, Field};
 use crate::run::MEMORY;
 use crate::{Input, Random, Target};
-use image::hashes::{MAX_PAGED, PAGE, Pages};
+use image::hashes::{Key, MAX_PAGED, PAGE, Pages};
 use image::{Access, Chain};
 use uuid::Uuid;
 
@@ -36,7 +36,7 @@ fn chain() -> Chain {
     Chain::new(vec![layer], Access::Read).expect("a chain")
 }
 
-/// The file of a record.
+/// The file of a record, its key the same each time.
 fn file_of(pages: &Pages) -> File {
     let disk = Disk::new("record", File::default());
     pages.write(&*store_of(&disk)).expect("room");
@@ -44,7 +44,10 @@ fn file_of(pages: &Pages) -> File {
 }
 
 fn empty(size: u64) -> File {
-    file_of(&Pages::new(Uuid::from_u128(7), size).expect("not too large"))
+    let mut file = file_of(&Pages::new(Uuid::from_u128(7), size, Key::new()).expect("not too large"));
+    file.write(80, &[0x5a; 32]);
+    mend(&mut file);
+    file
 }
 
 fn read(file: &File) -> image::Result<Pages> {
@@ -78,7 +81,7 @@ fn mend(file: &mut File) {
 
 fn mutate(input: &mut Input, random: &mut Random, pool: &[Input]) {
     let Some(file) = input.0.first_mut() else { return };
-    let head = [(0, 8), (8, 4), (12, 4), (48, 8), (64, 8), (72, 8), (80, 4), (84, 8), (120, 8)];
+    let head = [(0, 8), (8, 4), (12, 4), (48, 8), (64, 8), (72, 8), (80, 8), (112, 4), (120, 8)];
     let mut fields: Vec<Field> = head.map(|(at, width)| Field { at, width }).into();
     let count = file.len().saturating_sub(HEAD) / ENTRY;
     fields.extend((0..count.min(8)).map(|entry| Field { at: HEAD + entry * ENTRY, width: 4 }));

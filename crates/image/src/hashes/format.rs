@@ -56,9 +56,10 @@ pub(super) struct PagesHead {
     /// The disk's size in bytes.
     pub(super) size: U64,
     pub(super) count: U64,
+    pub(super) key: [u8; 32],
     /// 1 if all that the layer holds over the one below is recorded.
     pub(super) whole: U32,
-    pub(super) reserved: [u8; 44],
+    pub(super) reserved: [u8; 12],
 }
 const _: () = assert!(size_of::<PagesHead>() == HEAD);
 

@@ -11,14 +11,13 @@
 //! the record is *whole*. It is so for one layer below, which it names; once that has been merged, the record has to be completed.
 
 use super::format::{ENTRY, Entry, HEAD, PAGES_MAGIC, PAGES_VERSION, PagesHead};
-use super::{Difference, Hash, PIECE, check_size, each_entry, truncated};
+use super::{Difference, Hash, Key, PIECE, check_size, each_entry, truncated};
 use crate::{Chain, Error, ErrorKind, Layer, Result, RunKind, Source};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 use store::Store;
 use uuid::Uuid;
-use xxhash_rust::xxh3::xxh3_128;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes of a page.
@@ -32,12 +31,6 @@ const GROUP: u64 = 64;
 /// No hash is known. (That a hash is this happens to nobody; its page would not be checked.)
 const NONE: Hash = [0; 16];
 const ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
-
-/// XXH3, ten times as fast as BLAKE3 of a page: a hash against damage, not against somebody who looks for two pages with one hash. A guest that
-/// does gains nothing by it: no page is taken for another because of its hash.
-fn hash_of(page: &[u8]) -> Hash {
-    xxh3_128(page).to_be_bytes()
-}
 
 /// Hashes by the number of their page: 16 bytes each, and little besides.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -78,18 +71,19 @@ pub struct Pages {
     below: Option<Uuid>,
     whole: bool,
     size: u64,
+    key: Key,
     table: Table,
 }
 
 impl Pages {
     /// An empty record of the layer that its owner knows by the id `layer`, with a disk of `size` bytes. It is not whole. More than
     /// [`MAX_PAGED`]: [`ErrorKind::Unsupported`].
-    pub fn new(layer: Uuid, size: u64) -> Result<Self> {
+    pub fn new(layer: Uuid, size: u64, key: Key) -> Result<Self> {
         if size > MAX_PAGED {
             let message = format!("a disk of {size} bytes is too large for a record of its pages");
             return Err(Error::new(ErrorKind::Unsupported, layer.simple().to_string(), message));
         }
-        Ok(Self { layer, below: None, whole: false, size, table: Table::default() })
+        Ok(Self { layer, below: None, whole: false, size, key, table: Table::default() })
     }
 
     /// Whose it is.
@@ -100,6 +94,11 @@ impl Pages {
     /// The layer that it was whole for last, if there was one.
     pub fn below(&self) -> Option<Uuid> {
         self.below
+    }
+
+    /// The key of its hashes.
+    pub fn key(&self) -> Key {
+        self.key
     }
 
     /// Whether it says all of a layer that stands on `below`.
@@ -122,20 +121,24 @@ impl Pages {
     /// Whole pages were written at `at`, bytes.
     pub fn set(&mut self, at: u64, pages: &[u8]) {
         for (page, content) in (at / PAGE..).zip(pages.chunks_exact(PAGE as usize)) {
-            self.table.set(page, hash_of(content));
+            self.table.set(page, self.key.hash(content));
         }
     }
 
     /// Whole pages have become zeros.
     pub fn set_zeros(&mut self, at: u64, len: u64) {
-        let zeros = hash_of(&ZEROS);
+        let zeros = self.key.hash(&ZEROS);
         (at / PAGE..(at + len) / PAGE).for_each(|page| self.table.set(page, zeros));
     }
 
     /// The layer below was merged into this one: what it recorded holds for this one, too.
     pub fn take_over(&mut self, below: Self) {
-        self.table.fill(below.table);
-        (self.below, self.whole) = (below.below, self.whole && below.whole);
+        if below.key == self.key && below.size == self.size {
+            self.table.fill(below.table);
+            (self.below, self.whole) = (below.below, self.whole && below.whole);
+        } else {
+            self.whole = false;
+        }
     }
 
     /// Bytes that [`Pages::compare`] has to read, at least.
@@ -155,8 +158,9 @@ impl Pages {
             below: *self.below.unwrap_or_default().as_bytes(),
             size: self.size.into(),
             count: (all().count() as u64).into(),
+            key: self.key.0,
             whole: u32::from(self.whole).into(),
-            reserved: [0; 44],
+            reserved: [0; 12],
         };
         let (mut sum, mut piece, mut at) = (blake3::Hasher::new(), Vec::new(), HEAD as u64);
         sum.update(head.as_bytes());
@@ -189,7 +193,7 @@ impl Pages {
             && count <= pages
             && store.len()? == HEAD as u64 + count * ENTRY as u64
             && head.whole.get() <= 1
-            && head.reserved == [0; 44];
+            && head.reserved == [0; 12];
         if !sound {
             return Err(damaged("what its head says does not fit together"));
         }
@@ -201,7 +205,12 @@ impl Pages {
         }
         let below = Some(Uuid::from_bytes(head.below)).filter(|below| !below.is_nil());
         let (layer, whole) = (Uuid::from_bytes(head.layer), head.whole.get() == 1);
-        Ok(Self { layer, below, whole, size, table })
+        Ok(Self { layer, below, whole, size, key: Key(head.key), table })
+    }
+
+    /// The key that a file's hashes have. Nothing else of it is looked at.
+    pub fn read_key(store: &dyn Store) -> Result<Key> {
+        Ok(Key(read_head(store)?.key))
     }
 
     /// Completes the record: `chain` is the layer with what it stands on. `progress` is told how many bytes were read; if it says `false`, this
@@ -220,7 +229,7 @@ impl Pages {
             let read = each_page(chain, &wanted, &mut buffer, &mut |page, content| {
                 // What nobody holds is zeros without an entry.
                 if below.is_some() || content != ZEROS {
-                    self.table.set(page, hash_of(content));
+                    self.table.set(page, self.key.hash(content));
                 }
             })?;
             if !progress(read) {
@@ -252,7 +261,7 @@ impl Pages {
             }
             let mut wrong = Vec::new();
             let read = each_page(chain, &wanted, &mut buffer, &mut |page, content| {
-                let sound = self.table.get(page).map_or(content == ZEROS, |hash| hash == hash_of(content));
+                let sound = self.table.get(page).map_or(content == ZEROS, |hash| hash == self.key.hash(content));
                 if !sound {
                     wrong.push(page);
                 }
@@ -323,6 +332,8 @@ fn each_page(chain: &Chain, pages: &[u64], buffer: &mut Vec<u8>, each: &mut dyn 
 /// What a memory disk is to read as, as far as that is recorded.
 #[derive(Debug, Clone, Default)]
 pub struct Expected {
+    /// With the hash of a page of zeros.
+    key: Option<(Key, Hash)>,
     table: Table,
     /// What is not in the table is zeros.
     rest: bool,
@@ -332,7 +343,11 @@ impl Expected {
     /// Adds the record of the next layer, from the top downwards, which stands on `below`. Whether what is recorded of that counts too: not
     /// if this record does not say which pages are that one's.
     pub fn add(&mut self, pages: Pages, below: Option<Uuid>) -> bool {
+        if self.key.is_some_and(|(key, _)| key != pages.key) {
+            return false;
+        }
         let whole = pages.is_whole(below);
+        self.key = Some((pages.key, pages.key.hash(&ZEROS)));
         self.rest = whole && below.is_none();
         self.table.fill(pages.table);
         whole && below.is_some()
@@ -340,15 +355,15 @@ impl Expected {
 
     /// Whether a page at `at`, bytes, may hold this: it is as recorded, or nothing is known of it.
     pub fn allows(&self, at: u64, page: &[u8]) -> bool {
-        match self.table.get(at / PAGE) {
-            Some(hash) => hash_of(page) == hash,
-            None => !self.rest || page == ZEROS,
+        match (self.table.get(at / PAGE), self.key) {
+            (Some(hash), Some((key, _))) => key.hash(page) == hash,
+            _ => !self.rest || page == ZEROS,
         }
     }
 
     /// The first page of a range that is to hold something other than zeros, as far as that is known: where it begins, bytes.
     pub fn next_data(&self, range: Range<u64>) -> Option<u64> {
-        let zeros = hash_of(&ZEROS);
+        let (_, zeros) = self.key?;
         let mut entries = self.table.entries(range.start / PAGE..range.end.div_ceil(PAGE));
         entries.find(|(_, hash)| *hash != zeros).map(|(page, _)| page * PAGE)
     }
@@ -379,16 +394,13 @@ mod tests {
     fn some_pages() -> impl Strategy<Value = Pages> {
         let below = proptest::option::of(1..u128::MAX);
         let hash = any::<Hash>().prop_filter("stands for none", |hash| *hash != NONE);
-        (any::<u128>(), below, any::<bool>(), btree_map(0..5000_u64, hash, 0..60), 0..9000_u64).prop_map(
-            |(layer, below, whole, entries, tail)| {
+        (any::<u128>(), below, any::<bool>(), any::<[u8; 32]>(), btree_map(0..5000_u64, hash, 0..60), 0..9000_u64)
+            .prop_map(|(layer, below, whole, key, entries, tail)| {
                 let size = entries.keys().last().map_or(0, |last| (last + 1) * PAGE) + tail;
-                let mut pages = Pages::new(Uuid::from_u128(layer), size).expect("small");
-                for (page, hash) in entries {
-                    pages.table.set(page, hash);
-                }
+                let mut pages = Pages::new(Uuid::from_u128(layer), size, Key(key)).expect("small");
+                entries.into_iter().for_each(|(page, hash)| pages.table.set(page, hash));
                 Pages { below: below.map(Uuid::from_u128), whole, ..pages }
-            },
-        )
+            })
     }
 
     proptest! {
@@ -423,23 +435,11 @@ mod tests {
 
     #[test]
     fn a_newer_version_and_the_record_of_a_disk_are_told_from_damage() {
-        let mut bytes = bytes(&Pages::new(Uuid::nil(), PAGE).expect("small"));
+        let mut bytes = bytes(&Pages::new(Uuid::nil(), PAGE, Key::new()).expect("small"));
         bytes[8] += 1;
         assert_eq!(Pages::read(&*store(&bytes)).expect_err("newer").kind, ErrorKind::Unsupported);
-        let other = super::super::Record::new(Uuid::nil(), PAGE, super::super::Key::new()).expect("small").encode();
+        let other = super::super::Record::new(Uuid::nil(), PAGE, Key::new()).expect("small").encode();
         assert_eq!(Pages::read(&*store(&other)).expect_err("a disk's").kind, ErrorKind::Damaged);
-    }
-
-    /// As the reference implementation hashes them: files of other versions hold such hashes.
-    #[test]
-    fn pages_are_hashed_as_ever() {
-        let counting: Vec<u8> = (0..PAGE).map(|at| (at % 251) as u8).collect();
-        for (page, hash) in [
-            (&ZEROS[..], 0x3ee8_dc4f_9e7e_e495_93d7_6fe1_48c6_89ba),
-            (&counting, 0xe12c_d721_4499_0fe5_7135_ffa5_04f1_bc71),
-        ] {
-            assert_eq!(u128::from_be_bytes(hash_of(page)), hash);
-        }
     }
 
     const A: [u8; PAGE as usize] = [1; PAGE as usize];
@@ -450,8 +450,8 @@ mod tests {
     }
 
     /// Three layers: the base has pages 0 to 3, the next 1 and 2, the top 2, where it is zeros.
-    fn three() -> [Pages; 3] {
-        let new = |number| Pages::new(id(number), 10 * PAGE).expect("small");
+    fn three(key: Key) -> [Pages; 3] {
+        let new = |number| Pages::new(id(number), 10 * PAGE, key).expect("small");
         let [mut base, mut middle, mut top] = [1, 2, 3].map(new);
         (0..4).for_each(|page| base.set(page * PAGE, &A));
         middle.set(PAGE, &[B, B].concat());
@@ -473,7 +473,7 @@ mod tests {
 
     #[test]
     fn what_a_disk_is_to_read_as_follows_from_its_records() {
-        let [base, middle, top] = three();
+        let [base, middle, top] = three(Key::new());
         let mut expected = Expected::default();
         assert_eq!(shows(&expected), ["?"; 5]);
         assert!(expected.add(top, Some(id(2))));
@@ -489,7 +489,7 @@ mod tests {
 
     #[test]
     fn a_merge_is_taken_over_and_only_then_the_record_is_whole() {
-        let [base, middle, mut top] = three();
+        let [base, middle, mut top] = three(Key::new());
         assert!(!top.is_whole(Some(id(1))), "the middle was merged");
         let mut expected = Expected::default();
         assert!(!expected.add(top.clone(), Some(id(1))), "what is below may be hidden by what was merged");
@@ -504,5 +504,16 @@ mod tests {
         let mut expected = Expected::default();
         expected.add(top, None);
         assert_eq!(shows(&expected), ["a", "b", "-", "a", "-"]);
+    }
+
+    #[test]
+    fn a_record_of_another_key_counts_for_nothing() {
+        let ([_, middle, mut top], [base, other, _]) = (three(Key::new()), three(Key::new()));
+        let mut expected = Expected::default();
+        assert!(expected.add(top.clone(), Some(id(2))) && expected.add(middle, Some(id(1))));
+        assert!(!expected.add(base, None));
+        assert_eq!(shows(&expected), ["?", "b", "-", "?", "?"]);
+        top.take_over(other);
+        assert!(!top.is_whole(Some(id(1))) && top.table.get(1).is_none());
     }
 }

@@ -1,6 +1,6 @@
 //! Memory disks in a temporary folder.
 
-use image::hashes::{Expected, Pages};
+use image::hashes::{Expected, Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Kind, Layer};
 use memory::stream::PAGE;
@@ -19,6 +19,7 @@ pub(crate) struct Disks {
     chains: Vec<Vec<String>>,
     /// What was recorded of each that was captured.
     records: Vec<Pages>,
+    key: Key,
     _temporary: TempDir,
 }
 
@@ -26,7 +27,7 @@ impl Disks {
     pub(crate) fn new() -> Self {
         let temporary = TempDir::new().unwrap();
         let folder = HostFolder::open(temporary.path()).unwrap();
-        Self { folder, chains: Vec::new(), records: Vec::new(), _temporary: temporary }
+        Self { folder, chains: Vec::new(), records: Vec::new(), key: Key::new(), _temporary: temporary }
     }
 
     /// The layers of a disk; the topmost may be opened for writing.
@@ -63,7 +64,7 @@ impl Disks {
 
     /// A new disk, and an empty record of it.
     pub(crate) fn make(&mut self, new: NewLayer, parent: Option<usize>) -> Made {
-        let pages = Pages::new(id(self.chains.len()), new.size).unwrap();
+        let pages = Pages::new(id(self.chains.len()), new.size, self.key).unwrap();
         Made { chain: self.create(new, parent), pages }
     }
 
@@ -100,7 +101,7 @@ impl Disks {
     /// The same, as it is made of what the disk holds.
     pub(crate) fn record_anew(&self, disk: usize) -> Pages {
         let chain = self.open(disk, Access::Read);
-        let mut pages = Pages::new(id(disk), chain.size()).unwrap();
+        let mut pages = Pages::new(id(disk), chain.size(), self.key).unwrap();
         assert!(pages.complete(&chain, self.below(disk).map(id), &mut |_| true).unwrap());
         pages
     }
