@@ -10,7 +10,7 @@
 //! comes to live in. A layer that holds nothing of a block itself reads as the layer below it does there: the hash is taken from that
 //! layer's record, and nothing is read. So making or comparing the records of a whole chain reads each byte about once.
 //!
-//! Hashes are keyed BLAKE3, 128 bits: whoever writes a disk cannot make two blocks of one hash. A record carries its key, and is of one piece:
+//! Hashes are keyed, 128 bits: whoever writes a disk cannot make two blocks of one hash. Blocks have BLAKE3, pages HighwayHash. A record carries its key, and is of one piece:
 //! nothing else has to be kept for it. Its format is that of `docs/formats/hashes.md`.
 //!
 //! A record may cover the beginning of a disk alone ([`Record::done`]): making it goes on from there.
@@ -25,6 +25,7 @@ pub use pages::{Expected, MAX_PAGED, PAGE, Pages};
 
 use crate::{Error, ErrorKind, Layer, Result};
 use format::{ENTRY, Entry, HEAD, Head, MAGIC, VERSION};
+use highway::{HighwayHash, HighwayHasher};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -60,6 +61,17 @@ impl Key {
 
     fn hash(&self, content: &[u8]) -> Hash {
         truncated(blake3::keyed_hash(&self.0, content))
+    }
+
+    /// Of a page of memory: HighwayHash, which takes 4 KiB in a fifth of the time that BLAKE3 does. Words and their order are as in the file.
+    fn hash_page(&self, page: &[u8]) -> Hash {
+        let [low, high] = HighwayHasher::new(self.words()).hash128(page);
+        (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
+    }
+
+    fn words(&self) -> highway::Key {
+        let (words, _) = self.0.as_chunks::<8>();
+        highway::Key(std::array::from_fn(|at| u64::from_le_bytes(words[at])))
     }
 }
 
@@ -424,5 +436,17 @@ mod tests {
         assert_eq!(format!("{:?}", Key::new()), "Key");
         assert_ne!(Key::new(), Key::new());
         assert_ne!(Key::new().hash(b"the same"), Key::new().hash(b"the same"));
+        assert_ne!(Key::new().hash_page(b"the same"), Key::new().hash_page(b"the same"));
+    }
+
+    /// A record is read on other processors, and by later versions.
+    #[test]
+    fn a_page_has_the_same_hash_everywhere() {
+        let key = Key(std::array::from_fn(|at| at as u8));
+        let page: Vec<u8> = (0..PAGE).map(|at| (at % 251) as u8).collect();
+        let [low, high] = highway::PortableHash::new(key.words()).hash128(&page);
+        assert_eq!(key.hash_page(&page), (u128::from(high) << 64 | u128::from(low)).to_le_bytes());
+        // The first of the reference implementation's own tests, under this key.
+        assert_eq!(HighwayHasher::new(key.words()).hash64(b""), 0x907a_56de_22c2_6e53);
     }
 }

@@ -121,13 +121,13 @@ impl Pages {
     /// Whole pages were written at `at`, bytes.
     pub fn set(&mut self, at: u64, pages: &[u8]) {
         for (page, content) in (at / PAGE..).zip(pages.chunks_exact(PAGE as usize)) {
-            self.table.set(page, self.key.hash(content));
+            self.table.set(page, self.key.hash_page(content));
         }
     }
 
     /// Whole pages have become zeros.
     pub fn set_zeros(&mut self, at: u64, len: u64) {
-        let zeros = self.key.hash(&ZEROS);
+        let zeros = self.key.hash_page(&ZEROS);
         (at / PAGE..(at + len) / PAGE).for_each(|page| self.table.set(page, zeros));
     }
 
@@ -229,7 +229,7 @@ impl Pages {
             let read = each_page(chain, &wanted, &mut buffer, &mut |page, content| {
                 // What nobody holds is zeros without an entry.
                 if below.is_some() || content != ZEROS {
-                    self.table.set(page, self.key.hash(content));
+                    self.table.set(page, self.key.hash_page(content));
                 }
             })?;
             if !progress(read) {
@@ -261,7 +261,7 @@ impl Pages {
             }
             let mut wrong = Vec::new();
             let read = each_page(chain, &wanted, &mut buffer, &mut |page, content| {
-                let sound = self.table.get(page).map_or(content == ZEROS, |hash| hash == self.key.hash(content));
+                let sound = self.table.get(page).map_or(content == ZEROS, |hash| hash == self.key.hash_page(content));
                 if !sound {
                     wrong.push(page);
                 }
@@ -347,7 +347,7 @@ impl Expected {
             return false;
         }
         let whole = pages.is_whole(below);
-        self.key = Some((pages.key, pages.key.hash(&ZEROS)));
+        self.key = Some((pages.key, pages.key.hash_page(&ZEROS)));
         self.rest = whole && below.is_none();
         self.table.fill(pages.table);
         whole && below.is_some()
@@ -356,7 +356,7 @@ impl Expected {
     /// Whether a page at `at`, bytes, may hold this: it is as recorded, or nothing is known of it.
     pub fn allows(&self, at: u64, page: &[u8]) -> bool {
         match (self.table.get(at / PAGE), self.key) {
-            (Some(hash), Some((key, _))) => key.hash(page) == hash,
+            (Some(hash), Some((key, _))) => key.hash_page(page) == hash,
             _ => !self.rest || page == ZEROS,
         }
     }
@@ -398,7 +398,9 @@ mod tests {
             .prop_map(|(layer, below, whole, key, entries, tail)| {
                 let size = entries.keys().last().map_or(0, |last| (last + 1) * PAGE) + tail;
                 let mut pages = Pages::new(Uuid::from_u128(layer), size, Key(key)).expect("small");
-                entries.into_iter().for_each(|(page, hash)| pages.table.set(page, hash));
+                for (page, hash) in entries {
+                    pages.table.set(page, hash);
+                }
                 Pages { below: below.map(Uuid::from_u128), whole, ..pages }
             })
     }
