@@ -305,6 +305,51 @@ fn what_a_machine_holds_is_compared_with_what_was_recorded() {
     assert_eq!(audit["compared"]["layers"], 3, "{audit}");
 }
 
+/// A page of a snapshot's memory that has changed on the disk goes to no guest: that is said, and the snapshot can be had without its memory.
+#[test]
+fn a_damaged_page_of_a_memory_reaches_no_guest() {
+    let (lab, _witness) = Lab::running();
+    lab.snapshot("Monday");
+    // The memory that the machine was saved with is merged into it.
+    lab.wait_hashed();
+    let machine = lab.json(&["vm", "ledger", BASE])["machine"].take();
+    let monday = machine["snapshots"].as_object().expect("snapshots").values().next().expect("it is there");
+    let file = machine["layers"][monday["memory"].as_str().expect("a layer")]["file"].as_str().expect("a file");
+    let path = lab.machine_folder().join(file);
+    // RAM comes first in the file, its devices' state last.
+    let bytes = fs::read(&path).expect("it is there");
+    let at = (bytes.len() / 3..bytes.len()).find(|at| bytes[*at] != 0).expect("it holds something");
+    flip(&path, Some(at));
+
+    let applied = lab.tenby(&["snapshot", "apply", BASE, "Monday", "--discard"]);
+    let told = if applied.code == 0 {
+        // Its guest runs, until it needs that page.
+        wait_for("the alert", || lab.json(&["vm", "show", BASE])["alert"].as_str().map(str::to_owned))
+    } else {
+        applied.exits(5).stderr.clone()
+    };
+    assert!(told.contains("the memory of Monday") && told.contains("is not as it was captured"), "{told}");
+    assert!(told.contains(file), "{told}");
+    assert!(told.contains(&format!("tenby snapshot apply {BASE} Monday --no-memory")), "{told}");
+    lab.ok(&["snapshot", "apply", BASE, "Monday", "--no-memory", "--discard"]);
+    assert_eq!(lab.state(BASE), "running");
+    let checked = lab.tenby(&["vm", "check", BASE, "--deep"]);
+    let checked = &checked.exits(5).stdout;
+    assert!(checked.contains(file) && checked.contains("are not as recorded"), "{checked}");
+
+    // So much of it that no guest can be loaded: the one that runs goes on.
+    let mut bytes = fs::read(&path).expect("it is there");
+    let (from, to) = (8 << 20, bytes.len() - (16 << 20));
+    bytes[from..to].iter_mut().for_each(|byte| *byte = !*byte);
+    let file = fs::OpenOptions::new().write(true).open(&path).expect("it is ours");
+    std::os::unix::fs::FileExt::write_all_at(&file, &bytes[from..to], from as u64).expect("it is ours");
+    let before = lab.json(&["vm", "show", BASE]);
+    lab.fails(5, "the memory of Monday", &["snapshot", "apply", BASE, "Monday", "--discard"]);
+    let after = lab.json(&["vm", "show", BASE]);
+    assert_eq!((&after["state"], &after["qemu"]), (&Value::from("running"), &before["qemu"]));
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+}
+
 /// On a disk without room a snapshot is deleted all the same; its merge waits, and a guest that cannot write stands still. Both go on by
 /// themselves when there is room, the merge when its user wants it to.
 #[test]

@@ -10,16 +10,22 @@
 //! comes to live in. A layer that holds nothing of a block itself reads as the layer below it does there: the hash is taken from that
 //! layer's record, and nothing is read. So making or comparing the records of a whole chain reads each byte about once.
 //!
-//! Hashes are keyed BLAKE3, 128 bits: whoever writes a disk cannot make two blocks of one hash. A record carries its key, and is of one piece:
+//! Hashes are keyed, 128 bits: whoever writes a disk cannot make two blocks of one hash. Blocks have BLAKE3, pages HighwayHash. A record carries its key, and is of one piece:
 //! nothing else has to be kept for it. Its format is that of `docs/formats/hashes.md`.
 //!
 //! A record may cover the beginning of a disk alone ([`Record::done`]): making it goes on from there.
+//!
+//! Of a memory layer its pages are recorded instead, as they are written ([`Pages`]).
 
 mod format;
+mod pages;
 mod walk;
+
+pub use pages::{Expected, MAX_PAGED, PAGE, Pages};
 
 use crate::{Error, ErrorKind, Layer, Result};
 use format::{ENTRY, Entry, HEAD, Head, MAGIC, VERSION};
+use highway::{HighwayHash, HighwayHasher};
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -55,6 +61,17 @@ impl Key {
 
     fn hash(&self, content: &[u8]) -> Hash {
         truncated(blake3::keyed_hash(&self.0, content))
+    }
+
+    /// Of a page of memory: HighwayHash, which takes 4 KiB in a fifth of the time that BLAKE3 does. Words and their order are as in the file.
+    fn hash_page(&self, page: &[u8]) -> Hash {
+        let [low, high] = HighwayHasher::new(self.words()).hash128(page);
+        (u128::from(high) << 64 | u128::from(low)).to_le_bytes()
+    }
+
+    fn words(&self) -> highway::Key {
+        let (words, _) = self.0.as_chunks::<8>();
+        highway::Key(std::array::from_fn(|at| u64::from_le_bytes(words[at])))
     }
 }
 
@@ -199,7 +216,8 @@ impl Record {
         }
         let mut sum = blake3::Hasher::new();
         sum.update(Head { checksum: [0; 16], ..head }.as_bytes());
-        let entries = read_entries(store, done, count, &mut sum)?;
+        let mut entries = Vec::new();
+        each_entry(store, done, count, &mut sum, &mut |entry| entries.push(entry))?;
         if truncated(sum.finalize()) != head.checksum {
             return Err(damaged("its checksum is wrong"));
         }
@@ -207,15 +225,20 @@ impl Record {
     }
 }
 
-/// Entries in order, of blocks before `done`. The first that is not ends it: a file of holes has no second entry.
-fn read_entries(store: &dyn Store, done: u64, count: u64, sum: &mut blake3::Hasher) -> Result<Vec<Entry>> {
-    let mut entries: Vec<Entry> = Vec::new();
+/// Reads entries, which are in order and of blocks before `done`. The first that is not ends it: a file of holes has no second entry.
+fn each_entry(
+    store: &dyn Store,
+    done: u64,
+    count: u64,
+    sum: &mut blake3::Hasher,
+    each: &mut dyn FnMut(Entry),
+) -> Result<()> {
     let mut piece = vec![0; (PIECE / ENTRY).min(count as usize) * ENTRY];
-    let mut next = 0;
-    while (entries.len() as u64) < count {
-        let now = (piece.len() / ENTRY).min(count as usize - entries.len());
+    let (mut read, mut next) = (0, 0);
+    while read < count {
+        let now = (piece.len() / ENTRY).min((count - read) as usize);
         let piece = &mut piece[..now * ENTRY];
-        store.read_at(piece, (HEAD + entries.len() * ENTRY) as u64)?;
+        store.read_at(piece, HEAD as u64 + read * ENTRY as u64)?;
         sum.update(piece);
         for entry in piece.chunks_exact(ENTRY) {
             let entry = Entry::read_from_bytes(entry).expect("it has an entry's length");
@@ -224,10 +247,11 @@ fn read_entries(store: &dyn Store, done: u64, count: u64, sum: &mut blake3::Hash
                 return Err(Error::new(ErrorKind::Damaged, store.name(), "its blocks are out of order"));
             }
             next = block + 1;
-            entries.push(entry);
+            each(entry);
         }
+        read += now as u64;
     }
-    Ok(entries)
+    Ok(())
 }
 
 /// How many blocks a disk of this many bytes has.
@@ -276,7 +300,7 @@ pub fn record<E: From<Error>>(
     hashed: Hashed<'_, E>,
     progress: &mut dyn FnMut(u64) -> bool,
 ) -> Result<bool, E> {
-    check_size(record, hashed.layer)?;
+    check_size(record.size, hashed.layer)?;
     let below = hashed.below.filter(|below| below.key == record.key);
     let mut walk = Walk::new(Hashed { below, ..hashed });
     while !record.is_complete() {
@@ -314,7 +338,7 @@ pub fn compare<E: From<Error>>(
     progress: &mut dyn FnMut(u64) -> bool,
     each: &mut dyn FnMut(Difference),
 ) -> Result<bool, E> {
-    check_size(record, hashed.layer)?;
+    check_size(record.size, hashed.layer)?;
     let below = hashed.below.filter(|below| below.key == record.key);
     let mut walk = Walk::new(Hashed { below, ..hashed });
     for block in 0..record.done {
@@ -335,12 +359,12 @@ pub fn compare<E: From<Error>>(
     Ok(true)
 }
 
-fn check_size(record: &Record, layer: &dyn Layer) -> Result<()> {
+fn check_size(recorded: u64, layer: &dyn Layer) -> Result<()> {
     let size = layer.info().size;
-    if size == record.size {
+    if size == recorded {
         return Ok(());
     }
-    let message = format!("its disk has {size} bytes, {} were recorded", record.size);
+    let message = format!("its disk has {size} bytes, {recorded} were recorded");
     Err(Error::new(ErrorKind::Invalid, layer.store().name(), message))
 }
 
@@ -412,5 +436,17 @@ mod tests {
         assert_eq!(format!("{:?}", Key::new()), "Key");
         assert_ne!(Key::new(), Key::new());
         assert_ne!(Key::new().hash(b"the same"), Key::new().hash(b"the same"));
+        assert_ne!(Key::new().hash_page(b"the same"), Key::new().hash_page(b"the same"));
+    }
+
+    /// A record is read on other processors, and by later versions.
+    #[test]
+    fn a_page_has_the_same_hash_everywhere() {
+        let key = Key(std::array::from_fn(|at| at as u8));
+        let page: Vec<u8> = (0..PAGE).map(|at| (at % 251) as u8).collect();
+        let [low, high] = highway::PortableHash::new(key.words()).hash128(&page);
+        assert_eq!(key.hash_page(&page), (u128::from(high) << 64 | u128::from(low)).to_le_bytes());
+        // The first of the reference implementation's own tests, under this key.
+        assert_eq!(HighwayHasher::new(key.words()).hash64(b""), 0x907a_56de_22c2_6e53);
     }
 }

@@ -17,9 +17,11 @@ use crate::ledger::State as Rows;
 use crate::live::Live;
 use crate::records::{Opened, Recorded, sealed};
 use crate::request::Problem;
-use crate::tree::{LayerId, LayerRow, Machine};
-use image::hashes::{self, Hashed, Key, Record};
-use std::collections::BTreeSet;
+use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
+use image::gate::MAX_DEPTH;
+use image::hashes::{self, Hashed, Key, Pages, Record};
+use image::{Access, Chain};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use store::Mode;
@@ -36,8 +38,9 @@ const LOOK: Duration = Duration::from_millis(5);
 
 /// What a worker knows of its machine's records, so as not to look at each of them again: those that are whole, and those that cannot be
 /// made (what is wrong with those layers `vm check` says).
+/// Each with the layer that it stood on: a record of a memory's pages is whole for that one alone.
 #[derive(Debug, Default)]
-pub struct Known(BTreeSet<LayerId>);
+pub struct Known(BTreeMap<LayerId, Option<LayerId>>);
 
 /// How to go about it.
 #[derive(Debug, Clone, Default)]
@@ -57,26 +60,75 @@ impl Keeper {
     pub fn hash(&self, known: &mut Known, manner: &Manner, stop: &Cancel) -> Result<bool, Problem> {
         let rows = self.rows();
         let machine = &rows.machine;
-        self.files.tidy_records(machine)?;
-        known.0.retain(|id| machine.layers.contains_key(id));
+        known.0.retain(|id, below| machine.layers.get(id).is_some_and(|row| row.parent == *below));
         let mut opened = Opened::new(&self.files, machine).until(stop);
         for row in sealed(machine, &self.files) {
             if stop.asked() {
                 return Ok(false);
             }
-            if known.0.contains(&row.id) || manner.written.contains(&row.id) {
+            if known.0.contains_key(&row.id) || manner.written.contains(&row.id) {
                 continue;
             }
-            match self.hash_layer(row, &mut opened, manner, stop) {
+            let hashed = match row.kind {
+                LayerKind::Disk => self.hash_layer(row, &mut opened, manner, stop),
+                LayerKind::Memory => self.hash_memory(row, &mut opened, manner, stop),
+            };
+            match hashed {
                 Ok(true) => {}
                 Ok(false) => return Ok(false),
                 Err(Trouble::Reading(_)) if stop.asked() => return Ok(false),
                 Err(Trouble::Reading(problem)) => tracing::warn!("{} is not hashed: {problem}", row.file),
                 Err(Trouble::Writing(problem)) => return Err(problem),
             }
-            known.0.insert(row.id);
+            known.0.insert(row.id, row.parent);
         }
+        // Not before: of what was merged into a memory the record was needed.
+        self.files.tidy_records(machine)?;
         Ok(true)
+    }
+
+    /// Completes what its capture has recorded of a memory, if something is missing: what was merged into it, or all.
+    fn hash_memory(
+        &self,
+        row: &LayerRow,
+        opened: &mut Opened<'_>,
+        manner: &Manner,
+        stop: &Cancel,
+    ) -> Result<bool, Trouble> {
+        let below = row.parent.map(|id| id.0);
+        let recorded = self.files.pages(row.id).record();
+        if recorded.as_ref().is_some_and(|pages| pages.is_whole(below)) {
+            return Ok(true);
+        }
+        let chain = Chain::new(opened.chain(row.id)?, Access::Read)?;
+        let machine = &self.rows().machine;
+        let mut pages = match recorded {
+            Some(pages) => self.with_merged(pages, machine),
+            None => Pages::new(row.id.0, chain.size(), self.files.key_of_pages(machine))?,
+        };
+        let (mut read, mut rest) = (0, Rest::new(manner.beside_guest));
+        let ended = pages.is_whole(below)
+            || pages.complete(&chain, below, &mut |bytes| {
+                self.steps.at("hash:reading");
+                read += bytes;
+                rest.after(bytes, stop);
+                !stop.asked()
+            })?;
+        if ended || read >= WORTH {
+            let written = self.files.write_pages(&pages, || self.steps.at("hash:written"));
+            written.map_err(Trouble::Writing)?;
+        }
+        Ok(ended)
+    }
+
+    /// The layers that a memory stood on, and that are gone, were merged into it: what was recorded of them is still there.
+    fn with_merged(&self, mut pages: Pages, machine: &Machine) -> Pages {
+        for _ in 0..MAX_DEPTH {
+            let gone = pages.below().map(LayerId).filter(|id| !machine.layers.contains_key(id));
+            let Some(merged) = gone.and_then(|id| self.files.pages(id).record()) else { break };
+            pages.take_over(merged);
+        }
+        pages
     }
 
     fn hash_layer(
@@ -242,7 +294,7 @@ impl Hashing {
 
     /// What is recorded of these layers was given up.
     pub(crate) fn forget(&mut self, layers: &BTreeSet<LayerId>) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|id| !layers.contains(id));
+        self.known.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|id, _| !layers.contains(id));
         self.seen = None;
     }
 

@@ -10,13 +10,12 @@
 //! it stands on is not folded meanwhile. And QEMU does not let such a guest be captured.
 
 use crate::crowd::Crowd;
-use crate::files::{file_problem, image_problem};
+use crate::files::file_problem;
 use crate::ram::memory_problem;
-use crate::request::Problem;
+use crate::request::{Problem, ProblemKind};
 use crate::steps::Steps;
 use crate::tree::LayerId;
-use image::{Access, Chain, Layer};
-use memory::{Beginning, Lending, Pace, Touched, Trail, lend};
+use memory::{Beginning, Lending, Pace, Sealed, Touched, Trail, lend};
 use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -68,24 +67,23 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What there is to tell of it.
 #[derive(Debug)]
 pub(crate) enum Happening {
-    /// A page cannot be read; it is tried again.
+    /// A page cannot be read, or is not as it was captured; it is tried again.
     Trouble(Problem),
     /// Everything has been sent; or no more will be.
     Ended(Result<memory::Lent, Problem>),
 }
 
 impl Lent {
-    /// Lends the memory in `layers` (base first; the topmost is `layer`), on a thread of its own.
+    /// Lends a memory, whose topmost layer is `layer`, on a thread of its own.
     pub(crate) fn begin(
         layer: LayerId,
-        layers: Vec<Arc<dyn Layer>>,
+        memory: Sealed,
         socket: UnixStream,
         beginning: Beginning,
         run_dir: &Path,
         steps: Arc<Steps>,
     ) -> Result<Self, Problem> {
         let trail = trail(run_dir, &beginning)?;
-        let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
         let lending = Lending::default();
         let again = beginning == Beginning::Recovered;
         if !matches!(beginning, Beginning::Anew(_)) {
@@ -95,7 +93,7 @@ impl Lent {
         let (tell, happens) = mpsc::unbounded_channel();
         let ours = lending.clone();
         let work = move || {
-            let trouble = |error: &image::Error| drop(tell.send(Happening::Trouble(image_problem(error))));
+            let trouble = |error: &memory::Error| drop(tell.send(Happening::Trouble(memory_problem(error))));
             let (began, mut crowd) = (Instant::now(), Crowd::default());
             let sending = |_, _| {
                 steps.at("restore:sending");
@@ -103,13 +101,13 @@ impl Lent {
                     ours.rest(crowd.rest());
                 }
             };
-            let ended = lend(&chain, &socket, beginning, &ours, &trail, trouble, sending);
+            let ended = lend(&memory, &socket, beginning, &ours, &trail, trouble, sending);
             if ended.is_err() {
                 // QEMU holds our end as well: nobody else would tell it.
                 let _ = socket.shutdown(Shutdown::Both);
             }
             // Who is told may merge these files at once.
-            drop(chain);
+            drop(memory);
             let _ = tell.send(Happening::Ended(ended.map_err(|e| memory_problem(&e))));
         };
         std::thread::Builder::new()
@@ -117,6 +115,18 @@ impl Lent {
             .spawn(work)
             .map_err(|e| Problem::failed(format!("no thread for the guest's memory: {e}")))?;
         Ok(Self { layer, again, lending, happens })
+    }
+
+    /// Waits for a page that the guest needs while it is being loaded, and that is damaged. For ever, if there is none; what else is in its way
+    /// QEMU says.
+    pub(crate) async fn damaged(&mut self) -> Problem {
+        while let Some(happening) = self.happens.recv().await {
+            match happening {
+                Happening::Ended(Err(problem)) if problem.kind == ProblemKind::Damaged => return problem,
+                Happening::Ended(_) | Happening::Trouble(_) => {}
+            }
+        }
+        std::future::pending().await
     }
 
     /// Which memory it is.

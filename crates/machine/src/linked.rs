@@ -17,7 +17,6 @@ use crate::keeper::Keeper;
 use crate::label::label_new;
 use crate::ledger::Ledger;
 use crate::ops::snapshot::make_leaf;
-use crate::records::Recorded;
 use crate::request::{Problem, ProblemKind};
 use crate::root::mac_of;
 use crate::tree::{
@@ -178,10 +177,17 @@ impl Files {
 
     /// What is recorded of a layer holds for it in the other machine, too, where its id is another.
     pub(crate) fn share_record(&self, row: &LayerRow, into: &Self, new: &LayerRow) {
-        if let Recorded::Record(record) = self.record(row.id) {
-            // Without it the other machine's worker makes it anew.
-            let _ = into.write_record(&record.of(new.id.0), || {});
-        }
+        // Without it the other machine's worker makes it anew.
+        let _ = match row.kind {
+            LayerKind::Disk => {
+                let record = self.record(row.id).record();
+                record.map(|record| into.write_record(&record.of(new.id.0), || {}))
+            }
+            LayerKind::Memory => {
+                let pages = self.pages(row.id).record().filter(|pages| pages.is_whole(row.parent.map(|id| id.0)));
+                pages.map(|pages| into.write_pages(&pages.of(new.id.0, new.parent.map(|id| id.0)), || {}))
+            }
+        };
     }
 
     /// What a machine is started from, under these names. What has its name already is not brought a second time.

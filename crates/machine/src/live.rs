@@ -15,14 +15,16 @@ use crate::files::{Files, image_problem};
 use crate::firmware;
 use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
-use crate::ram::Pieces;
-use crate::request::{Problem, Sockets};
+use crate::ram::{Pieces, of_memory};
+use crate::records::downwards;
+use crate::request::{Problem, ProblemKind, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
 use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, Kernel, LayerId, Machine, NetMode, Run};
 use export::Export;
-use image::Layer;
-use memory::{Beginning, Stretch, Touched};
+use image::hashes::Expected;
+use image::{Access, Chain, Layer};
+use memory::{Beginning, Sealed, Stretch, Touched};
 use qemu::{Collapse, Identity, Installed, Launch, Qemu, RestoreMode, Rights, RunState, User};
 use rustix::fs::Mode;
 use std::path::{Path, PathBuf};
@@ -30,6 +32,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 /// How long QEMU gets to end by itself.
 const GRACE: Duration = Duration::from_secs(10);
@@ -60,6 +63,8 @@ pub(crate) struct Live {
 pub(crate) struct Memory {
     pub(crate) layer: LayerId,
     pub(crate) layers: Vec<Arc<dyn Layer>>,
+    /// What was recorded of them; read while QEMU starts.
+    pub(crate) expected: JoinHandle<Expected>,
     /// What its guest asked for first when it was lent before.
     pub(crate) touched: Vec<Touched>,
 }
@@ -134,6 +139,7 @@ impl Live {
         };
         let mut live = Self::of(qemu, served, None, run_dir);
         let Some(memory) = memory else { return Ok(live) };
+        let layer = memory.layer;
         match restore(&live.qemu, memory, &machine.name, &live.run_dir, &keeper.steps).await {
             Ok(lent) => {
                 live.lent = lent;
@@ -141,7 +147,7 @@ impl Live {
             }
             Err(problem) => {
                 live.end().await?;
-                Err(problem)
+                Err(of_memory(problem, machine, layer))
             }
         }
     }
@@ -286,10 +292,9 @@ impl Live {
         let Some(layer) = machine.now.restoring.filter(|_| self.lent.is_none()) else { return Ok(()) };
         let restore = self.qemu.restore_again().await.map_err(|e| qemu_problem(&machine.name, &e))?;
         let Some(mut restore) = restore else { return Ok(()) };
-        let layers = keeper.files.open_chain(machine, layer)?;
         self.lent = Some(Lent::begin(
             layer,
-            layers,
+            sealed(keeper, machine, layer)?,
             restore.writer(),
             Beginning::Recovered,
             &self.run_dir,
@@ -342,14 +347,23 @@ async fn restore(
     run_dir: &Path,
     steps: &Arc<Steps>,
 ) -> Result<Option<Lent>, Problem> {
-    let Memory { layer, layers, touched } = memory;
+    let Memory { layer, layers, expected, touched } = memory;
+    // Whatever becomes of that, it can be done without.
+    let expected = expected.await.unwrap_or_default();
     if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
-        return restore_whole(qemu, layers, name).await.map(|()| None);
+        return restore_whole(qemu, layers, expected, name).await.map(|()| None);
     }
     let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
-    let lent = Lent::begin(layer, layers, restore.writer(), Beginning::Anew(touched), run_dir, Arc::clone(steps))?;
-    restore.loaded().await.map_err(|e| qemu_problem(name, &e))?;
-    Ok(Some(lent))
+    let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
+    let (memory, beginning) = (Sealed { chain, expected }, Beginning::Anew(touched));
+    let mut lent = Lent::begin(layer, memory, restore.writer(), beginning, run_dir, Arc::clone(steps))?;
+    // A QEMU that does not get a page while it loads waits for it, and says nothing.
+    let loaded = tokio::select! {
+        biased;
+        damaged = lent.damaged() => Err(damaged),
+        loaded = restore.loaded() => loaded.map_err(|e| qemu_problem(name, &e)),
+    };
+    loaded.map(|()| Some(lent))
 }
 
 /// Goes on lending memory to a QEMU whose worker has died, over the socket that it kept.
@@ -357,8 +371,8 @@ fn take_over(keeper: &Keeper, machine: &Machine, qemu: Identity, run_dir: &Path)
     let Some(layer) = machine.now.restoring else { return Ok(None) };
     match qemu::lent(qemu, run_dir) {
         Ok(Some(socket)) => {
-            let layers = keeper.files.open_chain(machine, layer)?;
-            Lent::begin(layer, layers, socket, Beginning::TakenOver, run_dir, Arc::clone(&keeper.steps)).map(Some)
+            let memory = sealed(keeper, machine, layer)?;
+            Lent::begin(layer, memory, socket, Beginning::TakenOver, run_dir, Arc::clone(&keeper.steps)).map(Some)
         }
         Ok(None) => Ok(None),
         Err(error) => {
@@ -368,15 +382,27 @@ fn take_over(keeper: &Keeper, machine: &Machine, qemu: Identity, run_dir: &Path)
     }
 }
 
-async fn restore_whole(qemu: &Qemu, layers: Vec<Arc<dyn Layer>>, name: &str) -> Result<(), Problem> {
+/// A memory, and what was recorded of it.
+fn sealed(keeper: &Keeper, machine: &Machine, layer: LayerId) -> Result<Sealed, Problem> {
+    let layers = keeper.files.open_chain(machine, layer)?;
+    let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
+    Ok(Sealed { chain, expected: keeper.files.expected(&downwards(machine, layer)) })
+}
+
+async fn restore_whole(
+    qemu: &Qemu,
+    layers: Vec<Arc<dyn Layer>>,
+    expected: Expected,
+    name: &str,
+) -> Result<(), Problem> {
     let mut restore = qemu.restore(RestoreMode::Eager).await.map_err(|e| qemu_problem(name, &e))?;
     let writer = restore.writer();
-    let written = tokio::task::spawn_blocking(move || crate::ram::restore(layers, writer));
+    let written = tokio::task::spawn_blocking(move || crate::ram::restore(layers, expected, writer));
     let loaded = restore.loaded().await.map_err(|e| qemu_problem(name, &e));
     let written = written.await.map_err(|e| Problem::failed(format!("restoring memory broke off: {e}")))?;
     // What our side says of a damaged layer is worth more than QEMU's "stream ended".
     match (written, loaded) {
-        (Err(problem), _) if problem.kind == crate::request::ProblemKind::Damaged => Err(problem),
+        (Err(problem), _) if problem.kind == ProblemKind::Damaged => Err(problem),
         (_, Err(problem)) | (Err(problem), Ok(())) => Err(problem),
         (Ok(()), Ok(())) => Ok(()),
     }

@@ -3,11 +3,12 @@
 use crate::files::{Files, Parent, image_problem};
 use crate::job::Task;
 use crate::live::qemu_problem;
-use crate::plan::Written;
+use crate::plan::{Written, quoted};
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerRow, Machine, Stats};
+use crate::tree::{LayerId, LayerRow, Machine, Snapshot, Stats};
+use image::hashes::{Expected, Key, Pages};
 use image::{Access, Chain, Layer};
-use memory::{Captured, NewLayer, Signal, Stretch};
+use memory::{Captured, Made, NewLayer, Sealed, Signal, Stretch};
 use qemu::{Capture, Stream};
 use std::io::Read;
 use std::os::unix::net::UnixStream;
@@ -25,6 +26,8 @@ pub struct Target {
     row: LayerRow,
     /// What the RAM was last equal to, base first, with the row of the topmost.
     parent: Option<(Vec<Arc<dyn Layer>>, LayerRow)>,
+    /// Of the hashes of its pages.
+    key: Key,
     name: String,
 }
 
@@ -36,7 +39,7 @@ impl Target {
             let layers = files.open_chain(machine, id).inspect_err(|e| tracing::warn!("{e}")).ok()?;
             Some((layers, machine.layers.get(&id)?.clone()))
         });
-        Self { files: files.clone(), row, parent, name: machine.name.clone() }
+        Self { files: files.clone(), row, parent, key: files.key_of_pages(machine), name: machine.name.clone() }
     }
 
     /// Reads the stream to its end into the new layer. Blocks.
@@ -45,14 +48,21 @@ impl Target {
             Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
             None => None,
         };
-        let (files, row) = (&self.files, &mut self.row);
+        let (files, row, key) = (&self.files, &mut self.row, self.key);
         let below = &self.parent;
         let new_layer = |new: NewLayer| {
             let below = below.as_ref().filter(|_| new.on_parent);
             row.parent = below.map(|(_, row)| row.id);
-            Self::make(files, row, new.size, below).map_err(|problem| problem.message.into())
+            let chain = Self::make(files, row, new.size, below).map_err(|problem| problem.message)?;
+            Ok(Made { chain, pages: Pages::new(row.id.0, new.size, key)? })
         };
-        let captured = memory::capture(stream, parent.as_ref(), new_layer, signal).map_err(|e| memory_problem(&e))?;
+        let mut captured =
+            memory::capture(stream, parent.as_ref(), new_layer, signal).map_err(|e| memory_problem(&e))?;
+        captured.pages = captured.pages.whole(self.row.parent.map(|id| id.0));
+        // Without it the record is made anew, of what the layer reads as then.
+        if let Err(problem) = files.write_pages(&captured.pages, || {}) {
+            tracing::warn!("what {} holds is not recorded: {problem}", self.row.file);
+        }
         files.sync_names()?;
         Ok((self.row, captured))
     }
@@ -176,9 +186,25 @@ pub(crate) fn can_lend(layers: &[Arc<dyn Layer>]) -> bool {
 }
 
 /// Writes the memory in `layers` (base first) to a QEMU that waits for it. Blocks.
-pub(crate) fn restore(layers: Vec<Arc<dyn Layer>>, to: UnixStream) -> Result<(), Problem> {
+pub(crate) fn restore(layers: Vec<Arc<dyn Layer>>, expected: Expected, to: UnixStream) -> Result<(), Problem> {
     let chain = Chain::new(layers, Access::Read).map_err(|e| image_problem(&e))?;
-    memory::restore(&chain, to, |_, _| {}).map(|_| ()).map_err(|e| memory_problem(&e))
+    memory::restore(&Sealed { chain, expected }, to, |_, _| {}).map(|_| ()).map_err(|e| memory_problem(&e))
+}
+
+/// A problem with a memory, whose it is, and what can be done without it.
+pub(crate) fn of_memory(problem: Problem, machine: &Machine, layer: LayerId) -> Problem {
+    if problem.kind != ProblemKind::Damaged {
+        return problem;
+    }
+    let vm = quoted(&machine.name);
+    let whose = machine.snapshots.values().find(|snapshot| snapshot.memory == Some(layer));
+    let (whose, hint) = match whose {
+        Some(Snapshot { name, .. }) => {
+            (format!("the memory of {name}"), format!("tenby snapshot apply {vm} {} --no-memory", quoted(name)))
+        }
+        None => (format!("the memory that {} was saved with", machine.name), format!("tenby vm stop {vm} --turn-off")),
+    };
+    Problem { message: format!("{whose}: {}", problem.message), hint: Some(hint), ..problem }
 }
 
 pub(crate) fn memory_problem(error: &memory::Error) -> Problem {

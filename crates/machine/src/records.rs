@@ -1,22 +1,23 @@
 //! The records of hashes of a machine's sealed layers (see [`image::hashes`]): a small file each, named after its layer.
 //!
 //! ```text
-//!   hashes/<layer>        how the layer reads through its chain, whatever file it lives in: a fold leaves it right
+//!   hashes/<layer>        how the layer reads through its chain, whatever file it lives in: a fold leaves it right. Of a memory layer only
+//!                         its own pages, made as they are written
 //!          <layer>.new    while it is being written
 //! ```
 //!
 //! No row names them and no journal: a record is made from its layer at any time, and is good for nothing without it. One that is damaged, or
 //! whose layer has no row any more, is nobody's loss; the worker removes it or makes it anew ([`crate::hashing`]).
 
-use crate::files::{Files, file_problem};
+use crate::files::{Files, file_problem, image_problem};
 use crate::garbage::from_the_base;
 use crate::job::Cancel;
 use crate::request::{Problem, ProblemKind};
-use crate::tree::{LayerId, LayerRow, Machine, SnapshotState};
-use image::hashes::Record;
+use crate::tree::{LayerId, LayerKind, LayerRow, Machine, SnapshotState};
+use image::hashes::{Expected, Key, Pages, Record};
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use store::{Folder, Mode};
+use store::{Folder, Mode, Store};
 use uuid::Uuid;
 
 /// The folder of the records.
@@ -26,18 +27,18 @@ const NEW: &str = ".new";
 
 /// What is recorded of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Recorded {
+pub enum Recorded<R = Record> {
     /// Nothing yet.
     Nothing,
     /// There is a record, which is no use: why.
     Damaged(String),
     /// This.
-    Record(Record),
+    Record(R),
 }
 
-impl Recorded {
+impl<R> Recorded<R> {
     /// The record, if there is one.
-    pub fn record(self) -> Option<Record> {
+    pub fn record(self) -> Option<R> {
         match self {
             Self::Record(record) => Some(record),
             Self::Nothing | Self::Damaged(_) => None,
@@ -46,44 +47,94 @@ impl Recorded {
 }
 
 impl Files {
-    /// What is recorded of a layer.
+    /// What is recorded of a disk's layer.
     pub fn record(&self, id: LayerId) -> Recorded {
-        let open = || self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read);
-        let store = match open() {
+        self.recorded(id, Record::read, Record::layer)
+    }
+
+    /// What is recorded of a memory layer.
+    pub fn pages(&self, id: LayerId) -> Recorded<Pages> {
+        self.recorded(id, Pages::read, Pages::layer)
+    }
+
+    fn recorded<R>(
+        &self,
+        id: LayerId,
+        read: impl FnOnce(&dyn Store) -> image::Result<R>,
+        layer: impl FnOnce(&R) -> Uuid,
+    ) -> Recorded<R> {
+        let store = match self.open_record(id) {
             Ok(store) => store,
             Err(error) if error.kind == store::ErrorKind::NotFound => return Recorded::Nothing,
             Err(error) => return Recorded::Damaged(error.to_string()),
         };
-        match Record::read(&*store) {
-            Ok(record) if record.layer() == id.0 => Recorded::Record(record),
+        match read(&*store) {
+            Ok(record) if layer(&record) == id.0 => Recorded::Record(record),
             Ok(_) => Recorded::Damaged("it is another layer's".to_owned()),
             Err(error) => Recorded::Damaged(error.message),
         }
     }
 
+    fn open_record(&self, id: LayerId) -> store::Result<Arc<dyn Store>> {
+        self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read)
+    }
+
+    /// The key of the hashes of a machine's memory. All of its layers have the same one: hashes of one hold where it was merged into another.
+    pub(crate) fn key_of_pages(&self, machine: &Machine) -> Key {
+        let mut memory = machine.layers.values().filter(|row| row.kind == LayerKind::Memory);
+        let key = |row: &LayerRow| Pages::read_key(&*self.open_record(row.id).ok()?).ok();
+        memory.find_map(key).unwrap_or_else(Key::new)
+    }
+
+    /// What a memory is to read as: `layers`, from the top downwards, each with the one that it stands on.
+    pub fn expected(&self, layers: &[(LayerId, Option<LayerId>)]) -> Expected {
+        let mut expected = Expected::default();
+        for (id, below) in layers {
+            let Some(pages) = self.pages(*id).record() else { break };
+            if !expected.add(pages, below.map(|id| id.0)) {
+                break;
+            }
+        }
+        expected
+    }
+
     /// Puts a record in the place of the one that is there, if any. Whole and durable, or not at all; that it is there may be forgotten by a
     /// power cut.
     pub(crate) fn write_record(&self, record: &Record, at: impl FnOnce()) -> Result<(), Problem> {
+        self.put_record(record.layer(), |store| Ok(store.write_at(&record.encode(), 0)?), at)
+    }
+
+    /// The same of a memory layer.
+    pub(crate) fn write_pages(&self, pages: &Pages, at: impl FnOnce()) -> Result<(), Problem> {
+        self.put_record(pages.layer(), |store| pages.write(store), at)
+    }
+
+    fn put_record(
+        &self,
+        layer: Uuid,
+        fill: impl FnOnce(&dyn Store) -> image::Result<()>,
+        at: impl FnOnce(),
+    ) -> Result<(), Problem> {
         let folder = self.records_folder().map_err(|e| file_problem(&e))?;
-        let name = LayerId(record.layer()).to_string();
+        let name = LayerId(layer).to_string();
         let new = format!("{name}{NEW}");
         let write = || {
             match folder.unlink(&new) {
-                Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error),
+                Err(error) if error.kind != store::ErrorKind::NotFound => return Err(error.into()),
                 _ => {}
             }
             let store = folder.create(&new)?;
-            store.write_at(&record.encode(), 0)?;
+            fill(&*store)?;
             store.sync()?;
             at();
-            folder.rename(&new, &name)
+            Ok::<_, image::Error>(folder.rename(&new, &name)?)
         };
         let written = write();
         if written.is_err() {
             // If it stays, the next tidying takes it.
             let _ = folder.unlink(&new);
         }
-        written.map_err(|e| file_problem(&e))
+        written.map_err(|e| image_problem(&e))
     }
 
     /// What is recorded of a layer is not to be relied on.
@@ -126,8 +177,7 @@ impl Files {
 
     /// Bytes that the record of a layer occupies.
     pub(crate) fn allocated_by_record(&self, id: LayerId) -> u64 {
-        let open = || self.folder().folder(FOLDER)?.open(&id.to_string(), Mode::Read);
-        open().and_then(|store| store.allocated()).unwrap_or(0)
+        self.open_record(id).and_then(|store| store.allocated()).unwrap_or(0)
     }
 }
 
@@ -149,6 +199,13 @@ pub fn sealed<'a>(machine: &'a Machine, files: &Files) -> Vec<&'a LayerRow> {
     let open: BTreeSet<&LayerId> =
         leaves.chain(written).chain(&out.remove).chain(out.fold.iter().map(|fold| &fold.into)).collect();
     from_the_base(machine).iter().filter(|id| !open.contains(id)).filter_map(|id| machine.layers.get(id)).collect()
+}
+
+/// A layer and those that it stands on, from the top downwards, each with the one below it.
+pub fn downwards(machine: &Machine, top: LayerId) -> Vec<(LayerId, Option<LayerId>)> {
+    let mut ids = machine.chain(top);
+    ids.reverse();
+    ids.into_iter().map(|id| (id, machine.layers.get(&id).and_then(|row| row.parent))).collect()
 }
 
 /// The layers of chains that are looked at one after the other: what the next one shares with the last is not opened again.

@@ -11,11 +11,13 @@ use machine::hashing::{Known, Manner};
 use machine::job::{Cancel, Task};
 use machine::keeper::Keeper;
 use machine::ledger::Ledger;
-use machine::plan::Written;
-use machine::records::Recorded;
+use machine::plan::{Take, Written};
+use machine::ram;
+use machine::records::{Recorded, downwards};
 use machine::request::{Problem, ProblemKind};
 use machine::steps::Steps;
-use machine::tree::{JobId, LayerFormat, LayerId, LayerRow, Machine, Stats};
+use machine::tree::{JobId, LayerFormat, LayerId, LayerRow, Machine, State, Stats};
+use memory::stream::{Block, DeviceState, Emitter, PAGE};
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -239,6 +241,19 @@ impl Deep {
         deep(&self.files, &mut look, &mut |_, _| true).expect("compared")
     }
 
+    /// A guest with RAM of these bytes, one a page, over what another memory holds, is saved; and that becomes a snapshot.
+    fn save(&self, name: &str, ram: &[u8], over: Option<&LayerRow>) -> LayerRow {
+        self.keeper.book().commit(|rows| rows.machine.now.memory_base = over.map(|row| row.id)).expect("committed");
+        let target = ram::Target::new(&self.files, &self.machine(), self.keeper.memory_row());
+        let (layer, captured) = target.capture(stream(ram).as_slice(), |_| {}).expect("captured");
+        captured.chain.close().expect("closed");
+        let written = Written { layer: layer.clone(), stats: Stats::default() };
+        self.keeper.book().commit(|rows| rows.machine.save(written)).expect("committed");
+        let take = Take { memory: Some(layer.id), vm_state: State::Saved, ..sample::take(name) };
+        self.runtime.block_on(self.keeper.snapshot_still(&self.task("snapshot"), take, &Value::Null)).expect("taken");
+        layer
+    }
+
     /// The layer of the snapshot of this name.
     fn layer(&self, name: &str) -> LayerRow {
         let machine = self.machine();
@@ -267,6 +282,27 @@ impl Deep {
     fn place(&self, row: &LayerRow) -> String {
         self.files.layer_path(row).display().to_string()
     }
+}
+
+/// Where the first page of RAM lies on a memory disk.
+const RAM: u64 = memory::table::STEP;
+
+/// As QEMU would send it.
+fn stream(ram: &[u8]) -> Vec<u8> {
+    let blocks = [Block { name: "ram".to_owned(), len: (ram.len() * PAGE) as u64 }];
+    let (mut out, mut emitter) = (Vec::new(), Emitter::new(1, &blocks));
+    Emitter::prelude(&mut out, "pc-test-1.0");
+    emitter.start(&mut out);
+    emitter.open_part(&mut out);
+    for (page, byte) in ram.iter().enumerate() {
+        match byte {
+            0 => emitter.zero_page(&mut out, 0, (page * PAGE) as u64),
+            byte => emitter.page(&mut out, 0, (page * PAGE) as u64, &[*byte; PAGE]),
+        }
+    }
+    emitter.close(&mut out);
+    Emitter::finish(&mut out, &DeviceState { state: vec![4; 100], description: b"{}".to_vec() });
+    out
 }
 
 const FORMATS: [LayerFormat; 3] = [LayerFormat::Vhdx, LayerFormat::Vhd, LayerFormat::Raw];
@@ -503,6 +539,82 @@ fn the_memory_of_a_saved_machine_is_compared_too() {
     assert_eq!(findings.len(), 1, "{findings:?}");
     assert!(findings[0].what.contains("memory disk") && findings[0].place == lab.place(&row), "{findings:?}");
     assert_eq!(findings[0].effect, "Now cannot be relied on");
+}
+
+/// A machine with three memories, each over the one before, and their layers.
+fn remembered() -> (Deep, [LayerRow; 3]) {
+    let lab = Deep::new(LayerFormat::Vhdx);
+    let first = lab.save("First", &[1, 1, 1, 1, 0, 0], None);
+    let second = lab.save("Second", &[1, 2, 2, 0, 2, 0], Some(&first));
+    let third = lab.save("Third", &[1, 2, 3, 3, 2, 0], Some(&second));
+    (lab, [first, second, third])
+}
+
+fn is_whole(lab: &Deep, id: LayerId) -> bool {
+    let below = lab.machine().layers[&id].parent.map(|id| id.0);
+    lab.files.pages(id).record().is_some_and(|pages| pages.is_whole(below))
+}
+
+#[test]
+fn the_pages_of_a_memory_are_recorded_as_they_are_written() {
+    let (lab, layers) = remembered();
+    // Nothing was hashed yet.
+    assert!(layers.iter().all(|row| is_whole(&lab, row.id)));
+    assert_eq!(lab.deep().0.layers, 3);
+    for (row, page, effect) in [
+        (&layers[0], 0, "First, Second, Third, Now cannot be relied on"),
+        (&layers[0], 1, "First cannot be relied on"),
+        (&layers[1], 1, "Second, Third, Now cannot be relied on"),
+        (&layers[2], 3, "Third, Now cannot be relied on"),
+    ] {
+        let at = RAM + page * PAGE as u64;
+        lab.flip(row, at + 5);
+        let (_, findings) = lab.deep();
+        let changed: Vec<&Finding> = findings.iter().filter(|found| !found.is_note()).collect();
+        assert!(changed.len() == 1 && changed[0].place == lab.place(row), "{findings:?}");
+        assert_eq!(changed[0].effect, effect);
+        let words = format!("bytes {at} to {} of its memory disk", at + PAGE as u64 - 1);
+        assert!(changed[0].what.starts_with(&words), "{}", changed[0].what);
+        lab.flip(row, at + 5);
+    }
+}
+
+#[test]
+fn what_was_recorded_of_a_memory_outlives_its_merge() {
+    let (mut lab, layers) = remembered();
+    lab.delete("Second");
+    let folded = lab.machine().layers[&layers[2].id].clone();
+    assert!(!lab.machine().layers.contains_key(&layers[1].id) && folded.parent == Some(layers[0].id));
+    assert!(!is_whole(&lab, folded.id));
+    // A page that the merge has brought is changed before anybody reads it again.
+    lab.flip(&folded, RAM + PAGE as u64);
+    assert!(lab.hash() && is_whole(&lab, folded.id));
+    let (_, findings) = lab.deep();
+    assert!(findings.len() == 1 && findings[0].place == lab.place(&folded), "{findings:?}");
+    lab.flip(&folded, RAM + PAGE as u64);
+    assert_eq!(lab.deep().1, Vec::new());
+}
+
+#[test]
+fn a_record_of_a_memory_that_is_lost_or_damaged_is_made_again() {
+    let (mut lab, layers) = remembered();
+    assert!(lab.hash());
+    let before = lab.files.pages(layers[1].id);
+    let folder = lab.files.folder().folder("hashes").expect("a folder");
+    folder.unlink(&layers[0].id.to_string()).expect("removed");
+    let record = folder.open(&layers[1].id.to_string(), Mode::Write).expect("a record");
+    record.write_at(&[0xff], 140).expect("changed");
+    // What is known of a memory ends where nothing is recorded, and nothing is taken from a damaged record.
+    let chain = |top: &LayerRow| downwards(&lab.machine(), top.id);
+    let harmed = [7; PAGE];
+    assert!(!lab.files.expected(&chain(&layers[2])).allows(RAM + 2 * PAGE as u64, &harmed));
+    assert!(lab.files.expected(&chain(&layers[2])).allows(RAM, &harmed));
+    assert!(lab.files.expected(&chain(&layers[1])).allows(RAM + PAGE as u64, &harmed));
+    lab.known = Known::default();
+    assert!(lab.hash());
+    assert_eq!(lab.deep().1, Vec::new());
+    assert_eq!(lab.files.pages(layers[1].id), before, "with the key that the machine's memory has");
+    assert!(!lab.files.expected(&downwards(&lab.machine(), layers[2].id)).allows(RAM, &harmed));
 }
 
 #[test]

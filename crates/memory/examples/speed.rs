@@ -4,10 +4,12 @@
 //! first byte of the stream to the flushed disk. *The guest's part* ends when the last page is read: until then a guest that
 //! writes to a page may wait for it. `parse` only reads and parses.
 
+use image::hashes::{Expected, Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Kind, Layer};
-use memory::NewLayer;
 use memory::stream::{Block, DeviceState, Emitter, PAGE, Parser};
+use memory::{Made, NewLayer, Sealed};
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use store::host::HostFolder;
 use store::{Folder, Mode};
+use uuid::Uuid;
 
 /// What a guest's page holds: 0 for zeros.
 type Fill = fn(u64) -> u64;
@@ -24,7 +27,8 @@ fn main() {
     let mib: u64 = arguments.next().map_or(512, |mib| mib.parse().expect("MiB of RAM"));
     let folder = arguments.next().map_or_else(std::env::temp_dir, PathBuf::from).join("tenby-memory-speed");
     let _ = std::fs::remove_dir_all(&folder);
-    let bench = Bench { folder: HostFolder::create(&folder).expect("a folder"), len: mib << 20 };
+    let folder_of_disks = HostFolder::create(&folder).expect("a folder");
+    let mut bench = Bench { folder: folder_of_disks, len: mib << 20, key: Key::new(), records: BTreeMap::new() };
 
     let filled: Fill = |page| page + 1;
     let zero: Fill = |_| 0;
@@ -36,15 +40,23 @@ fn main() {
     bench.capture("the same data", filled, "same", Some("first"));
     bench.capture("5 % other data", changed, "second", Some("first"));
     bench.capture("zeros over data", zero, "gone", Some("first"));
-    bench.restore("restore, all data", &["first"]);
-    bench.restore("restore, 5 % other data", &["first", "second"]);
-    bench.restore("restore, all zeros", &["zeros"]);
+    bench.restore("restore, all data", &["first"], true);
+    bench.restore("the same, unchecked", &["first"], false);
+    bench.restore("restore, 5 % other data", &["first", "second"], true);
+    bench.restore("restore, all zeros", &["zeros"], true);
     let _ = std::fs::remove_dir_all(&folder);
 }
 
 struct Bench {
     folder: HostFolder,
     len: u64,
+    key: Key,
+    /// What was recorded of each disk, and the id of the one below.
+    records: BTreeMap<String, (Pages, Option<Uuid>)>,
+}
+
+fn id(name: &str) -> Uuid {
+    Uuid::from_u128(name.bytes().fold(1, |id, byte| id * 256 + u128::from(byte)))
 }
 
 impl Bench {
@@ -107,7 +119,7 @@ impl Bench {
         Chain::new(names.iter().map(|name| self.layer(name)).collect(), Access::Read).expect("a chain")
     }
 
-    fn capture(&self, what: &str, fill: Fill, name: &str, parent: Option<&str>) {
+    fn capture(&mut self, what: &str, fill: Fill, name: &str, parent: Option<&str>) {
         let below = parent.map(|parent| self.chain(&[parent]));
         let new_layer = |new: NewLayer| {
             let mut layers: Vec<_> = parent.map(|parent| self.layer(parent)).into_iter().collect();
@@ -116,7 +128,8 @@ impl Bench {
                 None => Options { sector_size: PAGE as u32, kind: Kind::Dynamic, ..Options::dynamic(new.size) },
             };
             layers.push(vhdx::create(self.folder.create(name)?, &options)?);
-            Ok(Arc::new(Chain::new(layers, Access::Write)?))
+            let chain = Arc::new(Chain::new(layers, Access::Write)?);
+            Ok(Made { chain, pages: Pages::new(id(name), new.size, self.key)? })
         };
         let start = Instant::now();
         let mut read = start.elapsed();
@@ -125,16 +138,23 @@ impl Bench {
         println!("  the guest's part          {:7.3} s", read.as_secs_f64());
         let captured = captured.expect("a capture");
         captured.chain.close().expect("closed");
+        let below = parent.map(id);
+        self.records.insert(name.to_owned(), (captured.pages.whole(below), below));
     }
 
-    fn restore(&self, what: &str, names: &[&str]) {
+    fn restore(&self, what: &str, names: &[&str], checked: bool) {
         let start = Instant::now();
+        let mut expected = Expected::default();
+        if checked {
+            let records = names.iter().rev().map(|name| self.records[*name].clone());
+            records.for_each(|(pages, below)| _ = expected.add(pages, below));
+        }
         let (mut ours, theirs) = UnixStream::pair().expect("a socket");
         let reader = std::thread::spawn(move || {
             let mut buffer = vec![0; 1 << 20];
             while ours.read(&mut buffer).expect("the stream is read") > 0 {}
         });
-        memory::restore(&self.chain(names), theirs, |_, _| {}).expect("a restore");
+        memory::restore(&Sealed { chain: self.chain(names), expected }, theirs, |_, _| {}).expect("a restore");
         reader.join().expect("the reader ends");
         self.report(what, start);
     }

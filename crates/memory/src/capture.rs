@@ -21,6 +21,7 @@ use crate::table::{Content, DESCRIPTION_ROOM, Layout, PRELUDE_ROOM, STATE_ROOM, 
 use crate::{Error, ErrorKind, Result};
 use batch::Batch;
 use image::Chain;
+use image::hashes::Pages;
 use std::collections::HashSet;
 use std::io::Read;
 use std::ops::ControlFlow;
@@ -35,6 +36,15 @@ const READ: usize = 1 << 20;
 const BATCHES: usize = 6;
 /// The most bytes after RAM: the devices' state and its description.
 const TAIL: usize = 32 << 20;
+
+/// A new memory disk, and what is to be recorded of it.
+#[derive(Debug)]
+pub struct Made {
+    /// The chain whose leaf is a new, empty layer.
+    pub chain: Arc<Chain>,
+    /// The record of that leaf's pages, empty.
+    pub pages: Pages,
+}
 
 /// The memory disk that a capture needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,6 +88,8 @@ pub struct Counts {
 pub struct Captured {
     /// The chain that `new_layer` made, its leaf written and flushed.
     pub chain: Arc<Chain>,
+    /// Every page that was written.
+    pub pages: Pages,
     /// Whether it stands on the parent.
     pub on_parent: bool,
     /// The machine's type as QEMU names it (`pc-q35-10.0`).
@@ -96,7 +108,7 @@ pub struct Captured {
 ///
 /// `stream` blocks. It ends early when QEMU gives up or its socket is shut down: [`ErrorKind::Truncated`]. `parent` is the memory that the guest was restored from or last
 /// captured into; `new_layer` is called once, when the blocks of RAM are known, and answers with a chain whose leaf is a new,
-/// empty layer, over the parent's layers if [`NewLayer::on_parent`] says so. `signal` is called from this thread and must not
+/// empty layer, over the parent's layers if [`NewLayer::on_parent`] says so. Whatever is written there is recorded, page by page. `signal` is called from this thread and must not
 /// wait for anything.
 ///
 /// When this fails, the stream is not read any further, and the new layer holds rubbish without a table and is to be removed. A
@@ -106,14 +118,14 @@ pub struct Captured {
 pub fn capture(
     stream: impl Read,
     parent: Option<&Chain>,
-    new_layer: impl FnOnce(NewLayer) -> std::result::Result<Arc<Chain>, Box<dyn std::error::Error + Send + Sync>>,
+    new_layer: impl FnOnce(NewLayer) -> std::result::Result<Made, Box<dyn std::error::Error + Send + Sync>>,
     mut signal: impl FnMut(Signal),
 ) -> Result<Captured> {
     let mut source = Source::new(stream);
     let prelude = source.prelude()?;
     let on_parent = parent.is_some_and(|parent| holds(parent, &prelude.blocks));
     let layout = Layout::of(&prelude.blocks);
-    let chain = new_layer(NewLayer { size: layout.size, on_parent }).map_err(|source| Error {
+    let Made { chain, pages } = new_layer(NewLayer { size: layout.size, on_parent }).map_err(|source| Error {
         source: Some(source),
         ..Error::new(ErrorKind::Image, "the memory disk could not be made")
     })?;
@@ -124,11 +136,14 @@ pub fn capture(
         ));
     }
 
-    let (Tail { devices, used, idle }, counts) = copy_pages(&mut source, &prelude, &layout, &chain, &mut signal)?;
-    write_rest(&chain, &layout, &prelude, DeviceState::split(devices)?, counts)?;
+    let writer = Writer::new(&chain, pages);
+    let (Tail { devices, used, idle }, mut writer) = copy_pages(&mut source, &prelude, &layout, writer, &mut signal)?;
+    let counts = writer.counts();
+    write_rest(&mut writer, &layout, &prelude, DeviceState::split(devices)?, counts)?;
+    let pages = writer.end();
     chain.flush()?;
     let ram = prelude.blocks.iter().map(|block| block.len).sum();
-    Ok(Captured { chain, on_parent, machine: prelude.machine, ram, counts, used, idle })
+    Ok(Captured { chain, pages, on_parent, machine: prelude.machine, ram, counts, used, idle })
 }
 
 /// Whether a disk holds RAM of these very blocks. One that cannot be read holds nothing to stand on: the new disk is then larger,
@@ -152,46 +167,52 @@ struct Tail {
 }
 
 /// Reads the pages to the stream's end and has them written.
-fn copy_pages(
+fn copy_pages<'c>(
     source: &mut Source<impl Read>,
     prelude: &Prelude,
     layout: &Layout,
-    chain: &Chain,
+    writer: Writer<'c>,
     signal: &mut impl FnMut(Signal),
-) -> Result<(Tail, Counts)> {
+) -> Result<(Tail, Writer<'c>)> {
     let (full, to_write) = sync_channel(BATCHES);
     let (written, empty) = channel();
     for _ in 0..BATCHES {
         written.send(Batch::default()).expect("both ends are here");
     }
     thread::scope(|scope| {
-        let writer = thread::Builder::new().name("memory-writer".into());
-        let writer = writer.spawn_scoped(scope, move || Writer::new(chain).run(&to_write, &written));
-        let writer = writer.map_err(|error| Error::stream("no thread to write the memory disk", error))?;
+        let thread = thread::Builder::new().name("memory-writer".into());
+        let writing = thread.spawn_scoped(scope, move || writer.run(&to_write, &written));
+        let writing = writing.map_err(|error| Error::stream("no thread to write the memory disk", error))?;
         let collector = Collector::new(prelude, layout, full, empty, signal);
         let collected = collector.run(source);
         // The writer's end comes first: it is why the collector's channel closed, if it did.
-        let counts = writer.join().expect("the writer does not panic")?;
-        Ok((collected?, counts))
+        let writer = writing.join().expect("the writer does not panic")?;
+        Ok((collected?, writer))
     })
 }
 
 /// Writes what is not RAM, the table last.
-fn write_rest(chain: &Chain, layout: &Layout, prelude: &Prelude, devices: DeviceState, counts: Counts) -> Result<()> {
+fn write_rest(
+    writer: &mut Writer<'_>,
+    layout: &Layout,
+    prelude: &Prelude,
+    devices: DeviceState,
+    counts: Counts,
+) -> Result<()> {
     let mut head = Vec::new();
     Emitter::prelude(&mut head, &prelude.machine);
     let table = Table {
         section: prelude.section,
         blocks: prelude.blocks.clone(),
         counts,
-        prelude: write_region(chain, layout.prelude, PRELUDE_ROOM, head)?,
-        description: write_region(chain, layout.description, DESCRIPTION_ROOM, devices.description)?,
-        state: write_region(chain, layout.state, STATE_ROOM, devices.state)?,
+        prelude: write_region(writer, layout.prelude, PRELUDE_ROOM, head)?,
+        description: write_region(writer, layout.description, DESCRIPTION_ROOM, devices.description)?,
+        state: write_region(writer, layout.state, STATE_ROOM, devices.state)?,
     };
-    Ok(chain.write(&table.encode(), 0)?)
+    writer.write(&table.encode(), 0)
 }
 
-fn write_region(chain: &Chain, at: u64, room: u64, mut bytes: Vec<u8>) -> Result<Content> {
+fn write_region(writer: &mut Writer<'_>, at: u64, room: u64, mut bytes: Vec<u8>) -> Result<Content> {
     let content = Content::of(&bytes);
     if content.len > room {
         return Err(Error::new(
@@ -200,7 +221,7 @@ fn write_region(chain: &Chain, at: u64, room: u64, mut bytes: Vec<u8>) -> Result
         ));
     }
     bytes.resize(bytes.len().next_multiple_of(PAGE), 0);
-    chain.write(&bytes, at)?;
+    writer.write(&bytes, at)?;
     Ok(content)
 }
 

@@ -12,6 +12,9 @@
 //!
 //! What the guest asked for when the same memory was last lent it will soon ask for again: that is sent before everything else ([`Touched`]).
 //!
+//! A page that is not as it was captured is kept back like one that cannot be read: the guest waits for it, and somebody is told. While the guest
+//! is still being loaded that is the end of it, for it can be done without then.
+//!
 //! Pages of zeros are sent only if they are asked for: what never came reads as zeros once everything has been sent.
 //!
 //! When this side dies the guest runs until it needs a page that is missing. Another [`lend`] goes on then, over the same socket, if somebody
@@ -25,16 +28,17 @@ mod trail;
 
 pub use trail::Trail;
 
-use crate::restore::{Parts, read_parts};
+use crate::restore::{Parts, Sealed, read_parts};
 use crate::seen::{Seen, Stretch};
 use crate::stream::{Block, Emitter, PAGE, postcopy};
 use crate::{Error, Result};
 use asked::{Asked, Next};
 use image::{Chain, ChainRun, RunKind};
 use rustix::net::sockopt::set_socket_send_buffer_size;
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::Write;
 use std::net::Shutdown;
+use std::ops::Range;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::thread;
@@ -121,22 +125,23 @@ pub fn can_lend(chain: &Chain) -> Result<bool> {
 
 /// Lends a memory disk to a QEMU, until it has everything. Blocks.
 ///
-/// `socket` is read and written; what was sent is recorded in `trail`. `trouble` is told of pages that cannot be read, once each time that is tried (once a second, as long as
-/// QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
+/// `socket` is read and written; what was sent is recorded in `trail`. `trouble` is told of pages that cannot be read or are not as recorded, once
+/// each time that is tried (once a second, as long as QEMU is there): the guest waits for them. `progress` gets the bytes of RAM that need not be looked at any more, of all; it never goes back.
 ///
 /// # Errors
-/// Those of the disk's table before the first byte is sent; [`crate::ErrorKind::Stream`] and [`crate::ErrorKind::Truncated`] if QEMU gives up,
+/// Those of the disk's table before the first byte is sent; [`crate::ErrorKind::Damaged`] for a page that a guest needs while it is being loaded
+/// ([`Pace::OnDemand`]), and that is not as recorded: it can still be given up then; [`crate::ErrorKind::Stream`] and [`crate::ErrorKind::Truncated`] if QEMU gives up,
 /// or if somebody shuts the socket; [`crate::ErrorKind::Damaged`] for what QEMU does not say.
 pub fn lend(
-    chain: &Chain,
+    sealed: &Sealed,
     socket: &UnixStream,
     beginning: Beginning,
     lending: &Lending,
     trail: &Trail,
-    trouble: impl FnMut(&image::Error),
+    trouble: impl FnMut(&Error),
     progress: impl FnMut(u64, u64),
 ) -> Result<Lent> {
-    let parts = read_parts(chain)?;
+    let parts = read_parts(&sealed.chain)?;
     let asked = &*lending.0;
     set_socket_send_buffer_size(socket, SEND_BUFFER)
         .map_err(|error| Error::stream("a socket's buffer", error.into()))?;
@@ -145,7 +150,7 @@ pub fn lend(
         let blocks = &parts.table.blocks;
         let answers = answers.spawn_scoped(scope, move || asked.listen(socket, blocks, trail));
         let answers = answers.map_err(|error| Error::stream("no thread to hear what the guest asks for", error))?;
-        let sent = Lender::new(chain, socket, &parts, asked, trail, trouble, progress).run(beginning);
+        let sent = Lender::new(sealed, socket, &parts, asked, trail, trouble, progress).run(beginning);
         if sent.is_err() {
             // Wakes the other thread; and QEMU, which keeps what it has.
             let _ = socket.shutdown(Shutdown::Both);
@@ -157,7 +162,7 @@ pub fn lend(
 }
 
 struct Lender<'a, T, P> {
-    chain: &'a Chain,
+    sealed: &'a Sealed,
     socket: &'a UnixStream,
     parts: &'a Parts,
     starts: Vec<u64>,
@@ -174,17 +179,17 @@ struct Lender<'a, T, P> {
     /// What is sent before all else, and what was asked for.
     first: VecDeque<Touched>,
     touched: Vec<Touched>,
-    /// What could not be read: a page of a block each.
-    unread: Vec<(usize, u64)>,
+    /// What could not be read, or was not as recorded: a page of a block each.
+    unread: BTreeSet<(usize, u64)>,
     out: Vec<u8>,
     data: Vec<u8>,
     trouble: T,
     progress: P,
 }
 
-impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
+impl<'a, T: FnMut(&Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
     fn new(
-        chain: &'a Chain,
+        sealed: &'a Sealed,
         socket: &'a UnixStream,
         parts: &'a Parts,
         asked: &'a Asked,
@@ -194,7 +199,7 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
     ) -> Self {
         let blocks = &parts.table.blocks;
         Self {
-            chain,
+            sealed,
             socket,
             parts,
             starts: parts.table.layout().blocks,
@@ -207,7 +212,7 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
             at: (0, 0),
             first: VecDeque::new(),
             touched: Vec::new(),
-            unread: Vec::new(),
+            unread: BTreeSet::new(),
             out: Vec::new(),
             data: Vec::new(),
             trouble,
@@ -337,11 +342,13 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
                 continue;
             }
             let Some(run) = self.runs.front().copied() else {
-                self.runs = self.chain.runs(self.starts[block] + at, len - at, RUNS)?.into();
+                self.runs = self.sealed.chain.runs(self.starts[block] + at, len - at, RUNS)?.into();
                 continue;
             };
             let (page, end) = (at / PAGE as u64, (run.offset + run.len - self.starts[block]) / PAGE as u64);
-            if run.kind != RunKind::Data || page == end {
+            // What reads as zeros and is to be something else is looked at, too: who is not sent it takes it for zeros.
+            let page = if run.kind == RunKind::Data { page } else { self.next_data(block, page..end) };
+            if page == end {
                 self.advance(block, end);
                 self.runs.pop_front();
                 continue;
@@ -354,6 +361,13 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
         }
     }
 
+    /// The first of these pages that is to hold something; their end, if none is known to.
+    fn next_data(&self, block: usize, pages: Range<u64>) -> u64 {
+        let [start, end] = [pages.start, pages.end].map(|page| self.starts[block] + page * PAGE as u64);
+        let known = self.sealed.expected.next_data(start..end);
+        known.map_or(pages.end, |at| (at - self.starts[block]) / PAGE as u64)
+    }
+
     fn advance(&mut self, block: usize, page: u64) {
         self.at = (block, page * PAGE as u64);
         let before: u64 = self.parts.table.blocks[..block].iter().map(|block| block.len).sum();
@@ -363,18 +377,36 @@ impl<'a, T: FnMut(&image::Error), P: FnMut(u64, u64)> Lender<'a, T, P> {
     /// Sends those of these pages that were not sent yet; `wanted` even if it is all zeros.
     fn lend_pages(&mut self, block: usize, first: u64, count: u64, wanted: Option<u64>) -> Result<()> {
         self.data.resize(count as usize * PAGE, 0);
-        if let Err(error) = self.chain.read(&mut self.data, self.starts[block] + first * PAGE as u64) {
-            (self.trouble)(&error);
-            self.unread.push((block, wanted.unwrap_or(first)));
+        if let Err(error) = self.sealed.chain.read(&mut self.data, self.starts[block] + first * PAGE as u64) {
+            (self.trouble)(&error.into());
+            self.unread.insert((block, wanted.unwrap_or(first)));
             return Ok(());
         }
         let mut pages: Vec<u64> = (first..first + count).filter(|page| !self.sent.has(block, *page)).collect();
+        self.keep_back(block, first, &mut pages)?;
         if let Some(wanted) = wanted {
             let before = pages.partition_point(|page| *page < wanted);
             pages.rotate_left(before);
         }
         pages.retain(|page| wanted == Some(*page) || *self.page(first, *page) != [0; PAGE]);
         pages.chunks(PIECE).try_for_each(|pages| self.send_pages(block, first, pages))
+    }
+
+    /// Takes those out of `pages` that are not as recorded. Nobody gets them; of several that are kept back one is told of.
+    fn keep_back(&mut self, block: usize, first: u64, pages: &mut Vec<u64>) -> Result<()> {
+        let place = |page: u64| self.starts[block] + page * PAGE as u64;
+        let is_wrong = |page: &mut u64| !self.sealed.expected.allows(place(*page), self.page(first, *page));
+        let wrong: Vec<u64> = pages.extract_if(.., is_wrong).collect();
+        let Some(page) = wrong.first() else { return Ok(()) };
+        let error = self.sealed.not_as_captured(&self.parts.table, place(*page));
+        if self.asked.is_loading() {
+            return Err(error);
+        }
+        if self.unread.is_empty() {
+            (self.trouble)(&error);
+        }
+        self.unread.extend(wrong.into_iter().map(|page| (block, page)));
+        Ok(())
     }
 
     fn send_pages(&mut self, block: usize, first: u64, pages: &[u64]) -> Result<()> {

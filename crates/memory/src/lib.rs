@@ -18,6 +18,9 @@
 //! Rules. A memory disk is written once, by one capture, its table last; afterwards it is sealed. A disk without a table whose
 //! checksum holds is no memory disk. Nothing here knows what a snapshot is, opens a file, or speaks to QEMU other than through
 //! the stream it is handed.
+//!
+//! A capture hands back hashes of the pages that it wrote. Whoever reads the disk again says what is to be there ([`Sealed`]): a page that is
+//! otherwise goes to no guest.
 
 pub mod capture;
 mod format;
@@ -28,9 +31,9 @@ mod spans;
 pub mod stream;
 pub mod table;
 
-pub use capture::{Captured, Counts, NewLayer, Signal, capture};
+pub use capture::{Captured, Counts, Made, NewLayer, Signal, capture};
 pub use lend::{Beginning, Lending, Lent, Pace, Touched, Trail, can_lend, lend};
-pub use restore::{MemoryInfo, inspect, restore};
+pub use restore::{MemoryInfo, Sealed, inspect, restore};
 pub use seen::Stretch;
 
 /// What went wrong, coarsely.

@@ -95,6 +95,14 @@ pub struct Table {
 }
 
 impl Table {
+    /// The page of RAM that lies at `at` on the disk, in this file, is not what it was.
+    pub(crate) fn not_as_captured(&self, at: u64, file: &str) -> Error {
+        let mut blocks = self.blocks.iter().zip(self.layout().blocks);
+        let block = blocks.find(|(block, start)| (*start..start + block.len).contains(&at));
+        let place = block.map_or_else(String::new, |(block, start)| format!(" ({:#x} of {})", at - start, block.name));
+        damaged(&format!("its page at byte {at}{place} is not as it was captured, in {file}"))
+    }
+
     /// Where the regions are.
     pub fn layout(&self) -> Layout {
         Layout::of(&self.blocks)

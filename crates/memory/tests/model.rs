@@ -119,7 +119,7 @@ impl Read for Crumbs<'_> {
 fn restored(disks: &Disks, disk: usize) -> Vec<u8> {
     let mut stream = Vec::new();
     let mut last = 0;
-    let written = memory::restore(&disks.open(disk, Access::Read), &mut stream, |done, total| {
+    let written = memory::restore(&disks.sealed(disk), &mut stream, |done, total| {
         assert!(last <= done && done <= total, "{last}, {done} of {total}");
         last = done;
     });
@@ -183,6 +183,8 @@ proptest! {
             let info = memory::inspect(&disks.open(disk, Access::Read)).unwrap();
             prop_assert_eq!((info.machine, info.blocks), ("pc-test-1.0".to_owned(), guest.blocks()));
             prop_assert_eq!(info.device_state, guest.devices.state.len() as u64);
+            // What was recorded as it was written is what is recorded of what lies there.
+            prop_assert_eq!(disks.record(disk), &disks.record_anew(disk));
         }
     }
 
@@ -256,8 +258,10 @@ fn damage_is_found_before_anything_is_sent() {
         let mut byte = [0];
         chain.read(&mut byte, at).unwrap();
         chain.write(&[byte[0] ^ 0x80], at).unwrap();
+        chain.flush().unwrap();
         let mut stream = Vec::new();
-        let error = memory::restore(&chain, &mut stream, |_, _| {}).unwrap_err();
+        let sealed = disks.open(disk, Access::Read).into();
+        let error = memory::restore(&sealed, &mut stream, |_, _| {}).unwrap_err();
         let expected = if at == 8 { ErrorKind::Unsupported } else { ErrorKind::Damaged };
         assert_eq!((error.kind, stream.len()), (expected, 0), "at {at}: {error}");
         chain.write(&byte, at).unwrap();
@@ -303,8 +307,9 @@ fn a_disk_that_cannot_be_written_ends_the_capture() {
     assert_eq!(error.kind, ErrorKind::Image);
     // A chain that refuses writes, and far more data than the batches hold.
     let new_layer = |new| {
-        disks.create(new, None).close().unwrap();
-        Ok(std::sync::Arc::new(disks.open(0, Access::Read)))
+        let memory::Made { chain, pages } = disks.make(new, None);
+        chain.close().unwrap();
+        Ok(memory::Made { chain: std::sync::Arc::new(disks.open(0, Access::Read)), pages })
     };
     let error = memory::capture(&*stream, None, new_layer, |_| {}).unwrap_err();
     assert_eq!(error.kind, ErrorKind::Image, "{error}");

@@ -8,12 +8,14 @@ use crate::file::{Disk, File, PAGE};
 use crate::mutate::{self, Field, checksum_without};
 use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
+use image::hashes::{Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain};
-use memory::{Captured, NewLayer, capture, inspect, restore};
+use memory::{Captured, Made, NewLayer, capture, inspect, restore};
 use std::io::Write;
 use std::sync::Arc;
 use store::Mode;
+use uuid::Uuid;
 
 pub(super) const TARGET: Target = Target {
     name: "memory",
@@ -50,7 +52,8 @@ fn captured(stream: &[u8], disk: &Arc<Disk>) -> memory::Result<Captured> {
     let new_layer = |new: NewLayer| {
         let options = Options { sector_size: PAGE as u32, ..Options::dynamic(new.size) };
         let layer = vhdx::create(store_of(disk), &options)?;
-        Ok(Arc::new(Chain::new(vec![layer], Access::Write)?))
+        let chain = Arc::new(Chain::new(vec![layer], Access::Write)?);
+        Ok(Made { chain, pages: Pages::new(Uuid::nil(), new.size, Key::new())? })
     };
     capture(stream, None, new_layer, |_| ())
 }
@@ -171,13 +174,16 @@ impl Write for Sink {
     }
 }
 
+fn chain(file: File) -> image::Result<Chain> {
+    Chain::new(vec![image::open(store_of(&disk(file)), None, Mode::Read)?], Access::Read)
+}
+
 /// The stream that a disk restores to.
 fn restored(file: File) -> Result<Vec<u8>, String> {
-    let layer = image::open(store_of(&disk(file)), None, Mode::Read).map_err(|error| words(&error.to_string()))?;
-    let chain = Chain::new(vec![layer], Access::Read).map_err(|error| words(&error.to_string()))?;
+    let chain = chain(file).map_err(|error| words(&error.to_string()))?;
     let info = inspect(&chain).map_err(|error| words(&error.to_string()))?;
     let mut sink = Sink(Vec::new());
-    restore(&chain, &mut sink, |done, all| assert!(done <= all && all == info.ram(), "progress"))
+    restore(&chain.into(), &mut sink, |done, all| assert!(done <= all && all == info.ram(), "progress"))
         .map_err(|error| words(&error.to_string()))?;
     Ok(sink.0)
 }
@@ -189,6 +195,10 @@ fn run(input: &Input) -> String {
     if let Ok(first) = &result {
         first.chain.close().expect("nothing fails here");
         let again = restored(new.file()).expect("what was captured is restored");
+        let chain = chain(new.file()).expect("what was captured is opened");
+        let recorded = first.pages.clone().whole(None);
+        let compared = recorded.compare(&chain, &mut |_| true, &mut |found| panic!("not as recorded: {found:?}"));
+        assert!(compared.expect("it fits"), "what was captured is recorded");
         let second = captured(&again, &disk(File::default())).expect("what was restored is captured");
         let data = |captured: &Captured| (captured.ram, captured.machine.clone(), captured.counts.stored);
         assert_eq!(data(first), data(&second), "what was restored is what was captured");

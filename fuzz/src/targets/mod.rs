@@ -8,6 +8,7 @@ mod handshake;
 mod hashes;
 mod memory;
 mod nbd;
+mod pages;
 mod probe;
 mod qmp;
 mod shape;
@@ -35,6 +36,7 @@ pub const ALL: &[Target] = &[
     undo::TARGET,
     carry::TARGET,
     hashes::TARGET,
+    pages::TARGET,
     probe::TARGET,
     stream::TARGET,
     memory::TARGET,

@@ -34,7 +34,36 @@ pub(super) struct Head {
 }
 const _: () = assert!(HEAD == 128);
 
-/// A block that is not all zeros.
+/// What a record of a memory's pages begins with.
+pub(super) const PAGES_MAGIC: [u8; 8] = *b"TENBYPAG";
+/// Its version.
+pub(super) const PAGES_VERSION: u32 = 1;
+
+/// The head of a record of a memory's pages; `count` entries follow it at once, and nothing else.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub(super) struct PagesHead {
+    pub(super) magic: [u8; 8],
+    pub(super) version: U32,
+    /// Bytes in a page: 4 KiB.
+    pub(super) page: U32,
+    /// BLAKE3 of the head, with this field zero, and all entries: the first half.
+    pub(super) checksum: [u8; 16],
+    /// The layer's id.
+    pub(super) layer: [u8; 16],
+    /// That of the layer below, zeros for none.
+    pub(super) below: [u8; 16],
+    /// The disk's size in bytes.
+    pub(super) size: U64,
+    pub(super) count: U64,
+    pub(super) key: [u8; 32],
+    /// 1 if all that the layer holds over the one below is recorded.
+    pub(super) whole: U32,
+    pub(super) reserved: [u8; 12],
+}
+const _: () = assert!(size_of::<PagesHead>() == HEAD);
+
+/// A block that is not all zeros; or a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(super) struct Entry {

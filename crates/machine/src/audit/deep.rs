@@ -9,11 +9,12 @@ use crate::files::Files;
 use crate::records::{Opened, Recorded, sealed};
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerKind, LayerRow, Machine};
-use image::hashes::{self, Difference, Hashed};
-use image::{Access, Chain};
+use image::hashes::{self, Difference, Hashed, Pages, Record};
+use image::{Access, Chain, Layer};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How often it is begun again because the tree changed.
 const TRIES: usize = 20;
@@ -150,6 +151,9 @@ impl<'a> Comparison<'a> {
 
     /// How much has to be read of a layer, as far as that can be said.
     fn to_read(&self, row: &LayerRow) -> u64 {
+        if row.kind == LayerKind::Memory {
+            return self.files.pages(row.id).record().map_or(0, |pages| pages.to_read());
+        }
         let Some(record) = self.files.record(row.id).record() else { return 0 };
         let below =
             row.parent.and_then(|id| self.files.record(id).record()).filter(|below| below.key() == record.key());
@@ -158,35 +162,87 @@ impl<'a> Comparison<'a> {
     }
 
     fn look_at(&mut self, row: &LayerRow, progress: &mut dyn FnMut(u64, u64) -> bool) -> Result<Outcome, Problem> {
-        let record = match self.files.record(row.id) {
-            Recorded::Record(record) => record,
-            Recorded::Nothing => return Ok(Outcome::Left(self.unhashed(row, "nothing is recorded of it yet"))),
+        match row.kind {
+            LayerKind::Disk => match self.recorded(row, self.files.record(row.id)) {
+                Ok(record) => self.look_at_disk(row, &record, progress),
+                Err(note) => Ok(Outcome::Left(note)),
+            },
+            LayerKind::Memory => match self.recorded(row, self.files.pages(row.id)) {
+                Ok(pages) => self.look_at_memory(row, &pages, progress),
+                Err(note) => Ok(Outcome::Left(note)),
+            },
+        }
+    }
+
+    fn recorded<R>(&self, row: &LayerRow, recorded: Recorded<R>) -> Result<R, Finding> {
+        match recorded {
+            Recorded::Record(record) => Ok(record),
+            Recorded::Nothing => Err(self.unhashed(row, "nothing is recorded of it yet")),
             Recorded::Damaged(why) => {
                 let what = format!("its record of hashes is damaged ({why}) and is made anew");
-                return Ok(Outcome::Left(self.unhashed(row, &what)));
+                Err(self.unhashed(row, &what))
             }
-        };
-        if self.looked.machine.chain(row.id).iter().any(|id| self.merged.contains(id)) {
-            return Ok(Outcome::Left(self.unread(row, "it, or what it stands on, is being merged")));
         }
-        let layers = match self.opened.chain(row.id) {
+    }
+
+    /// Opens a layer with what it stands on, base first.
+    fn open(&mut self, row: &LayerRow) -> Result<Vec<Arc<dyn Layer>>, Finding> {
+        if self.looked.machine.chain(row.id).iter().any(|id| self.merged.contains(id)) {
+            return Err(self.unread(row, "it, or what it stands on, is being merged"));
+        }
+        // What is wrong the audit says.
+        self.opened.chain(row.id).map_err(|problem| self.unread(row, &problem.message))
+    }
+
+    fn look_at_memory(
+        &mut self,
+        row: &LayerRow,
+        pages: &Pages,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Outcome, Problem> {
+        let layers = match self.open(row) {
             Ok(layers) => layers,
-            // What is wrong the audit says.
-            Err(problem) => return Ok(Outcome::Left(self.unread(row, &problem.message))),
+            Err(note) => return Ok(Outcome::Left(note)),
+        };
+        let chain = Chain::new(layers, Access::Read)?;
+        let mut differences = Vec::new();
+        let whole = pages.compare(&chain, &mut self.told(progress), &mut |found| differences.push(found))?;
+        if !whole {
+            return Err(cancelled());
+        }
+        let is_whole = pages.is_whole(row.parent.map(|id| id.0));
+        let note = (!is_whole).then(|| self.unhashed(row, "not all of its pages are recorded yet"));
+        Ok(Outcome::Read { done: chain.size(), differences, note })
+    }
+
+    /// Counts what is read, and tells of it.
+    fn told(&mut self, progress: &mut dyn FnMut(u64, u64) -> bool) -> impl FnMut(u64) -> bool {
+        let (bytes, total) = (&mut self.state.bytes, self.total);
+        move |read| {
+            *bytes += read;
+            progress(*bytes, total.max(*bytes))
+        }
+    }
+
+    fn look_at_disk(
+        &mut self,
+        row: &LayerRow,
+        record: &Record,
+        progress: &mut dyn FnMut(u64, u64) -> bool,
+    ) -> Result<Outcome, Problem> {
+        let layers = match self.open(row) {
+            Ok(layers) => layers,
+            Err(note) => return Ok(Outcome::Left(note)),
         };
         let below = row.parent.filter(|id| self.state.done.get(id).is_some_and(|done| *done > 0));
         let below = below.and_then(|id| self.files.record(id).record());
         let mut differences = Vec::new();
-        let (bytes, total) = (&mut self.state.bytes, self.total);
         let mut open = || Ok::<_, Problem>(layers.clone());
         let hashed =
             Hashed { layer: &**layers.last().expect("a chain has a top"), below: below.as_ref(), open: &mut open };
-        let mut told = |read| {
-            *bytes += read;
-            progress(*bytes, total.max(*bytes))
-        };
-        if !hashes::compare(&record, hashed, &mut told, &mut |found| differences.push(found))? {
-            return Err(Problem::new(ProblemKind::Cancelled, "the check was cancelled; nothing was changed"));
+        let whole = hashes::compare(record, hashed, &mut self.told(progress), &mut |found| differences.push(found))?;
+        if !whole {
+            return Err(cancelled());
         }
         let note = (!record.is_complete()).then(|| {
             let what = format!("only its first {} of {} bytes are recorded so far", record.done(), record.size());
@@ -263,6 +319,10 @@ impl<'a> Comparison<'a> {
             repair: "ask again when the machine is off and nothing is merged".to_owned(),
         }
     }
+}
+
+fn cancelled() -> Problem {
+    Problem::new(ProblemKind::Cancelled, "the check was cancelled; nothing was changed")
 }
 
 impl State {

@@ -129,7 +129,7 @@ impl Owner {
             return Err(Problem::refused(format!("{} is still being written", snapshot.name)));
         }
         if *present == Present::IfUnchanged && views::changed(machine, &self.keeper.files) {
-            return Err(self.would_lose(machine, snapshot));
+            return Err(self.would_lose(machine, snapshot, memory));
         }
         let was_running = machine.now.state == State::Running;
         let live = matches!(machine.now.state, State::Running | State::Paused);
@@ -224,7 +224,7 @@ impl Owner {
     }
 
     /// The refusal of an apply that would lose something, saying what.
-    fn would_lose(&self, machine: &Machine, target: &Snapshot) -> Problem {
+    fn would_lose(&self, machine: &Machine, target: &Snapshot, memory: bool) -> Problem {
         let name = &machine.name;
         let now = &machine.now;
         let what = match now.parent.and_then(|id| machine.snapshots.get(&id)) {
@@ -233,7 +233,8 @@ impl Owner {
         };
         let alone = machine.snapshots.values().filter(|other| other.name == target.name).count() == 1;
         let target_word = if alone { quoted(&target.name) } else { machine.short_id(target.id) };
-        let shell = format!("tenby snapshot apply {} {target_word}", quoted(name));
+        let memory = if memory { "" } else { " --no-memory" };
+        let shell = format!("tenby snapshot apply {} {target_word}{memory}", quoted(name));
         Problem::refused(format!("{what}; applying {} would lose that", shorten(&target.name)))
             .hint(format!("{shell} --keep      (or --discard)"))
     }

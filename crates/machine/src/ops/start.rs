@@ -7,7 +7,8 @@ use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
 use crate::log;
 use crate::plan::quoted;
-use crate::ram::Pieces;
+use crate::ram::{Pieces, of_memory};
+use crate::records::downwards;
 use crate::request::Problem;
 use crate::root::Root;
 use crate::tree::{LayerId, Machine, State};
@@ -70,7 +71,9 @@ impl Owner {
 
     fn open_memory(&self, machine: &Machine, layer: LayerId) -> Result<Memory, Problem> {
         let layers = self.keeper.files.open_chain(machine, layer)?;
-        Ok(Memory { layer, layers, touched: self.habits.of(layer) })
+        let (files, chain) = (self.keeper.files.clone(), downwards(machine, layer));
+        let expected = tokio::task::spawn_blocking(move || files.expected(&chain));
+        Ok(Memory { layer, layers, expected, touched: self.habits.of(layer) })
     }
 
     /// This QEMU is the machine's from now on.
@@ -201,7 +204,11 @@ impl Owner {
     pub(crate) async fn remember(&mut self, happening: lent::Happening) {
         match happening {
             lent::Happening::Trouble(problem) => {
-                let alert = format!("a part of the guest's memory cannot be read, and it waits for it: {problem}");
+                let layer = self.live.as_ref().and_then(|live| live.lent().map(Lent::layer));
+                let alert = waits(&match layer {
+                    Some(layer) => of_memory(problem, &self.machine().machine, layer),
+                    None => problem,
+                });
                 if self.shared.moment().alert.as_ref() != Some(&alert) {
                     log::write(&self.keeper.files, None, &alert);
                     self.shared.set_moment(|moment| moment.alert = Some(alert));
@@ -337,4 +344,10 @@ fn new_picture(run_dir: &Path) -> store::Result<Arc<dyn Store>> {
         Err(error) if error.kind != ErrorKind::NotFound => Err(error),
         _ => folder.create(PICTURE),
     }
+}
+
+/// What a person is told of memory that does not come.
+fn waits(Problem { message, hint, .. }: &Problem) -> String {
+    let hint = hint.as_ref().map_or_else(String::new, |hint| format!("; without it: {hint}"));
+    format!("a part of the guest's memory cannot be read, and it waits for it: {message}{hint}")
 }

@@ -4,8 +4,10 @@ use crate::world::PAGES;
 use image::{Access, Chain, Layer, RunKind, gate};
 use machine::files::Files;
 use machine::ledger::State as Rows;
+use machine::records::downwards;
 use machine::request::JobState;
 use machine::tree::{DiskId, JobId, LayerId, Snapshot, SnapshotId};
+use memory::Sealed;
 use memory::stream::{Event, PAGE, Parser};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -108,7 +110,11 @@ impl<'a> Held<'a> {
     }
 
     fn memory(&self, leaf: LayerId) -> Versions {
-        self.read(leaf, || pages(&self.chain(leaf)?).map_err(|e| format!("memory: {e}")))
+        let read = || {
+            let expected = self.files.expected(&downwards(&self.rows.machine, leaf));
+            pages(&Sealed { chain: self.chain(leaf)?, expected })
+        };
+        self.read(leaf, || read().map_err(|e| format!("memory: {e}")))
     }
 
     fn read(&self, leaf: LayerId, read: impl FnOnce() -> Result<Vec<u32>, String>) -> Versions {
@@ -229,9 +235,9 @@ fn check_memory(held: &Held<'_>, layer: Option<LayerId>, expected: Option<&[u32]
 }
 
 /// The version of each page of a memory.
-fn pages(chain: &Chain) -> Result<Vec<u32>, String> {
+fn pages(memory: &Sealed) -> Result<Vec<u32>, String> {
     let mut stream = Vec::new();
-    memory::restore(chain, &mut stream, |_, _| {}).map_err(|e| e.to_string())?;
+    memory::restore(memory, &mut stream, |_, _| {}).map_err(|e| e.to_string())?;
     let (mut parser, mut rest, mut pages) = (Parser::new(), stream.as_slice(), vec![0; PAGES]);
     while let Some(event) = parser.next(&mut rest).map_err(|e| e.to_string())? {
         if let Event::Page { offset, data, .. } = event {

@@ -44,12 +44,12 @@ const CLOSED: &str = "a log is emptied of what was durable before, but for notes
 /// Steps of requests of which the first must be durable before the second: to swap them has to be noticed.
 const ORDERED: &[(&str, &str)] = &[
     // The journal knows the files before they are there; they are there, whole, before a row names them.
-    ("snapshot: keeper journal, ledger", "snapshot: files sync_names, disks"),
+    ("snapshot: keeper journal", "snapshot: files sync_names, disks"),
     ("snapshot: ops/snapshot make_leaf, a layer", "snapshot: book commit, ledger"),
     ("snapshot: files sync_names, disks", "snapshot: book commit, ledger"),
     ("snapshot: ram capture, a layer", "snapshot: keeper settle, ledger"),
     ("snapshot: ram capture, memory", "snapshot: keeper settle, ledger"),
-    ("apply: keeper journal, ledger", "apply: files sync_names, disks"),
+    ("apply: keeper journal", "apply: files sync_names, disks"),
     ("apply: ops/snapshot make_leaf, a layer", "apply: keeper settle, ledger"),
     ("apply: files sync_names, disks", "apply: keeper settle, ledger"),
     ("apply: ram capture, a layer", "apply: keeper settle, ledger"),

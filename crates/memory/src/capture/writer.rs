@@ -6,6 +6,7 @@ use crate::Result;
 use crate::spans::{Span, spans};
 use crate::stream::PAGE;
 use image::Chain;
+use image::hashes::Pages;
 use std::sync::mpsc::{Receiver, Sender};
 
 /// What is to be done with a page.
@@ -38,18 +39,37 @@ fn is_zero(page: &[u8]) -> bool {
 /// The writing end of a capture.
 pub(super) struct Writer<'a> {
     chain: &'a Chain,
+    /// What is written.
+    pages: Pages,
     counts: Counts,
     /// What lies beneath a run; used again and again.
     beneath: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(chain: &'a Chain) -> Self {
-        Self { chain, counts: Counts::default(), beneath: Vec::new() }
+    pub(super) fn new(chain: &'a Chain, pages: Pages) -> Self {
+        Self { chain, pages, counts: Counts::default(), beneath: Vec::new() }
+    }
+
+    /// What became of the pages.
+    pub(super) fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// What was recorded.
+    pub(super) fn end(self) -> Pages {
+        self.pages
+    }
+
+    /// Writes whole pages.
+    pub(super) fn write(&mut self, pages: &[u8], at: u64) -> Result<()> {
+        self.chain.write(pages, at)?;
+        self.pages.set(at, pages);
+        Ok(())
     }
 
     /// Writes what arrives until the other end is dropped.
-    pub(super) fn run(mut self, full: &Receiver<Batch>, empty: &Sender<Batch>) -> Result<Counts> {
+    pub(super) fn run(mut self, full: &Receiver<Batch>, empty: &Sender<Batch>) -> Result<Self> {
         let mut below = Vec::new();
         for mut batch in full {
             batch.each_run(|at, len, data| self.run_of_pages(at, len, data, &mut below))?;
@@ -57,7 +77,7 @@ impl<'a> Writer<'a> {
             // The other end may have stopped already; then nobody needs the batch.
             let _ = empty.send(batch);
         }
-        Ok(self.counts)
+        Ok(self)
     }
 
     /// Makes `[at, at + len)` read as `data`, or as zeros.
@@ -104,11 +124,12 @@ impl<'a> Writer<'a> {
     fn carry_out(&mut self, fate: Fate, at: u64, len: u64, data: Option<&[u8]>) -> Result<()> {
         let count = match fate {
             Fate::Store => {
-                self.chain.write(data.expect("only data is stored"), at)?;
+                self.write(data.expect("only data is stored"), at)?;
                 &mut self.counts.stored
             }
             Fate::Zero => {
                 self.chain.zero(at, len)?;
+                self.pages.set_zeros(at, len);
                 &mut self.counts.zeroed
             }
             Fate::Same => &mut self.counts.same,

@@ -73,6 +73,11 @@ impl Asked {
         state.rests_until = state.rests_until.max(Some(until));
     }
 
+    /// Whether the guest does not run yet.
+    pub(super) fn is_loading(&self) -> bool {
+        self.state().pace == Pace::OnDemand
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

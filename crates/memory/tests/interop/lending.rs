@@ -5,7 +5,7 @@ use crate::qemu::{PAGES, Qemu};
 use crate::support::Disks;
 use image::{Access, Chain};
 use memory::stream::PAGE;
-use memory::{Beginning, ErrorKind, Lending, Lent, Pace, Touched, Trail};
+use memory::{Beginning, ErrorKind, Lending, Lent, Pace, Sealed, Touched, Trail};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -21,12 +21,12 @@ struct Source {
 }
 
 impl Source {
-    fn begin(chain: Chain, socket: UnixStream, beginning: Beginning) -> Self {
+    fn begin(sealed: Sealed, socket: UnixStream, beginning: Beginning) -> Self {
         let lending = Lending::default();
         let (ours, kept) = (lending.clone(), socket.try_clone().unwrap());
         let trail = Trail::new(Sim::new().root().create("trail").unwrap()).unwrap();
         let ended =
-            spawn(move || memory::lend(&chain, &socket, beginning, &ours, &trail, |e| panic!("{e}"), |_, _| {}));
+            spawn(move || memory::lend(&sealed, &socket, beginning, &ours, &trail, |e| panic!("{e}"), |_, _| {}));
         Self { lending, socket: kept, ended }
     }
 
@@ -46,15 +46,15 @@ fn captured(emulator: &Path, machine: &str) -> Disks {
 }
 
 /// A machine whose devices are loaded; it stands still, and has the pages that it asked for.
-fn loaded(emulator: &Path, machine: &str, chain: Chain) -> (Qemu, Source) {
-    loaded_with(emulator, machine, chain, Vec::new())
+fn loaded(emulator: &Path, machine: &str, sealed: Sealed) -> (Qemu, Source) {
+    loaded_with(emulator, machine, sealed, Vec::new())
 }
 
-fn loaded_with(emulator: &Path, machine: &str, chain: Chain, touched: Vec<Touched>) -> (Qemu, Source) {
+fn loaded_with(emulator: &Path, machine: &str, sealed: Sealed, touched: Vec<Touched>) -> (Qemu, Source) {
     let mut qemu = Qemu::start_incoming(emulator, machine, LARGE);
     qemu.capability("postcopy-ram");
     let socket = qemu.incoming();
-    let source = Source::begin(chain, socket, Beginning::Anew(touched));
+    let source = Source::begin(sealed, socket, Beginning::Anew(touched));
     while qemu.status() == "inmigrate" {}
     (qemu, source)
 }
@@ -71,7 +71,7 @@ fn same_memory(qemu: &mut Qemu, chain: &Chain) {
 fn a_machine_runs_before_its_memory_is_complete() {
     for (emulator, machine) in machines() {
         let mut disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.sealed(0));
         assert_eq!(qemu.status(), "paused", "{machine}");
         // Nothing but what it asks for: enough to run.
         qemu.run_until_it_speaks();
@@ -92,7 +92,7 @@ fn a_machine_runs_before_its_memory_is_complete() {
         // What it had to ask for it has at once the next time.
         assert!(!touched.is_empty(), "{machine}");
         let before = touched.len();
-        let (mut qemu, source) = loaded_with(&emulator, machine, disks.open(0, Access::Read), touched);
+        let (mut qemu, source) = loaded_with(&emulator, machine, disks.sealed(0), touched);
         qemu.run_until_it_speaks();
         source.lending.pace(Pace::Full);
         let touched = source.end().unwrap().touched;
@@ -104,7 +104,7 @@ fn a_machine_runs_before_its_memory_is_complete() {
 fn a_machine_that_stands_still_gets_all_of_its_memory() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.sealed(0));
         // While others go first it has nothing but what it asks for, until somebody waits for the rest.
         source.lending.rest(Duration::from_secs(3600));
         source.lending.pace(Pace::Gentle);
@@ -122,12 +122,12 @@ fn a_machine_that_stands_still_gets_all_of_its_memory() {
 fn another_source_goes_on() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (mut qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
+        let (mut qemu, source) = loaded(&emulator, machine, disks.sealed(0));
         source.socket.shutdown(Shutdown::Both).unwrap();
         assert_eq!(source.end().unwrap_err().kind, ErrorKind::Truncated);
         qemu.migration_is("postcopy-paused");
         let socket = qemu.recovering();
-        let source = Source::begin(disks.open(0, Access::Read), socket, Beginning::Recovered);
+        let source = Source::begin(disks.sealed(0), socket, Beginning::Recovered);
         qemu.run_until_it_speaks();
         assert!(!source.ended.is_finished(), "{machine}");
         source.lending.pace(Pace::Full);
@@ -142,7 +142,7 @@ fn another_source_goes_on() {
 fn a_machine_that_ends_takes_no_more() {
     for (emulator, machine) in machines() {
         let disks = captured(&emulator, machine);
-        let (qemu, source) = loaded(&emulator, machine, disks.open(0, Access::Read));
+        let (qemu, source) = loaded(&emulator, machine, disks.sealed(0));
         drop(qemu);
         source.lending.pace(Pace::Full);
         let kind = source.end().unwrap_err().kind;

@@ -3,12 +3,13 @@
 mod lending;
 mod qemu;
 mod recorded;
+#[expect(dead_code, reason = "each test uses a part of the disks")]
 #[path = "../support/mod.rs"]
 mod support;
 
 use image::{Access, Chain};
 use memory::stream::PAGE;
-use memory::{ErrorKind, Signal};
+use memory::{ErrorKind, Sealed, Signal};
 use qemu::{Guest, LARGE, PAGES, Qemu, SMALL, emulator};
 use std::io::Read;
 use std::net::Shutdown;
@@ -47,10 +48,10 @@ fn background_snapshot(qemu: &mut Qemu, disks: &mut Disks, parent: Option<usize>
 }
 
 /// Starts a machine from a memory disk; it stands still.
-fn restored(emulator: &Path, machine: &str, guest: Guest, chain: &Chain) -> Qemu {
+fn restored(emulator: &Path, machine: &str, guest: Guest, sealed: &Sealed) -> Qemu {
     let mut qemu = Qemu::start_incoming(emulator, machine, guest);
     let stream = qemu.incoming();
-    memory::restore(chain, stream, |_, _| {}).unwrap();
+    memory::restore(sealed, stream, |_, _| {}).unwrap();
     assert_eq!(qemu.migration_end(), "completed");
     assert_eq!(qemu.status(), "paused");
     qemu
@@ -78,7 +79,7 @@ fn a_running_machine_comes_back() {
         drop(qemu);
 
         // The new QEMU has what the disk has, in every block, and goes on from there.
-        let mut qemu = restored(&emulator, machine, LARGE, &disks.open(second, Access::Read));
+        let mut qemu = restored(&emulator, machine, LARGE, &disks.sealed(second));
         let at_rest = qemu.memory(LARGE.pages_at.into(), PAGES * PAGE as u64);
         assert_eq!(at_rest, memory_of(&disks.open(second, Access::Read), LARGE.pages_at.into(), PAGES * PAGE as u64));
         qemu.capability("background-snapshot");
@@ -101,7 +102,7 @@ fn a_plain_migration_of_a_stopped_machine_comes_back() {
         assert_eq!(qemu.migration_end(), "completed");
         assert_eq!(captured.machine, machine);
         check_firmware_pages(&disks.open(disk, Access::Read), SMALL);
-        let mut qemu = restored(&emulator, machine, SMALL, &disks.open(disk, Access::Read));
+        let mut qemu = restored(&emulator, machine, SMALL, &disks.sealed(disk));
         assert_eq!(qemu.memory(SMALL.counter(), 4), counter);
         qemu.run_until_it_speaks();
     }
@@ -117,7 +118,7 @@ fn memory_outlives_an_upgrade_of_qemu() {
     qemu.run_until_it_speaks();
     let (disk, _) = background_snapshot(&mut qemu, &mut disks, None);
     drop(qemu);
-    let mut qemu = restored(&new, "pc-q35-7.2", SMALL, &disks.open(disk, Access::Read));
+    let mut qemu = restored(&new, "pc-q35-7.2", SMALL, &disks.sealed(disk));
     assert_eq!(qemu.memory(SMALL.counter(), 4), memory_of(&disks.open(disk, Access::Read), SMALL.counter(), 4));
     qemu.run_until_it_speaks();
 }

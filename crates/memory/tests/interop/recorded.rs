@@ -5,7 +5,6 @@
 
 use crate::qemu::{PAGES, Qemu, SMALL, emulator};
 use crate::support::Disks;
-use image::Access;
 use memory::stream::{DeviceState, Event, PAGE, Parser};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -86,7 +85,7 @@ fn recorded_streams_come_back_from_a_disk() {
         let before = told(&stream, stream.len());
         assert_eq!(captured.counts.stored, before.pages.len() as u64);
         let mut again = Vec::new();
-        memory::restore(&disks.open(disk, Access::Read), &mut again, |_, _| {}).unwrap();
+        memory::restore(&disks.sealed(disk), &mut again, |_, _| {}).unwrap();
         assert_eq!(told(&again, again.len()), before);
         let (_, captured) = disks.capture(&*again, Some(disk), |_| {}).unwrap();
         assert_eq!((captured.counts.stored, captured.counts.zeroed), (0, 0));

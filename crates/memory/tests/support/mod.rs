@@ -1,20 +1,25 @@
 //! Memory disks in a temporary folder.
 
+use image::hashes::{Expected, Key, Pages};
 use image::vhdx::{self, Options};
 use image::{Access, Chain, Kind, Layer};
 use memory::stream::PAGE;
-use memory::{Captured, NewLayer, Signal};
+use memory::{Captured, Made, NewLayer, Sealed, Signal};
 use std::io::Read;
 use std::sync::Arc;
 use store::host::HostFolder;
 use store::{Folder, Mode};
 use tempfile::TempDir;
+use uuid::Uuid;
 
 /// A folder of memory disks `0`, `1`, …, each over the one before or over none.
 pub(crate) struct Disks {
     folder: HostFolder,
     /// Each disk's layers by name, base first.
     chains: Vec<Vec<String>>,
+    /// What was recorded of each that was captured.
+    records: Vec<Pages>,
+    key: Key,
     _temporary: TempDir,
 }
 
@@ -22,7 +27,7 @@ impl Disks {
     pub(crate) fn new() -> Self {
         let temporary = TempDir::new().unwrap();
         let folder = HostFolder::open(temporary.path()).unwrap();
-        Self { folder, chains: Vec::new(), _temporary: temporary }
+        Self { folder, chains: Vec::new(), records: Vec::new(), key: Key::new(), _temporary: temporary }
     }
 
     /// The layers of a disk; the topmost may be opened for writing.
@@ -57,6 +62,12 @@ impl Disks {
         Arc::new(Chain::new(layers, Access::Write).unwrap())
     }
 
+    /// A new disk, and an empty record of it.
+    pub(crate) fn make(&mut self, new: NewLayer, parent: Option<usize>) -> Made {
+        let pages = Pages::new(id(self.chains.len()), new.size, self.key).unwrap();
+        Made { chain: self.create(new, parent), pages }
+    }
+
     /// Captures a stream into a new disk over `parent`, closes it, and says which it is.
     pub(crate) fn capture(
         &mut self,
@@ -65,13 +76,49 @@ impl Disks {
         signal: impl FnMut(Signal),
     ) -> memory::Result<(usize, Captured)> {
         let chain = parent.map(|parent| self.open(parent, Access::Read));
-        let captured = memory::capture(stream, chain.as_ref(), |new| Ok(self.create(new, parent)), signal)?;
+        let captured = memory::capture(stream, chain.as_ref(), |new| Ok(self.make(new, parent)), signal)?;
         captured.chain.close().unwrap();
-        Ok((self.chains.len() - 1, captured))
+        let disk = self.chains.len() - 1;
+        self.records.push(captured.pages.clone().whole(self.below(disk).map(id)));
+        Ok((disk, captured))
+    }
+
+    /// A disk, with what was recorded of it.
+    pub(crate) fn sealed(&self, disk: usize) -> Sealed {
+        let (mut expected, mut next) = (Expected::default(), Some(disk));
+        while let Some(disk) = next {
+            next = self.below(disk);
+            expected.add(self.records[disk].clone(), next.map(id));
+        }
+        Sealed { chain: self.open(disk, Access::Read), expected }
+    }
+
+    /// What was recorded of a disk.
+    pub(crate) fn record(&self, disk: usize) -> &Pages {
+        &self.records[disk]
+    }
+
+    /// The same, as it is made of what the disk holds.
+    pub(crate) fn record_anew(&self, disk: usize) -> Pages {
+        let chain = self.open(disk, Access::Read);
+        let mut pages = Pages::new(id(disk), chain.size(), self.key).unwrap();
+        assert!(pages.complete(&chain, self.below(disk).map(id), &mut |_| true).unwrap());
+        pages
+    }
+
+    /// What a disk stands on.
+    fn below(&self, disk: usize) -> Option<usize> {
+        let names = &self.chains[disk];
+        names.len().checked_sub(2).map(|below| names[below].parse().unwrap())
     }
 
     /// Bytes that the disk's own layer occupies.
     pub(crate) fn allocated(&self, disk: usize) -> u64 {
         self.folder.open(self.chains[disk].last().unwrap(), Mode::Read).unwrap().allocated().unwrap()
     }
+}
+
+/// What a disk is known by.
+fn id(disk: usize) -> Uuid {
+    Uuid::from_u128(disk as u128 + 1)
 }
