@@ -212,6 +212,14 @@ impl Lab {
         self.create_guest_on(name, ["new:64M", "new:64M"]);
     }
 
+    /// The same with so much RAM.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn create_guest_with(&self, name: &str, memory: &str) {
+        self.create(name, ["new:64M", "new:64M"], &["--memory", memory]);
+    }
+
     /// The same with these two disks.
     ///
     /// # Panics
