@@ -15,11 +15,12 @@ use crate::files::{Files, image_problem};
 use crate::firmware;
 use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
+use crate::needs;
 use crate::ram::Pieces;
 use crate::request::{Problem, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, LayerId, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, LayerId, Machine, NetMode, Now, Run, TakenOn};
 use export::Export;
 use image::Layer;
 use memory::{Beginning, Stretch, Touched};
@@ -58,6 +59,22 @@ pub(crate) struct Memory {
     pub(crate) layers: Vec<Arc<dyn Layer>>,
     /// What its guest asked for first when it was lent before.
     pub(crate) touched: Vec<Touched>,
+    /// On what its guest ran.
+    pub(crate) taken_on: Option<TakenOn>,
+    /// What a person can type to do without it.
+    pub(crate) without: String,
+}
+
+impl Memory {
+    /// Whether its guest can run before all of it has arrived.
+    fn is_lendable(&self) -> bool {
+        qemu::userfaultfd().is_ok() && crate::ram::can_lend(&self.layers)
+    }
+
+    /// RAM of the host that loading it takes at once, for a guest with so much, bytes.
+    pub(crate) fn takes(&self, ram: u64) -> u64 {
+        if self.is_lendable() { 0 } else { ram }
+    }
 }
 
 /// What happens to a machine that runs.
@@ -111,7 +128,7 @@ impl Live {
         let run_dir = new_run_dir(machine)?;
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
         let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
-        let launched = launch(&keeper.files, machine, installed, &run_dir, memory.is_some());
+        let launched = launch(&keeper.files, machine, installed, &run_dir, memory.as_ref());
         let qemu = match launched {
             Ok(launch) => Qemu::start(&launch).await.map_err(|e| qemu_problem(&machine.name, &e)),
             Err(problem) => Err(problem),
@@ -127,13 +144,20 @@ impl Live {
         };
         let mut live = Self::of(qemu, served, None, run_dir);
         let Some(memory) = memory else { return Ok(live) };
+        let (writer, without) = (memory.taken_on.clone(), memory.without.clone());
         match restore(&live.qemu, memory, &machine.name, &live.run_dir, &keeper.steps).await {
             Ok(lent) => {
                 live.lent = lent;
                 Ok(live)
             }
-            Err(problem) => {
+            Err(mut problem) => {
                 live.end().await?;
+                let here = &installed.version;
+                if let Some(TakenOn { qemu, .. }) = writer.filter(|writer| writer.qemu != *here) {
+                    let what = problem.message;
+                    problem.message = format!("{what}; its memory was written by QEMU {qemu}, and this is {here}");
+                }
+                problem.hint.get_or_insert(without);
                 Err(problem)
             }
         }
@@ -198,7 +222,7 @@ impl Live {
     pub(crate) fn run(&self) -> Run {
         let Identity { pid, started } = self.qemu.identity();
         let dir = self.run_dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Run { pid, started, since: jiff::Timestamp::now(), dir }
+        Run { pid, started, since: jiff::Timestamp::now(), dir, clock: None }
     }
 
     /// Where its console and its screen are.
@@ -291,6 +315,13 @@ impl Live {
         Ok(())
     }
 
+    /// On what its guest runs; nothing, if QEMU does not say.
+    pub(crate) async fn taken_on(&self, now: &Now) -> Option<TakenOn> {
+        let kvm = self.qemu.qmp().runs_by_kvm().await;
+        let kvm = kvm.inspect_err(|error| tracing::warn!("on what the guest runs is not known: {error}")).ok()?;
+        Some(needs::taken_on(now, &self.qemu.qmp().version(), kvm))
+    }
+
     /// The folder of its sockets.
     pub(crate) fn run_dir(&self) -> &Path {
         &self.run_dir
@@ -335,8 +366,9 @@ async fn restore(
     run_dir: &Path,
     steps: &Arc<Steps>,
 ) -> Result<Option<Lent>, Problem> {
-    let Memory { layer, layers, touched } = memory;
-    if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
+    let lendable = memory.is_lendable();
+    let Memory { layer, layers, touched, .. } = memory;
+    if !lendable {
         return restore_whole(qemu, layers, name).await.map(|()| None);
     }
     let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
@@ -382,13 +414,15 @@ pub(crate) fn pin(config: &mut Config, installed: &Installed) -> Result<(), Prob
         config.machine_type = Some(installed.newest_machine_type().map_err(|e| failed(&e))?.to_owned());
     }
     if config.cpu_model.is_none() {
-        config.cpu_model = Some(qemu::cpu_model(accel(config)?).to_owned());
+        config.cpu_model = Some(qemu::cpu_model(accel(config, None)?).to_owned());
     }
     Ok(())
 }
 
-fn accel(config: &Config) -> Result<qemu::Accel, Problem> {
-    match config.accel {
+/// How its processor is to run: as it did when the memory was taken that it goes on from.
+fn accel(config: &Config, memory: Option<&Memory>) -> Result<qemu::Accel, Problem> {
+    let before = memory.and_then(|memory| needs::accel(config, memory.taken_on.as_ref()));
+    match before.unwrap_or(config.accel) {
         Accel::Tcg => Ok(qemu::Accel::Tcg),
         Accel::Auto => Ok(qemu::best_accel()),
         Accel::Kvm => match qemu::kvm() {
@@ -403,21 +437,24 @@ fn launch(
     machine: &Machine,
     installed: &Installed,
     run_dir: &Path,
-    incoming: bool,
+    memory: Option<&Memory>,
 ) -> Result<Launch, Problem> {
     let config = &machine.now.config;
+    let accel = accel(config, memory)?;
     let borrowed = config.borrowed.as_ref();
     let mac = borrowed.map_or(&config.net.mac, |borrowed| &borrowed.mac);
     let machine_type = config.machine_type.clone().ok_or_else(|| Problem::failed("no machine type was chosen"))?;
     installed.check_machine_type(&machine_type).map_err(|e| {
-        Problem::refused(e.to_string()).hint("TENBY_QEMU=/path/to/another/qemu-system-x86_64 tenby vm start …")
+        let start = format!("tenby vm start {}", crate::plan::quoted(&machine.name));
+        Problem::refused(format!("{}: {e}", machine.name))
+            .hint(format!("{}=/path/to/another/qemu-system-x86_64 {start}", qemu::BINARY_VARIABLE))
     })?;
     let boot_file = |name: &String| files.path().join("boot").join(name);
     Ok(Launch {
         binary: installed.binary.clone(),
         machine_type,
-        accel: accel(config)?,
-        cpu_model: config.cpu_model.clone().unwrap_or_else(|| qemu::cpu_model(qemu::Accel::Tcg).to_owned()),
+        accel,
+        cpu_model: needs::cpu_model(config, accel).to_owned(),
         memory: config.memory,
         cpus: config.cpus,
         name: machine.name.clone(),
@@ -441,7 +478,7 @@ fn launch(
             append: kernel.append.clone(),
         }),
         nic: (config.net.mode == NetMode::User).then(|| qemu::Nic { mac: mac.clone(), isolated: borrowed.is_some() }),
-        incoming,
+        incoming: memory.is_some(),
         sandbox: true,
     })
 }

@@ -17,6 +17,7 @@
 
 mod console;
 mod error;
+mod host;
 mod hugepages;
 mod launch;
 mod migrate;
@@ -27,6 +28,7 @@ pub mod qmp;
 
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
+pub use host::{available_ram, processor_features};
 pub use hugepages::{Collapse, HUGE_PAGE, collapses, has_ram_to_spare};
 pub use launch::{
     Accel, Boot, Bus, Disk, Kernel, Launch, Nbd, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,
