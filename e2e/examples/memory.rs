@@ -1,7 +1,7 @@
 //! For `cargo xtask bench memory`: what a guest notices of its snapshots and applies, with Tenby or with QEMU's own. Prints JSON.
 //!
 //! `memory tenby MIB` and `memory qemu MIB`: a guest of so many MiB, of which it fills the half; `memory hundred MIB`: one snapshot of it applied a
-//! hundred times; `memory clones MIB`: 25 machines that go on from one.
+//! hundred times; `memory busy MIB`: snapshots of one that keeps changing its RAM; `memory clones MIB`: 25 machines that go on from one.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 const SNAPSHOTS: usize = 10;
 /// How often one is applied.
 const APPLIES: usize = 5;
+/// Snapshots of a guest that changes so many pages a second, within so many MiB.
+const BUSY: usize = 40;
+const DIRTY: &str = "dirty 64 2000";
 /// Clones that are started together.
 const CLONES: usize = 25;
 /// The guest does what it likes in between.
@@ -23,13 +26,14 @@ const BETWEEN: Duration = Duration::from_secs(2);
 
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu|hundred|clones MIB") };
+    let [peer, mib] = &words[..] else { bail!("memory tenby|qemu|hundred|busy|clones MIB") };
     let told = match peer.as_str() {
         "tenby" => tenby(mib)?,
         "qemu" => qemu(mib)?,
         "hundred" => hundred(mib)?,
+        "busy" => busy(mib)?,
         "clones" => clones(mib)?,
-        other => bail!("{other}: tenby, qemu, hundred or clones"),
+        other => bail!("{other}: tenby, qemu, hundred, busy or clones"),
     };
     println!("{told}");
     Ok(())
@@ -86,6 +90,31 @@ fn hundred(mib: &str) -> Result<Value> {
     let told = json!({ "applied_s": applied, "descriptors": held, "worker_mib": memory()? });
     lab.ok(&["vm", "stop", "big", "--turn-off"]);
     Ok(told)
+}
+
+/// Snapshots of a guest that keeps changing its RAM: its pauses, and how long it was without a tick of its own clock, beside as long a time
+/// without a snapshot.
+fn busy(mib: &str) -> Result<Value> {
+    let (lab, mut witness) = big(mib)?;
+    witness.ask(DIRTY);
+    let mut gap = || -> Result<f64> { Ok(witness.ask("gap")["gap_us"].as_f64().context("gap_us")? / 1e3) };
+    let (mut pauses, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0..BUSY {
+        std::thread::sleep(BETWEEN);
+        let name = number.to_string();
+        gap()?;
+        let start = Instant::now();
+        lab.ok(&["snapshot", "create", "big", &name]);
+        with.push(gap()?);
+        let took = start.elapsed();
+        pauses.push(lab.json(&["snapshot", "show", "big", &name])["pause_ms"].clone());
+        std::thread::sleep(BETWEEN);
+        gap()?;
+        std::thread::sleep(took);
+        without.push(gap()?);
+    }
+    lab.ok(&["vm", "stop", "big", "--turn-off"]);
+    Ok(json!({ "pauses_ms": pauses, "gaps_ms": with, "idle_gaps_ms": without }))
 }
 
 /// Linked clones that go on from one memory, started together: when each has answered, and what they cost the host.

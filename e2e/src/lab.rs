@@ -61,6 +61,8 @@ pub struct Lab {
     qemu: Option<PathBuf>,
     /// It does without what takes privileges.
     ordinary: bool,
+    /// RAM that its host has to spare, bytes; what it really has, if nothing is said.
+    ram: Option<u64>,
 }
 
 impl Lab {
@@ -71,7 +73,7 @@ impl Lab {
     pub fn empty() -> Self {
         // Sockets are found below it, and their paths have to be short.
         let folder = tempfile::Builder::new().prefix("te-").tempdir_in("/tmp").expect("there is room for a folder");
-        Self { folder, qemu: None, ordinary: false }
+        Self { folder, qemu: None, ordinary: false, ram: None }
     }
 
     /// The same lab with another QEMU.
@@ -85,6 +87,13 @@ impl Lab {
     #[must_use]
     pub fn for_ordinary_users(mut self) -> Self {
         self.ordinary = true;
+        self
+    }
+
+    /// The same lab on a host with so much RAM to spare, bytes.
+    #[must_use]
+    pub fn with_spare_ram(mut self, bytes: u64) -> Self {
+        self.ram = Some(bytes);
         self
     }
 
@@ -146,6 +155,9 @@ impl Lab {
         }
         if self.ordinary {
             command.env("TENBY_NO_USERFAULTFD", "1");
+        }
+        if let Some(ram) = self.ram {
+            command.env("TENBY_AVAILABLE_RAM", ram.to_string());
         }
         command
     }
@@ -210,6 +222,14 @@ impl Lab {
     /// If it cannot be made.
     pub fn create_guest(&self, name: &str) {
         self.create_guest_on(name, ["new:64M", "new:64M"]);
+    }
+
+    /// The same with so much RAM.
+    ///
+    /// # Panics
+    /// If it cannot be made.
+    pub fn create_guest_with(&self, name: &str, memory: &str) {
+        self.create(name, ["new:64M", "new:64M"], &["--memory", memory]);
     }
 
     /// The same with these two disks.

@@ -98,6 +98,7 @@ impl Files {
             parent,
             created: jiff::Timestamp::now(),
             folded: None,
+            taken_on: None,
         }
     }
 

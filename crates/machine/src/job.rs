@@ -153,6 +153,7 @@ impl Jobs {
             bytes_total: 0,
             eta: None,
             reason: None,
+            warnings: Vec::new(),
             error: None,
             result: None,
             started: Timestamp::now(),
@@ -313,6 +314,11 @@ impl Task {
     /// It waits, for this.
     pub fn waiting(&self, reason: &str) {
         self.jobs.change(self.id, |job| (job.state, job.reason) = (JobState::Waiting, Some(reason.to_owned())));
+    }
+
+    /// Its user should know this before it goes on.
+    pub fn warn(&self, warning: &str) {
+        self.jobs.change(self.id, |job| job.warnings.push(warning.to_owned()));
     }
 
     /// Waits as long as its user wants, now that so many bytes are done; no longer if it is to stop. Blocks.

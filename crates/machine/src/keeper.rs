@@ -103,8 +103,18 @@ impl Keeper {
         result: &serde_json::Value,
         change: impl FnOnce(&mut Machine),
     ) -> Result<(), Problem> {
+        self.settle_as(task, &Ok(result.clone()), change)
+    }
+
+    /// The same for a request with something left to do: `outcome` is what it has come to if this worker dies before that.
+    pub fn settle_as(
+        &self,
+        task: &Task,
+        outcome: &Result<serde_json::Value, Problem>,
+        change: impl FnOnce(&mut Machine),
+    ) -> Result<(), Problem> {
         let mut job = task.job().ok_or_else(|| Problem::failed("the job is gone"))?;
-        end(&mut job, &Ok(result.clone()));
+        end(&mut job, outcome);
         self.book.commit(|rows| {
             change(&mut rows.machine);
             rows.remove_journal(job.id);

@@ -16,6 +16,7 @@
 //!   linked    a machine from another one's snapshot, whose files it shares
 //!   rescue    the rows made again from that, when the ledger is lost
 //!   records   how sealed layers read                               hashing making the records, in the background
+//!   needs     what a memory needs that is not here: pure
 //!   root      the folder of all machines                           views  the rows as users see them
 //!   firmware  UEFI, as this host has it, and as a machine keeps it
 //! ```
@@ -46,6 +47,7 @@ pub mod linked;
 mod live;
 pub mod log;
 pub mod mark;
+mod needs;
 pub mod ops;
 pub mod plan;
 pub mod ram;

@@ -15,12 +15,13 @@ use crate::files::{Files, image_problem};
 use crate::firmware;
 use crate::keeper::Keeper;
 use crate::lent::{self, Lent};
+use crate::needs;
 use crate::ram::{Pieces, of_memory};
 use crate::records::downwards;
 use crate::request::{Problem, ProblemKind, Sockets};
 use crate::root::Root;
 use crate::steps::Steps;
-use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, Kernel, LayerId, Machine, NetMode, Run};
+use crate::tree::{Accel, Boot, Bus, Config, DiskId, Firmware, Kernel, LayerId, Machine, NetMode, Now, Run, TakenOn};
 use export::Export;
 use image::hashes::Expected;
 use image::{Access, Chain, Layer};
@@ -67,6 +68,22 @@ pub(crate) struct Memory {
     pub(crate) expected: JoinHandle<Expected>,
     /// What its guest asked for first when it was lent before.
     pub(crate) touched: Vec<Touched>,
+    /// On what its guest ran.
+    pub(crate) taken_on: Option<TakenOn>,
+    /// What a person can type to do without it.
+    pub(crate) without: String,
+}
+
+impl Memory {
+    /// Whether its guest can run before all of it has arrived.
+    fn is_lendable(&self) -> bool {
+        qemu::userfaultfd().is_ok() && crate::ram::can_lend(&self.layers)
+    }
+
+    /// RAM of the host that loading it takes at once, for a guest with so much, bytes.
+    pub(crate) fn takes(&self, ram: u64) -> u64 {
+        if self.is_lendable() { 0 } else { ram }
+    }
 }
 
 /// What happens to a machine that runs.
@@ -123,7 +140,7 @@ impl Live {
         let run_dir = new_run_dir(machine, rights)?;
         let (k, m, dir) = (keeper.clone(), machine.clone(), run_dir.clone());
         let served = blocking(move || Served::begin(&k, &m, &dir)).await?;
-        let launched = launch(&keeper.files, machine, installed, rights, &run_dir, memory.is_some());
+        let launched = launch(&keeper.files, machine, installed, rights, &run_dir, memory.as_ref());
         let qemu = match launched {
             Ok(launch) => Qemu::start(&launch).await.map_err(|e| qemu_problem(&machine.name, &e)),
             Err(problem) => Err(problem),
@@ -139,7 +156,7 @@ impl Live {
         };
         let mut live = Self::of(qemu, served, None, run_dir);
         let Some(memory) = memory else { return Ok(live) };
-        let layer = memory.layer;
+        let (layer, writer, without) = (memory.layer, memory.taken_on.clone(), memory.without.clone());
         match restore(&live.qemu, memory, &machine.name, &live.run_dir, &keeper.steps).await {
             Ok(lent) => {
                 live.lent = lent;
@@ -147,7 +164,16 @@ impl Live {
             }
             Err(problem) => {
                 live.end().await?;
-                Err(of_memory(problem, machine, layer))
+                let mut problem = of_memory(problem, machine, layer);
+                let here = &installed.version;
+                if let Some(TakenOn { qemu, .. }) =
+                    writer.filter(|writer| problem.kind != ProblemKind::Damaged && writer.qemu != *here)
+                {
+                    let what = problem.message;
+                    problem.message = format!("{what}; its memory was written by QEMU {qemu}, and this is {here}");
+                }
+                problem.hint.get_or_insert(without);
+                Err(problem)
             }
         }
     }
@@ -211,7 +237,7 @@ impl Live {
     pub(crate) fn run(&self) -> Run {
         let Identity { pid, started } = self.qemu.identity();
         let dir = self.run_dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Run { pid, started, since: jiff::Timestamp::now(), dir }
+        Run { pid, started, since: jiff::Timestamp::now(), dir, clock: None }
     }
 
     /// Where its console and its screen are.
@@ -303,6 +329,13 @@ impl Live {
         Ok(())
     }
 
+    /// On what its guest runs; nothing, if QEMU does not say.
+    pub(crate) async fn taken_on(&self, now: &Now) -> Option<TakenOn> {
+        let kvm = self.qemu.qmp().runs_by_kvm().await;
+        let kvm = kvm.inspect_err(|error| tracing::warn!("on what the guest runs is not known: {error}")).ok()?;
+        Some(needs::taken_on(now, &self.qemu.qmp().version(), kvm))
+    }
+
     /// The folder of its sockets.
     pub(crate) fn run_dir(&self) -> &Path {
         &self.run_dir
@@ -347,10 +380,11 @@ async fn restore(
     run_dir: &Path,
     steps: &Arc<Steps>,
 ) -> Result<Option<Lent>, Problem> {
-    let Memory { layer, layers, expected, touched } = memory;
+    let lendable = memory.is_lendable();
+    let Memory { layer, layers, expected, touched, .. } = memory;
     // Whatever becomes of that, it can be done without.
     let expected = expected.await.unwrap_or_default();
-    if qemu.restores_lazily().is_err() || !crate::ram::can_lend(&layers) {
+    if !lendable {
         return restore_whole(qemu, layers, expected, name).await.map(|()| None);
     }
     let mut restore = qemu.restore(RestoreMode::Lazy).await.map_err(|e| qemu_problem(name, &e))?;
@@ -415,7 +449,7 @@ pub(crate) fn pin(config: &mut Config, installed: &Installed) -> Result<(), Prob
         config.machine_type = Some(installed.newest_machine_type().map_err(|e| failed(&e))?.to_owned());
     }
     if config.cpu_model.is_none() {
-        config.cpu_model = Some(qemu::cpu_model(accel(config)?).to_owned());
+        config.cpu_model = Some(qemu::cpu_model(accel(config, None)?).to_owned());
     }
     Ok(())
 }
@@ -434,8 +468,10 @@ async fn rights(machine: &Machine, installed: &Installed) -> Rights {
     }
 }
 
-fn accel(config: &Config) -> Result<qemu::Accel, Problem> {
-    match config.accel {
+/// How its processor is to run: as it did when the memory was taken that it goes on from.
+fn accel(config: &Config, memory: Option<&Memory>) -> Result<qemu::Accel, Problem> {
+    let before = memory.and_then(|memory| needs::accel(config, memory.taken_on.as_ref()));
+    match before.unwrap_or(config.accel) {
         Accel::Tcg => Ok(qemu::Accel::Tcg),
         Accel::Auto => Ok(qemu::best_accel()),
         Accel::Kvm => match qemu::kvm() {
@@ -451,14 +487,17 @@ fn launch(
     installed: &Installed,
     rights: Rights,
     run_dir: &Path,
-    incoming: bool,
+    memory: Option<&Memory>,
 ) -> Result<Launch, Problem> {
     let config = &machine.now.config;
+    let accel = accel(config, memory)?;
     let borrowed = config.borrowed.as_ref();
     let mac = borrowed.map_or(&config.net.mac, |borrowed| &borrowed.mac);
     let machine_type = config.machine_type.clone().ok_or_else(|| Problem::failed("no machine type was chosen"))?;
     installed.check_machine_type(&machine_type).map_err(|e| {
-        Problem::refused(e.to_string()).hint("TENBY_QEMU=/path/to/another/qemu-system-x86_64 tenby vm start …")
+        let start = format!("tenby vm start {}", crate::plan::quoted(&machine.name));
+        Problem::refused(format!("{}: {e}", machine.name))
+            .hint(format!("{}=/path/to/another/qemu-system-x86_64 {start}", qemu::BINARY_VARIABLE))
     })?;
     let boot_file = |name: &String| files.path().join("boot").join(name);
     if matches!(rights, Rights::User(..)) {
@@ -473,8 +512,8 @@ fn launch(
     Ok(Launch {
         binary: installed.binary.clone(),
         machine_type,
-        accel: accel(config)?,
-        cpu_model: config.cpu_model.clone().unwrap_or_else(|| qemu::cpu_model(qemu::Accel::Tcg).to_owned()),
+        accel,
+        cpu_model: needs::cpu_model(config, accel).to_owned(),
         memory: config.memory,
         cpus: config.cpus,
         name: machine.name.clone(),
@@ -498,7 +537,7 @@ fn launch(
             append: kernel.append.clone(),
         }),
         nic: (config.net.mode == NetMode::User).then(|| qemu::Nic { mac: mac.clone(), isolated: borrowed.is_some() }),
-        incoming,
+        incoming: memory.is_some(),
         sandbox: true,
         rights,
         low_ports: ports(config)?.iter().any(|port| port.host < FIRST_FREE_PORT),

@@ -12,7 +12,7 @@
 
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{
-    Config, DiskId, Firmware, LayerId, LayerRow, Machine, Run, Snapshot, SnapshotId, SnapshotState, State, Stats,
+    Clock, Config, DiskId, Firmware, LayerId, LayerRow, Machine, Run, Snapshot, SnapshotId, SnapshotState, State, Stats,
 };
 use jiff::{Timestamp, tz::TimeZone};
 use std::collections::{BTreeMap, BTreeSet};
@@ -187,7 +187,8 @@ impl Machine {
 
     /// The machine has come up, in `run`; its RAM is what `memory` holds, if that was loaded. What is still on its way into it is for the caller
     /// to note ([`crate::tree::Now::restoring`]).
-    pub fn start(&mut self, state: State, memory: Option<LayerId>, run: Run) {
+    pub fn start(&mut self, state: State, memory: Option<LayerId>, mut run: Run) {
+        run.clock = memory.and_then(|layer| self.clock_of(layer, run.since));
         let now = &mut self.now;
         now.state = state;
         now.memory = None;
@@ -195,6 +196,17 @@ impl Machine {
         now.restoring = None;
         now.run = Some(run);
         now.touched = true;
+    }
+
+    /// How the clock goes of a guest that goes on from a memory at some time.
+    fn clock_of(&self, layer: LayerId, since: Timestamp) -> Option<Clock> {
+        let taken_on = self.layers.get(&layer)?.taken_on.as_ref()?;
+        // The host's own clock may have been set back.
+        let asleep = u64::try_from(since.duration_since(taken_on.at).as_millis()).unwrap_or(0);
+        let applied =
+            self.now.parent.and_then(|id| self.snapshots.get(&id)).filter(|snapshot| snapshot.memory == Some(layer));
+        let snapshot = applied.map(|snapshot| snapshot.name.clone());
+        Some(Clock { behind_ms: taken_on.behind_ms.saturating_add(asleep), since, snapshot })
     }
 
     /// The machine is off.

@@ -97,8 +97,8 @@ impl Owner {
             log::write(&self.keeper.files, None, "a new worker has taken over the running machine");
             self.go_live(live);
         } else {
-            let words = "its QEMU is gone; the disks are as after a power cut";
-            self.off(words, Some(words.to_owned())).await;
+            let words = format!("its QEMU is gone{}; the disks are as after a power cut", self.memory_lost());
+            self.off(&words, Some(words.clone())).await;
         }
         Ok(())
     }

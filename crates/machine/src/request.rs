@@ -285,6 +285,9 @@ pub struct Job {
     /// Why it waits, while `waiting`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// What its user should know before it goes on, in the order in which it was said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
     /// How it failed.
     pub error: Option<Problem>,
     /// What it brought: `{"snapshot": id}` and the like; and `"said"`, a line for people.
@@ -451,6 +454,9 @@ pub struct View {
     pub worker: Option<i32>,
     /// QEMU's process id.
     pub qemu: Option<i32>,
+    /// How its guest's clock goes, if it goes on from a memory and has not come up anew since.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<crate::tree::Clock>,
     /// When it was made.
     pub created: Timestamp,
     /// Bytes of its files that other machines have, too: they are there once for all of them.

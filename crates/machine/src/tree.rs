@@ -15,7 +15,7 @@ use crate::trash::Trash;
 use image::merge::Mark;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use uuid::Uuid;
 
@@ -358,6 +358,20 @@ pub struct Run {
     pub since: Timestamp,
     /// The folder of its sockets, below the machine's runtime folder.
     pub dir: String,
+    /// How its guest's clock went, if it goes on from a memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Clock>,
+}
+
+/// A guest that goes on from a memory takes it for the moment at which that was taken, until it is told the time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock {
+    /// How far its clock is behind the host's, milliseconds.
+    pub behind_ms: u64,
+    /// Since when.
+    pub since: Timestamp,
+    /// The name of the snapshot that was applied; none, if it was saved.
+    pub snapshot: Option<String>,
 }
 
 /// A snapshot: a row that names layers and holds the whole configuration.
@@ -447,6 +461,26 @@ pub struct LayerRow {
     /// How far what stands on it was folded into it, if that was cut off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub folded: Option<Mark>,
+    /// Of a memory: on what its guest ran.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub taken_on: Option<TakenOn>,
+}
+
+/// On what a guest ran when its memory was taken: it goes on only where there is as much. And when that was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenOn {
+    /// QEMU's version: `10.0.2`.
+    pub qemu: String,
+    /// What its processor ran by; never [`Accel::Auto`].
+    pub accel: Accel,
+    /// What the host's processors could do, if the guest had them as they were (the model `host`); else nothing.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub features: BTreeSet<String>,
+    /// When.
+    pub at: Timestamp,
+    /// How far the guest's clock was behind then, milliseconds.
+    #[serde(default)]
+    pub behind_ms: u64,
 }
 
 /// The image formats that a layer can have.

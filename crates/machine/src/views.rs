@@ -48,6 +48,7 @@ pub fn view(machine: &Machine, files: &Files, live: &Live) -> View {
         sockets: live.sockets.clone(),
         worker: live.worker,
         qemu: live.qemu,
+        clock: machine.now.run.as_ref().and_then(|run| run.clock.clone()),
         created: machine.created,
         shared: files.shared_bytes(machine),
         isolated: is_isolated(config),

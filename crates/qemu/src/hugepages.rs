@@ -147,10 +147,7 @@ pub fn collapses() -> Result<()> {
 
 /// Whether the host could give away twice so many bytes of RAM, and something besides.
 pub fn has_ram_to_spare(bytes: u64) -> bool {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let available = line.and_then(|line| line.trim().trim_end_matches(" kB").parse::<u64>().ok()).unwrap_or(0) << 10;
-    available > 2 * bytes + RESERVE
+    crate::host::available_ram().is_some_and(|available| available > 2 * bytes + RESERVE)
 }
 
 fn advise(process: &OwnedFd, address: u64) -> std::result::Result<(), Errno> {

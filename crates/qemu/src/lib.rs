@@ -18,6 +18,7 @@
 mod confine;
 mod console;
 mod error;
+mod host;
 mod hugepages;
 mod launch;
 mod migrate;
@@ -30,6 +31,7 @@ mod untraced;
 pub use confine::{Confined, PRIVILEGED_VARIABLE, Rights, Tracking, User, hand_over, prepare, privileged, separates};
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};
+pub use host::{available_ram, processor_features};
 pub use hugepages::{Collapse, HUGE_PAGE, collapses, has_ram_to_spare};
 pub use launch::{
     Accel, Boot, Bus, Disk, Kernel, Launch, Nbd, Nic, PID_FILE, Publish, QMP_SOCKET, RECONNECT_DELAY, SERIAL_PIPE,

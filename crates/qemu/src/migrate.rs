@@ -211,14 +211,6 @@ impl Qemu {
         Ok(())
     }
 
-    /// Whether memory can be restored while the guest runs already ([`RestoreMode::Lazy`]).
-    ///
-    /// # Errors
-    /// [`Error::Unsupported`] with the reason: the host does not let QEMU track memory.
-    pub fn restores_lazily(&self) -> Result<()> {
-        crate::probe::userfaultfd().map_err(Error::Unsupported)
-    }
-
     /// Begins to restore memory into a process launched with [`crate::Launch::incoming`]. Give [`Restore::writer`] to a thread at once.
     ///
     /// # Errors

@@ -176,6 +176,8 @@ impl<'a> Asking<'a> {
     }
 
     fn heard(&mut self, job: Job) {
+        let said = self.last.as_ref().map_or(0, |last| last.warnings.len());
+        job.warnings.iter().skip(said).for_each(|warning| self.session.out.note(warning));
         self.progress.job(&job);
         self.last = Some(job);
     }

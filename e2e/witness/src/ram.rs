@@ -10,10 +10,30 @@ use crate::pattern::{Hash, Pattern};
 const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// A run of memory filled with the pattern of a seed.
+/// A run of memory, each MiB of it filled with the pattern of a seed.
 struct Filled {
-    seed: u64,
+    seeds: Vec<u64>,
     bytes: Vec<u8>,
+}
+
+impl Filled {
+    /// The first byte that is not as it was filled.
+    fn first_difference(&self) -> Option<u64> {
+        let pieces = (0..).step_by(MIB).zip(self.bytes.chunks(MIB)).zip(&self.seeds);
+        pieces.into_iter().find_map(|((at, bytes), seed)| Pattern::new(*seed).first_difference(at, bytes))
+    }
+}
+
+/// What is filled.
+pub(crate) struct Sum {
+    /// Its length.
+    pub(crate) mib: usize,
+    /// The seeds of its MiBs, each where another begins.
+    pub(crate) seeds: Vec<u64>,
+    /// Of all of it.
+    pub(crate) hash: u64,
+    /// The first byte that is no longer as it was filled.
+    pub(crate) wrong_at: Option<u64>,
 }
 
 /// What the witness holds in RAM on request.
@@ -32,7 +52,17 @@ impl Ram {
         *filled = None;
         let mut bytes = vec![0; mib * MIB];
         Pattern::new(seed).fill(0, &mut bytes);
-        *filled = Some(Filled { seed, bytes });
+        *filled = Some(Filled { seeds: vec![seed; mib], bytes });
+    }
+
+    /// Fills `mib` MiB from the MiB `at` on of what is filled with the pattern of another seed, where it lies. `None` if so much is not filled.
+    pub(crate) fn refill(&self, at: usize, mib: usize, seed: u64) -> Option<()> {
+        let mut filled = lock(&self.filled);
+        let Filled { seeds, bytes } = filled.as_mut()?;
+        let end = at.checked_add(mib)?;
+        seeds.get_mut(at..end)?.fill(seed);
+        Pattern::new(seed).fill((at * MIB) as u64, bytes.get_mut(at * MIB..end * MIB)?);
+        Some(())
     }
 
     /// Gives the filled memory back.
@@ -40,11 +70,14 @@ impl Ram {
         *lock(&self.filled) = None;
     }
 
-    /// Size in MiB, seed and hash of what is filled, and the first byte that is no longer as it was filled.
-    pub(crate) fn sum(&self) -> Option<(usize, u64, u64, Option<u64>)> {
+    /// What is filled, looked at.
+    pub(crate) fn sum(&self) -> Option<Sum> {
         let filled = lock(&self.filled);
-        let Filled { seed, bytes } = filled.as_ref()?;
-        Some((bytes.len() / MIB, *seed, Hash::of(bytes), Pattern::new(*seed).first_difference(0, bytes)))
+        let filled = filled.as_ref()?;
+        let mut seeds = filled.seeds.clone();
+        seeds.dedup();
+        let wrong_at = filled.first_difference();
+        Some(Sum { mib: filled.seeds.len(), seeds, hash: Hash::of(&filled.bytes), wrong_at })
     }
 
     /// Remembers `value` under `key`, in RAM only.

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::disk::Disk;
 use crate::journal::{Journal, Nonce};
 use crate::pattern::{Hash, mix};
-use crate::ram::{Ram, lock};
+use crate::ram::{Ram, Sum, lock};
 
 /// Between two ticks of the counter, and between two steps of the journal unless told otherwise.
 const TICK: Duration = Duration::from_millis(20);
@@ -25,9 +25,10 @@ check                           whether RAM and disks agree
 set KEY VALUE | get KEY         a note, in RAM only
 write DEV OFFSET TEXT           a text onto a disk (vda, vdb), flushed
 read DEV OFFSET [LEN]           and back
-fill-ram MIB SEED | sum-ram | drop-ram
+fill-ram MIB SEED | refill-ram AT MIB SEED (a part of it, from MiB AT on) | sum-ram | drop-ram
 fill-disk DEV OFFSET MIB SEED | pour-disk (the same, not flushed) | sum-disk DEV OFFSET MIB [SEED] | zero DEV OFFSET MIB
 dirty MIB PAGES_PER_SECOND      keep changing RAM (0 0 ends it)
+gap                             the longest between two ticks since this was asked last
 journal run | pause | step N | pace MS
 sh COMMAND                      run a shell command
 poweroff | reboot | panic
@@ -41,6 +42,8 @@ pub(crate) struct Witness {
     nonce: Nonce,
     woke: Instant,
     ticks: AtomicU64,
+    /// The longest time between two ticks, microseconds, since somebody asked for it.
+    gap_us: AtomicU64,
     pub(crate) ram: Ram,
     journal: Mutex<Journal>,
     /// Why the journal no longer runs, if a disk refused a write.
@@ -61,6 +64,7 @@ impl Witness {
             nonce,
             woke: Instant::now(),
             ticks: AtomicU64::new(0),
+            gap_us: AtomicU64::new(0),
             ram: Ram::default(),
             journal: Mutex::new(Journal::open(disks, nonce, mix(nonce[0]))),
             failure: Mutex::new(None),
@@ -79,9 +83,13 @@ impl Witness {
     pub(crate) fn start_threads(self: &Arc<Self>) {
         let ticking = Arc::clone(self);
         std::thread::spawn(move || {
+            let mut last = Instant::now();
             loop {
                 ticking.ticks.fetch_add(1, Ordering::Relaxed);
                 std::thread::sleep(TICK);
+                let gap = last.elapsed();
+                last += gap;
+                ticking.gap_us.fetch_max(gap.as_micros() as u64, Ordering::Relaxed);
             }
         });
         let writing = Arc::clone(self);
@@ -140,7 +148,10 @@ impl Witness {
             "poweroff" => Ok(self.end(RebootCommand::PowerOff)),
             "reboot" => Ok(self.end(RebootCommand::Restart)),
             "panic" => failed(std::fs::write("/proc/sysrq-trigger", "c")).map(|()| json!({})),
-            "set" | "get" | "fill-ram" | "sum-ram" | "drop-ram" | "dirty" => self.obey_about_ram(verb, rest),
+            "gap" => Ok(json!({ "gap_us": self.gap_us.swap(0, Ordering::Relaxed) })),
+            "set" | "get" | "fill-ram" | "refill-ram" | "sum-ram" | "drop-ram" | "dirty" => {
+                self.obey_about_ram(verb, rest)
+            }
             "write" | "read" | "fill-disk" | "pour-disk" | "sum-disk" | "zero" => obey_about_disk(verb, rest),
             _ => Err(format!("what is `{verb}`? Try `help`")),
         }
@@ -177,7 +188,7 @@ impl Witness {
         let mut problems = journal.check();
         problems.extend(journal.found.problems.iter().map(|problem| format!("at boot: {problem}")));
         problems.extend(lock(&self.failure).iter().map(|error| format!("a write failed: {error}")));
-        if let Some((_, _, _, Some(wrong))) = self.ram.sum() {
+        if let Some(wrong) = self.ram.sum().and_then(|sum| sum.wrong_at) {
             problems.push(format!("the filled RAM has changed at {wrong}"));
         }
         json!({ "ok": problems.is_empty(), "nonce": hex(self.nonce), "flushed": journal.flushed(), "problems": problems })
@@ -213,11 +224,16 @@ impl Witness {
                 }
                 self.ram.fill(mib as usize, number(second)?);
             }
+            "refill-ram" => {
+                let (mib, seed) = split(second);
+                let (at, mib) = (number(first)? as usize, number(mib)? as usize);
+                self.ram.refill(at, mib, number(seed)?).ok_or("so much RAM has not been filled: fill-ram MIB SEED")?;
+            }
             _ => {
-                let (mib, seed, hash, wrong) = self.ram.sum().ok_or("no RAM has been filled: fill-ram MIB SEED")?;
-                return Ok(
-                    json!({ "mib": mib, "seed": seed, "sum": format!("{hash:016x}"), "ok": wrong.is_none(), "wrong_at": wrong }),
-                );
+                let Sum { mib, seeds, hash, wrong_at } =
+                    self.ram.sum().ok_or("no RAM has been filled: fill-ram MIB SEED")?;
+                let (sum, ok) = (format!("{hash:016x}"), wrong_at.is_none());
+                return Ok(json!({ "mib": mib, "seeds": seeds, "sum": sum, "ok": ok, "wrong_at": wrong_at }));
             }
         }
         Ok(json!({}))
@@ -328,8 +344,23 @@ mod tests {
         assert!(witness.answer("sum-ram")["error"].is_string());
         assert_eq!(witness.answer("fill-ram 2 77"), json!({}));
         let sum = witness.answer("sum-ram");
-        assert_eq!((&sum["ok"], &sum["mib"], &sum["seed"]), (&json!(true), &json!(2), &json!(77)));
+        assert_eq!((&sum["ok"], &sum["mib"], &sum["seeds"]), (&json!(true), &json!(2), &json!([77])));
         assert_eq!(witness.answer("check")["ok"], true);
+    }
+
+    #[test]
+    fn a_part_of_it_is_filled_anew() {
+        let witness = Witness::without_disks();
+        assert!(witness.answer("refill-ram 0 1 5")["error"].is_string());
+        witness.answer("fill-ram 4 77");
+        let before = witness.answer("sum-ram");
+        assert_eq!(witness.answer("refill-ram 1 2 5"), json!({}));
+        let sum = witness.answer("sum-ram");
+        assert_eq!((&sum["ok"], &sum["mib"], &sum["seeds"]), (&json!(true), &json!(4), &json!([77, 5, 77])));
+        assert_ne!(sum["sum"], before["sum"]);
+        assert!(witness.answer("refill-ram 3 2 5")["error"].is_string());
+        assert_eq!(witness.answer("refill-ram 1 2 77"), json!({}));
+        assert_eq!(witness.answer("sum-ram"), before);
     }
 
     #[test]
@@ -342,6 +373,7 @@ mod tests {
             "read",
             "write vda",
             "fill-ram 99999999 1",
+            "refill-ram 0 99999999999 1",
             "read ../etc/passwd 0",
             "journal step x",
             "zero nodisk 0 1",

@@ -40,6 +40,7 @@ pub(super) fn run() -> Result<Vec<Report>> {
         promises: vec![Promise::TimesAtMost("2048 MiB", 1.25, "512 MiB")],
     });
     reports.extend(hundred(&measure("hundred", SIZES[0])?)?);
+    reports.extend(busy(&measure("busy", SIZES[0])?)?);
     reports.extend(clones(&measure("clones", CLONE)?)?);
     Ok(reports)
 }
@@ -69,11 +70,42 @@ fn clones(told: &Value) -> Result<Vec<Report>> {
     ])
 }
 
+/// Snapshots of a guest that changes 2,000 pages a second.
+fn busy(told: &Value) -> Result<Vec<Report>> {
+    let (pauses, with, without) =
+        (numbers(told, "pauses_ms")?, numbers(told, "gaps_ms")?, numbers(told, "idle_gaps_ms")?);
+    let slow = |all: &[f64]| ninety_fifth(all.to_vec());
+    let more = slow(&with) - slow(&without);
+    let row = |name: &str, samples| Row { name: name.into(), samples };
+    Ok(vec![
+        Report {
+            name: "memory-busy-pause".into(),
+            what: "pause of a guest of 512 MiB that changes 2,000 pages a second".into(),
+            unit: "ms",
+            rows: vec![row("95th in 100", vec![slow(&pauses)]), row("each", pauses)],
+            promises: vec![Promise::AtMost("95th in 100", 20.0)],
+        },
+        Report {
+            name: "memory-busy-gap".into(),
+            what: "the longest that it is without a tick (each 20 ms) of its own clock, over a snapshot".into(),
+            unit: "ms",
+            rows: vec![row("without a snapshot", without), row("snapshot", with), row("more, 95th in 100", vec![more])],
+            promises: vec![Promise::AtMost("more, 95th in 100", 50.0)],
+        },
+    ])
+}
+
+/// What 95 in 100 are not above.
+fn ninety_fifth(mut samples: Vec<f64>) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples.get(samples.len() * 95 / 100).copied().unwrap_or(f64::INFINITY)
+}
+
 /// A snapshot applied a hundred times: does it become slower, does something leak?
 fn hundred(told: &Value) -> Result<Vec<Report>> {
     let mut applied = numbers(told, "applied_s")?;
     applied.sort_by(f64::total_cmp);
-    let slow = vec![applied[applied.len() * 95 / 100]];
+    let slow = vec![ninety_fifth(applied.clone())];
     let held = numbers(told, "descriptors")?;
     let (first, last) = held.split_at(held.len() / 2);
     let most = |part: &[f64]| vec![part.iter().copied().fold(0.0, f64::max)];

@@ -1,14 +1,15 @@
 //! Applying a snapshot: in any direction of the tree, the present kept or given up.
 //!
 //! On a running machine it is a swap that can still fail harmlessly: the old QEMU stands still while the new one loads; one
-//! transaction decides; only then the old one ends and the new one runs.
+//! transaction decides; only then the old one ends and the new one runs. Where the host has not the RAM for two, that is said, and the old one is given
+//! up first: if the new one then does not come up, the machine is saved, at the snapshot.
 
 use crate::actor::Owner;
 use crate::disks::Disks;
 use crate::job::Task;
 use crate::keeper::Keeper;
 use crate::lent::Lent;
-use crate::live::{Live, qemu_problem};
+use crate::live::{Live, Memory, qemu_problem};
 use crate::log;
 use crate::ops::snapshot::{Leaves, files_of};
 use crate::plan::{Take, Written, quoted, shorten};
@@ -25,7 +26,12 @@ struct Plan {
     memory: bool,
     run: bool,
     was_running: bool,
+    /// The snapshot's memory, if the machine goes on from it at once.
+    load: Option<Memory>,
 }
+
+/// RAM that a QEMU takes for itself, bytes.
+const OWN_RAM: u64 = 256 << 20;
 
 /// What becomes of the present.
 enum Fate {
@@ -63,9 +69,9 @@ impl Keeper {
         task.check()
     }
 
-    /// The transaction: `next` is the machine, as [`Machine::apply`] makes it.
-    pub fn end_apply(&self, task: &Task, result: &Value, next: Machine) -> Result<(), Problem> {
-        self.settle(task, result, |machine| *machine = next)?;
+    /// The transaction: `next` is the machine, as [`Machine::apply`] makes it; `outcome` is what the request has come to with it.
+    pub fn end_apply(&self, task: &Task, outcome: &Result<Value, Problem>, next: Machine) -> Result<(), Problem> {
+        self.settle_as(task, outcome, |machine| *machine = next)?;
         self.steps.at("apply:committed");
         Ok(())
     }
@@ -92,7 +98,9 @@ impl Owner {
         memory: bool,
     ) -> Result<Value, Problem> {
         self.doing("applying");
-        let plan = self.plan_apply(to, present, start, memory)?;
+        let mut plan = self.plan_apply(to, present, start, memory)?;
+        plan.load = self.memory_to_load(&plan, present).await?;
+        let alone = self.no_way_back(task, &plan);
         if plan.present.memory().is_some() {
             self.fill(task).await?;
             self.doing("applying");
@@ -104,7 +112,7 @@ impl Owner {
             if matches!(plan.present, Fate::ThrownAway) { self.machine().machine.policy.undo_for } else { 0 };
         let result = json!({ "snapshot": to, "undo_for": undo_for, "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name) });
         let was_running = plan.was_running;
-        let applied = self.carry_out_apply(task, plan, &result).await;
+        let applied = self.carry_out_apply(task, plan, alone, &result).await;
         // Still journalled: not committed, so the old QEMU is the machine's, and goes on.
         if applied.is_err() && self.machine().journal(task.id()).is_some() {
             self.go_on(was_running).await;
@@ -152,33 +160,75 @@ impl Owner {
             Present::Discard | Present::IfUnchanged => Fate::Forgotten,
         };
         let leaves = self.keeper.leaf_rows(&snapshot.disks);
-        Ok(Plan { to, leaves, present, memory, run: start.unwrap_or(was_running), was_running })
+        Ok(Plan { to, leaves, present, memory, run: start.unwrap_or(was_running), was_running, load: None })
     }
 
-    async fn carry_out_apply(&mut self, task: &Task, plan: Plan, result: &Value) -> Result<(), Problem> {
+    /// The snapshot's memory, if the machine is to go on from it: refused, before anything has changed, where what it needs is not here.
+    async fn memory_to_load(&self, plan: &Plan, present: &Present) -> Result<Option<Memory>, Problem> {
+        let rows = self.machine();
+        let machine = &rows.machine;
+        let Some(snapshot) = machine.snapshots.get(&plan.to) else { return Ok(None) };
+        let Some(layer) = snapshot.memory.filter(|_| plan.run && plan.memory) else { return Ok(None) };
+        let fate = match present {
+            Present::Keep { name: Some(name) } => format!(" --keep-as {}", quoted(name)),
+            Present::Keep { name: None } => " --keep".to_owned(),
+            Present::Discard => " --discard".to_owned(),
+            Present::IfUnchanged => String::new(),
+        };
+        let start = if plan.was_running { "" } else { " --start" };
+        let without = format!("{}{fate}{start} --no-memory", apply_words(machine, snapshot));
+        let what = format!("the memory of {}", shorten(&snapshot.name));
+        self.open_memory(machine, &snapshot.config, layer, &what, without).await.map(Some)
+    }
+
+    /// Whether the host has not the RAM for the old QEMU and the new one side by side; that is said.
+    fn no_way_back(&self, task: &Task, plan: &Plan) -> bool {
+        let rows = self.machine();
+        let ram = rows.machine.snapshots.get(&plan.to).map_or(0, |snapshot| snapshot.config.memory);
+        let needed = OWN_RAM + plan.load.as_ref().map_or(0, |memory| memory.takes(ram));
+        let two = plan.run && self.live.is_some();
+        let Some(available) = qemu::available_ram().filter(|available| two && *available < needed) else {
+            return false;
+        };
+        let words = format!(
+            "the host has {} of RAM to spare, and another QEMU beside the one that runs takes {}: that one is given up before {} is loaded, and there is no way back",
+            size(available),
+            size(needed),
+            shorten(&self.name_of(plan.to)),
+        );
+        self.warn(task, &words);
+        true
+    }
+
+    async fn carry_out_apply(&mut self, task: &Task, plan: Plan, alone: bool, result: &Value) -> Result<(), Problem> {
         let written = self.leave_present(task, &plan).await?;
         self.keeper.steps.at("apply:kept");
         let mut next = self.machine().machine.clone();
-        let Plan { to, leaves, present, memory, run, .. } = plan;
+        let Plan { to, leaves, present, memory, run, load, .. } = plan;
         match present {
             Fate::Kept(take, _) => next.keep(*take, written),
             Fate::ThrownAway => next.note_discarded(to, jiff::Timestamp::now()),
             Fate::Forgotten => {}
         }
         next.apply(to, leaves, memory);
-        let live = match run {
-            true => Some(self.bring_up_applied(&mut next).await?),
+        let live = match run && !alone {
+            true => Some(self.bring_up_applied(task, &mut next, load).await?),
             false => None,
         };
         self.keeper.steps.at("apply:loaded");
         let before = self.machine();
-        if let Err(problem) = self.keeper.end_apply(task, result, next) {
+        let outcome = match alone {
+            true => Err(not_running(&next, Problem::failed("the worker died before it was started"))),
+            false => Ok(result.clone()),
+        };
+        if let Err(problem) = self.keeper.end_apply(task, &outcome, next) {
             if let Some(live) = live {
                 self.end(live).await;
             }
             return Err(problem);
         }
-        self.swap(live, &before.machine.now.config).await
+        self.swap(live, &before.machine.now.config).await?;
+        if alone { self.run_applied(task, result).await } else { Ok(()) }
     }
 
     /// Halts the guest, and writes its memory if the present is kept.
@@ -192,12 +242,21 @@ impl Owner {
         Ok(None)
     }
 
-    async fn bring_up_applied(&self, next: &mut Machine) -> Result<Live, Problem> {
+    async fn bring_up_applied(&self, task: &Task, next: &mut Machine, load: Option<Memory>) -> Result<Live, Problem> {
         let memory = next.now.memory;
-        let live = self.bring_up(next, memory).await?;
+        let live = self.bring_up(task, next, load).await?;
         next.start(State::Running, memory, live.run());
         next.now.restoring = live.lent().map(Lent::layer);
         Ok(live)
+    }
+
+    /// The old QEMU has ended; the machine goes on from what was applied.
+    async fn run_applied(&mut self, task: &Task, result: &Value) -> Result<(), Problem> {
+        let started = self.start_for(task, State::Running, result).await;
+        started.map_err(|problem| match &self.machine().machine {
+            machine if machine.now.state == State::Running => problem,
+            machine => not_running(machine, problem),
+        })
     }
 
     /// The new QEMU runs, the old one ends. It stands still and stands on files of its own: the guest need not wait for its end, but for its ports.
@@ -231,10 +290,8 @@ impl Owner {
             None => format!("{name} stands on no snapshot"),
             Some(parent) => format!("{name} has changed since {}{}", parent.name, self.changes(machine, parent)),
         };
-        let alone = machine.snapshots.values().filter(|other| other.name == target.name).count() == 1;
-        let target_word = if alone { quoted(&target.name) } else { machine.short_id(target.id) };
         let memory = if memory { "" } else { " --no-memory" };
-        let shell = format!("tenby snapshot apply {} {target_word}{memory}", quoted(name));
+        let shell = format!("{}{memory}", apply_words(machine, target));
         Problem::refused(format!("{what}; applying {} would lose that", shorten(&target.name)))
             .hint(format!("{shell} --keep      (or --discard)"))
     }
@@ -268,6 +325,22 @@ impl Owner {
     fn name_of(&self, id: SnapshotId) -> String {
         self.machine().machine.snapshots.get(&id).map(|s| s.name.clone()).unwrap_or_default()
     }
+}
+
+/// What is told of a machine that was to run after the apply, and does not.
+fn not_running(machine: &Machine, why: Problem) -> Problem {
+    let (name, state) = (&machine.name, crate::admit::word(machine.now.state));
+    let mut problem =
+        Problem { message: format!("{name} is {state}, at the snapshot, and does not run: {why}"), ..why };
+    problem.hint.get_or_insert(format!("tenby vm start {}", quoted(name)));
+    problem
+}
+
+/// The command that applies a snapshot, without what it is to do with the present.
+fn apply_words(machine: &Machine, target: &Snapshot) -> String {
+    let alone = machine.snapshots.values().filter(|other| other.name == target.name).count() == 1;
+    let target_word = if alone { quoted(&target.name) } else { machine.short_id(target.id) };
+    format!("tenby snapshot apply {} {target_word}", quoted(&machine.name))
 }
 
 /// Bytes in the contract's short form: `12M`, `1.2G`.

@@ -42,9 +42,10 @@ impl Owner {
     }
 
     /// Halts the guest, makes its disks durable, and writes its memory to `row`'s file. The guest stands still afterwards.
-    pub(crate) async fn save_memory(&self, task: &Task, row: LayerRow) -> Result<Written, Problem> {
+    pub(crate) async fn save_memory(&self, task: &Task, mut row: LayerRow) -> Result<Written, Problem> {
         let (live, name) = self.running()?;
         live.qemu.pause().await.map_err(|e| qemu_problem(&name, &e))?;
+        row.taken_on = live.taken_on(&self.machine().machine.now).await;
         self.keeper.steps.at("save:paused");
         live.flush().await?;
         let target = ram::Target::new(&self.keeper.files, &self.machine().machine, row);

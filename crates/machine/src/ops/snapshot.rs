@@ -78,11 +78,14 @@ impl Owner {
     async fn capture(
         &mut self,
         task: &Task,
-        memory: LayerRow,
+        mut memory: LayerRow,
         leaves: &Leaves,
         made: Made,
     ) -> Result<Written, Problem> {
         let running = self.machine().machine.now.state == State::Running;
+        if let Some(live) = &self.live {
+            memory.taken_on = live.taken_on(&self.machine().machine.now).await;
+        }
         let target = ram::Target::new(&self.keeper.files, &self.machine().machine, memory);
         let in_background = self.running()?.0.qemu.captures_in_background().is_ok();
         let mut made = Some(made);
@@ -155,6 +158,10 @@ impl Owner {
         let pause = stopped.map(|stopped| Stamp::now().micros_since(stopped));
         let (mut written, _) = captured?;
         written.stats.pause_us = pause;
+        if let (Some(taken_on), Some(pause)) = (&mut written.layer.taken_on, pause) {
+            // The point is the end of this capture, not its beginning.
+            taken_on.at = jiff::Timestamp::now() - jiff::SignedDuration::from_micros(pause as i64);
+        }
         Ok(written)
     }
 

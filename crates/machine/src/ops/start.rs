@@ -6,12 +6,13 @@ use crate::job::Task;
 use crate::lent::{self, Lent};
 use crate::live::{Happening, Live, Memory, pin, qemu_problem};
 use crate::log;
+use crate::needs::Here;
 use crate::plan::quoted;
 use crate::ram::{Pieces, of_memory};
 use crate::records::downwards;
 use crate::request::Problem;
 use crate::root::Root;
-use crate::tree::{LayerId, Machine, State};
+use crate::tree::{Config, LayerId, Machine, State};
 use memory::Stretch;
 use qemu::{Installed, RunState};
 use serde_json::{Value, json};
@@ -29,51 +30,103 @@ const LARGEST_PICTURE: u64 = 256 << 20;
 impl Owner {
     /// Boots the guest, or resumes its saved memory. The ledger says `running` before the guest's first instruction (invariant 6).
     pub(crate) async fn start(&mut self, task: &Task, paused: bool) -> Result<Value, Problem> {
+        let state = if paused { State::Paused } else { State::Running };
+        let result = json!({ "state": state });
+        self.start_for(task, state, &result).await?;
+        Ok(result)
+    }
+
+    /// The same for a request of which it is the end, and that comes to `result`.
+    pub(crate) async fn start_for(&mut self, task: &Task, state: State, result: &Value) -> Result<(), Problem> {
         self.passing(State::Starting);
         let mut next = self.machine().machine.clone();
-        let memory = next.now.memory;
-        let live = self.bring_up(&mut next, memory).await?;
+        let memory = self.saved_memory(&next).await?;
+        let loaded = memory.as_ref().map(|memory| memory.layer);
+        let live = self.bring_up(task, &mut next, memory).await?;
         self.keeper.steps.at("start:up");
         if let Err(problem) = task.check() {
             self.end(live).await;
             return Err(problem);
         }
-        let state = if paused { State::Paused } else { State::Running };
-        next.start(state, memory, live.run());
+        next.start(state, loaded, live.run());
         next.now.restoring = live.lent().map(Lent::layer);
-        let result = json!({ "state": state });
-        if let Err(problem) = self.keeper.settle(task, &result, |machine| *machine = next) {
+        if let Err(problem) = self.keeper.settle(task, result, |machine| *machine = next) {
             self.end(live).await;
             return Err(problem);
         }
         self.keeper.steps.at("start:committed");
         self.go_live(live);
-        if !paused {
+        if state == State::Running {
             self.let_run().await?;
         }
         log::write(
             &self.keeper.files,
             Some(task.id()),
-            if memory.is_some() { "resumed from its saved memory" } else { "started" },
+            if loaded.is_some() { "resumed from its saved memory" } else { "started" },
         );
-        Ok(result)
+        Ok(())
     }
 
-    /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen for life at the
-    /// first start is noted in `next`.
-    pub(crate) async fn bring_up(&self, next: &mut Machine, memory: Option<LayerId>) -> Result<Live, Problem> {
-        let note = Root::qemu_note();
-        let installed = Installed::find_noted(&note).await.map_err(|e| qemu_problem(&next.name, &e))?;
-        pin(&mut next.now.config, &installed)?;
-        let memory = memory.map(|id| self.open_memory(next, id)).transpose()?;
+    /// The memory that a machine was saved with, if it was.
+    async fn saved_memory(&self, machine: &Machine) -> Result<Option<Memory>, Problem> {
+        let (name, Some(layer)) = (&machine.name, machine.now.memory) else { return Ok(None) };
+        let what = format!("the memory that {name} was saved with");
+        let stop = format!("tenby vm stop {} --turn-off", quoted(name));
+        let without = format!("{stop}      (gives that memory up; then it can be started from its disks)");
+        self.open_memory(machine, &machine.now.config, layer, &what, without).await.map(Some)
+    }
+
+    /// Brings up a QEMU for `next` (Now as it is to be), standing still; `memory` is loaded into it. What is chosen at the first start is noted
+    /// in `next`.
+    pub(crate) async fn bring_up(
+        &self,
+        task: &Task,
+        next: &mut Machine,
+        memory: Option<Memory>,
+    ) -> Result<Live, Problem> {
+        let installed = installed(&next.name).await?;
+        let config = &mut next.now.config;
+        let kind = &mut config.machine_type;
+        let before = kind.take_if(|kind| memory.is_none() && installed.check_machine_type(kind).is_err());
+        pin(config, &installed)?;
+        if let (Some(before), Some(kind)) = (before, &config.machine_type) {
+            let version = &installed.version;
+            self.warn(
+                task,
+                &format!(
+                    "{} is a {kind} from now on, to its guest another main board: QEMU {version} has no {before}",
+                    next.name
+                ),
+            );
+        }
         Live::bring_up(&self.keeper, next, &installed, memory).await
     }
 
-    fn open_memory(&self, machine: &Machine, layer: LayerId) -> Result<Memory, Problem> {
+    /// A memory to go on from, for a guest of this configuration. Refused where what it needs is not here: `what` is what it is called, `without`
+    /// what a person types to do without it.
+    pub(crate) async fn open_memory(
+        &self,
+        machine: &Machine,
+        config: &Config,
+        layer: LayerId,
+        what: &str,
+        without: String,
+    ) -> Result<Memory, Problem> {
+        let installed = installed(&machine.name).await?;
+        let taken_on = machine.layers.get(&layer).and_then(|row| row.taken_on.clone());
+        if let Some(lacks) = Here::look(&installed).lacks(config, taken_on.as_ref()) {
+            return Err(Problem::refused(format!("{what} {lacks}")).hint(without));
+        }
         let layers = self.keeper.files.open_chain(machine, layer)?;
         let (files, chain) = (self.keeper.files.clone(), downwards(machine, layer));
         let expected = tokio::task::spawn_blocking(move || files.expected(&chain));
-        Ok(Memory { layer, layers, expected, touched: self.habits.of(layer) })
+        Ok(Memory { layer, layers, expected, touched: self.habits.of(layer), taken_on, without })
+    }
+
+    /// Says what the user should know before it goes on, and notes it.
+    pub(crate) fn warn(&self, task: &Task, words: &str) {
+        task.warn(words);
+        log::write(&self.keeper.files, Some(task.id()), words);
     }
 
     /// This QEMU is the machine's from now on.
@@ -139,6 +192,11 @@ impl Owner {
         }
         let (live, name) = self.running()?;
         live.qemu.reset().await.map_err(|e| qemu_problem(&name, &e))?;
+        // It reads the time as it comes up.
+        let told = self.keeper.book.commit(|rows| rows.machine.now.run.iter_mut().for_each(|run| run.clock = None));
+        if let Err(problem) = told {
+            tracing::error!("{problem}");
+        }
         log::write(&self.keeper.files, Some(task.id()), "restarted");
         Ok(Value::Null)
     }
@@ -187,7 +245,8 @@ impl Owner {
         match event {
             RunState::Shutdown => self.off("the guest powered off", None).await,
             RunState::Exited(how) => {
-                let alert = format!("QEMU {how}; the disks are as after a power cut");
+                let lost = self.memory_lost();
+                let alert = format!("QEMU {how}{lost}; the disks are as after a power cut");
                 self.off(&alert, Some(alert.clone())).await;
             }
             RunState::IoError => {
@@ -198,6 +257,12 @@ impl Owner {
             RunState::Broken => self.halted("QEMU cannot let the guest run any further"),
             RunState::Running | RunState::Paused | RunState::Incoming => {}
         }
+    }
+
+    /// What is to be said besides of a guest that has gone before all of its memory had come. What it came from is only read.
+    pub(crate) fn memory_lost(&self) -> &'static str {
+        let coming = self.machine().machine.now.restoring.is_some();
+        if coming { " while its memory was on its way into it, and all snapshots are as they were" } else { "" }
     }
 
     /// Something is to be told of the memory that is on its way into the guest.
@@ -350,4 +415,9 @@ fn new_picture(run_dir: &Path) -> store::Result<Arc<dyn Store>> {
 fn waits(Problem { message, hint, .. }: &Problem) -> String {
     let hint = hint.as_ref().map_or_else(String::new, |hint| format!("; without it: {hint}"));
     format!("a part of the guest's memory cannot be read, and it waits for it: {message}{hint}")
+}
+
+/// The QEMU of this host.
+async fn installed(name: &str) -> Result<Installed, Problem> {
+    Installed::find_noted(&Root::qemu_note()).await.map_err(|e| qemu_problem(name, &e))
 }

@@ -550,6 +550,7 @@ impl<'a> Rebuild<'a> {
             parent: self.links.parent[at].map(|parent| self.ids[parent]),
             created: self.label(at).map_or(self.at, |label| label.made),
             folded: None,
+            taken_on: None,
         }
     }
 

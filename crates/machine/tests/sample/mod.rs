@@ -74,6 +74,7 @@ pub(crate) fn layer(kind: LayerKind, parent: Option<LayerId>) -> LayerRow {
         parent,
         created: Timestamp::UNIX_EPOCH,
         folded: None,
+        taken_on: None,
     }
 }
 
@@ -107,6 +108,7 @@ pub(crate) fn job(second: i64, state: JobState) -> Job {
         bytes_total: 0,
         eta: None,
         reason: None,
+        warnings: Vec::new(),
         error: None,
         result: None,
         started: Timestamp::from_second(second).expect("a time"),

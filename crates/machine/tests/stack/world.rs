@@ -670,7 +670,7 @@ impl World {
             let memory = next.now.memory;
             next.start(State::Running, memory, run());
         }
-        self.keeper().end_apply(task, &Value::Null, next)?;
+        self.keeper().end_apply(task, &Ok(Value::Null), next)?;
         let ended = self.end();
         self.has();
         ended?;
@@ -831,7 +831,7 @@ fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
 }
 
 fn run() -> Run {
-    Run { pid: 1, started: 1, since: jiff::Timestamp::UNIX_EPOCH, dir: String::new() }
+    Run { pid: 1, started: 1, since: jiff::Timestamp::UNIX_EPOCH, dir: String::new(), clock: None }
 }
 
 fn cancelled() -> Problem {

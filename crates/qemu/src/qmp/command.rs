@@ -84,6 +84,15 @@ impl Qmp {
         self.execute("query-status", Value::Null).await
     }
 
+    /// Whether its processors run by KVM.
+    pub async fn runs_by_kvm(&self) -> Result<bool> {
+        #[derive(Deserialize)]
+        struct Kvm {
+            enabled: bool,
+        }
+        self.execute::<Kvm>("query-kvm", Value::Null).await.map(|kvm| kvm.enabled)
+    }
+
     /// Stops the guest; its disks are drained and flushed when this returns.
     pub async fn stop(&self) -> Result<()> {
         self.order("stop", Value::Null).await

@@ -202,10 +202,7 @@ async fn tell(session: &Session, made: &[Found], many: bool) -> Result<(), Probl
 
 /// Refuses to begin what this host has not the RAM for.
 fn check_ram(machines: usize, each: u64) -> Result<(), Problem> {
-    let info = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
-    let free = line.and_then(|line| line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    let (Some(free), needed) = (free.map(|kib| kib << 10), each.saturating_mul(machines as u64)) else {
+    let (Some(free), needed) = (qemu::available_ram(), each.saturating_mul(machines as u64)) else {
         return Ok(());
     };
     if needed <= free {

@@ -118,6 +118,7 @@ mod tests {
             bytes_total: 145 << 20,
             eta: Some("2026-11-27T08:00:03Z".parse().unwrap()),
             reason: None,
+            warnings: Vec::new(),
             error: None,
             result: None,
             started: "2026-11-27T07:59:58Z".parse().unwrap(),

@@ -532,6 +532,7 @@ mod tests {
             created: "2026-11-22T10:00:00Z".parse().unwrap(),
             shared: 0,
             isolated: false,
+            clock: None,
         };
         insta::assert_snapshot!(snapshot(&tuesday, &week, &now, &look()), @r"
         Tuesday

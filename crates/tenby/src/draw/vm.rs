@@ -4,6 +4,7 @@ use super::{Align, Look, Table, count, duration, pending, plain, size, with_doin
 use machine::audit::{Audit, Compared, Finding};
 use machine::request::{DeletePlan, TreeView, View};
 use machine::rescue::Rescued;
+use machine::tree::Clock;
 use std::fmt::Write;
 
 /// The state and what is under way beside it.
@@ -81,6 +82,9 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
     say("firmware", &firmware(view));
     let kind = view.config.machine_type.as_deref().unwrap_or("chosen at the first start");
     say("machine", &format!("{kind}, boots from {}, acceleration {}", boots(view), word(view.config.accel)));
+    if let Some(behind) = view.clock.as_ref().and_then(|clock| behind(clock, look)) {
+        say("clock", &behind);
+    }
     say("made", look.date(view.created).trim());
     if view.policy.undo_for > 0 {
         say("undo", &format!("what is deleted or discarded can be taken back for {}", seconds(view.policy.undo_for)));
@@ -95,6 +99,17 @@ pub(crate) fn machine(view: &View, look: &Look) -> String {
         say("note", &plain(&view.note));
     }
     out
+}
+
+/// How far a guest's clock is behind, if that can be seen on it.
+fn behind(Clock { behind_ms, since, snapshot }: &Clock, look: &Look) -> Option<String> {
+    let applied = |name: &String| format!("{} was applied", look.cut(&plain(name), 30));
+    let what = snapshot.as_ref().map_or_else(|| "it went on from its memory".to_owned(), applied);
+    let when = look.date(*since);
+    let behind = duration(*behind_ms);
+    (*behind_ms >= 1000).then(|| {
+        format!("the guest's is {behind} behind since {what} ({}), unless it was set or came up anew", when.trim())
+    })
 }
 
 fn firmware(view: &View) -> String {
@@ -197,4 +212,31 @@ pub(crate) fn audit(name: &str, audit: &Audit) -> String {
         text.push_str(&line);
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::look;
+    use super::*;
+
+    #[test]
+    fn how_far_a_clock_is_behind() {
+        let since = "2026-11-26T18:30:00Z".parse().expect("a time");
+        let told = |behind_ms, snapshot: Option<&str>| {
+            behind(&Clock { behind_ms, since, snapshot: snapshot.map(str::to_owned) }, &look())
+        };
+        assert_eq!(
+            told(11_220_000, Some("Monday")).as_deref(),
+            Some(
+                "the guest's is 3 h 7 min behind since Monday was applied (26 Nov 18:30), unless it was set or came up anew"
+            )
+        );
+        assert_eq!(
+            told(1500, None).as_deref(),
+            Some(
+                "the guest's is 1.5 s behind since it went on from its memory (26 Nov 18:30), unless it was set or came up anew"
+            )
+        );
+        assert_eq!(told(999, None), None);
+    }
 }
