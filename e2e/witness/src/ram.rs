@@ -28,7 +28,7 @@ impl Filled {
 pub(crate) struct Sum {
     /// Its length.
     pub(crate) mib: usize,
-    /// The seeds of its MiBs, each where another begins.
+    /// The seed of each MiB, where it differs from the one before.
     pub(crate) seeds: Vec<u64>,
     /// Of all of it.
     pub(crate) hash: u64,
