@@ -100,9 +100,10 @@ impl Run {
 
     /// No file that is gone is still open, and there is one folder of sockets a QEMU.
     fn assert_no_leaks(&self) {
-        let mut open = self.lab.worker().map(|worker| self.lab.descriptors(worker)).unwrap_or_default();
-        open.retain(|target| target.ends_with(" (deleted)"));
-        assert_eq!(open, Vec::<String>::new());
+        let open = || self.lab.worker().map(|worker| self.lab.descriptors(worker)).unwrap_or_default();
+        let removed = |target: &String| target.ends_with(" (deleted)");
+        // Their space is given back in steps.
+        wait_for("what was removed to be closed", || (!open().iter().any(removed)).then_some(()));
         assert_eq!(self.lab.sockets().len(), usize::from(self.model.has_qemu()), "{:?}", self.lab.sockets());
     }
 

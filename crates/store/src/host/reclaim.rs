@@ -24,6 +24,9 @@ const WAITING: usize = 64;
 const PIECES: usize = 16;
 const STRETCH: usize = 64 << 20;
 
+/// The most steps in which a file goes: of one with more pieces, more are given back at a time.
+const STEPS: usize = 1000;
+
 /// How often, and how many times, it is asked whether a file has handles left.
 const ASK_EVERY: Duration = Duration::from_millis(10);
 const ASKED: u32 = 200;
@@ -114,12 +117,13 @@ fn shorten(last: OwnedFd) -> Result<()> {
     let by_handle = format!("/proc/self/fd/{}", last.as_raw_fd());
     let file = fs::open(by_handle, OFlags::WRONLY | OFlags::CLOEXEC, fs::Mode::empty())?;
     drop(last);
-    for length in cuts(&file)?.into_iter().rev() {
+    let cuts = cuts(&file)?;
+    for length in cuts.iter().rev().step_by(1 + cuts.len() / STEPS) {
         if is_urgent(&file)? {
             break;
         }
         let began = Instant::now();
-        fs::ftruncate(&file, length)?;
+        fs::ftruncate(&file, *length)?;
         // A commit of its own: those of others shall not have more than this to tell the device.
         fs::fsync(&file)?;
         note(Left::of(file.as_fd())?);
