@@ -203,7 +203,7 @@ async fn prove(stage: &Stage, day: Day, proofs: Option<&mut Vec<String>>) -> Res
         }
     };
     hold("RAM", &ask(&mut guest, "get day", "value").await?, name.into());
-    hold("RAM's pattern", &ask(&mut guest, "sum-ram", "seed").await?, seed.into());
+    hold("RAM's pattern", &ask(&mut guest, "sum-ram", "seeds").await?, serde_json::json!([seed]));
     let check = guest.ask("check").await?;
     hold("the witness", &check["problems"], serde_json::json!([]));
     hold("the first disk", &text(&mut guest, "vda", "4M").await?, format!("{name} on the first disk").into());
