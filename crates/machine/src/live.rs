@@ -165,12 +165,8 @@ impl Live {
             Err(problem) => {
                 live.end().await?;
                 let mut problem = of_memory(problem, machine, layer);
-                let here = &installed.version;
-                if let Some(TakenOn { qemu, .. }) =
-                    writer.filter(|writer| problem.kind != ProblemKind::Damaged && writer.qemu != *here)
-                {
-                    let what = problem.message;
-                    problem.message = format!("{what}; its memory was written by QEMU {qemu}, and this is {here}");
+                if problem.kind != ProblemKind::Damaged {
+                    problem.message += &of_another_qemu(writer.as_ref(), installed);
                 }
                 problem.hint.get_or_insert(without);
                 Err(problem)
@@ -398,6 +394,15 @@ async fn restore(
         loaded = restore.loaded() => loaded.map_err(|e| qemu_problem(name, &e)),
     };
     loaded.map(|()| Some(lent))
+}
+
+/// If another version has written a memory that cannot be loaded, that may be why.
+fn of_another_qemu(writer: Option<&TakenOn>, installed: &Installed) -> String {
+    let here = &installed.version;
+    match writer.filter(|writer| writer.qemu != *here) {
+        Some(TakenOn { qemu, .. }) => format!("; its memory was written by QEMU {qemu}, and this is {here}"),
+        None => String::new(),
+    }
 }
 
 /// Goes on lending memory to a QEMU whose worker has died, over the socket that it kept.

@@ -9,8 +9,8 @@
 
 #![expect(unsafe_code, reason = "a lease, for which there is no safe binding")]
 
-use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use rustix::fs::{self, OFlags, SeekFrom};
+use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fs::{self, OFlags, SeekFrom, Stat};
 use rustix::io::{Errno, Result};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -48,9 +48,8 @@ struct Left {
 }
 
 impl Left {
-    fn of(fd: BorrowedFd<'_>) -> Result<Self> {
-        let stat = fs::fstat(fd)?;
-        Ok(Self { device: stat.st_dev, file: stat.st_ino, bytes: stat.st_blocks.cast_unsigned() * 512 })
+    fn of(stat: &Stat) -> Self {
+        Self { device: stat.st_dev, file: stat.st_ino, bytes: stat.st_blocks.cast_unsigned() * 512 }
     }
 
     fn is(&self, other: Self) -> bool {
@@ -60,9 +59,9 @@ impl Left {
 
 /// A descriptor is about to be closed. If it may be the last one of a file without a name, it is not.
 pub(super) fn before_close(fd: BorrowedFd<'_>) {
-    let has_name = fs::fstat(fd).map_or(true, |stat| stat.st_nlink > 0);
-    let Ok(left) = Left::of(fd) else { return };
-    if has_name || left.bytes < LARGE {
+    let Ok(stat) = fs::fstat(fd) else { return };
+    let left = Left::of(&stat);
+    if stat.st_nlink > 0 || left.bytes < LARGE {
         return;
     }
     if let (Some(thread), Ok(last)) = (thread(), fd.try_clone_to_owned()) {
@@ -126,7 +125,7 @@ fn shorten(last: OwnedFd) -> Result<()> {
         fs::ftruncate(&file, *length)?;
         // A commit of its own: those of others shall not have more than this to tell the device.
         fs::fsync(&file)?;
-        note(Left::of(file.as_fd())?);
+        note(Left::of(&fs::fstat(&file)?));
         thread::sleep(began.elapsed() * REST);
     }
     Ok(())
