@@ -2,8 +2,10 @@
 
 use crate::files::{Files, Parent, image_problem};
 use crate::job::Task;
-use crate::live::qemu_problem;
+use crate::keeper::Keeper;
+use crate::live::{blocking, qemu_problem};
 use crate::plan::{Written, quoted};
+use crate::records::downwards;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{LayerId, LayerRow, Machine, Snapshot, Stats};
 use image::hashes::{Expected, Key, Pages};
@@ -26,6 +28,8 @@ pub struct Target {
     row: LayerRow,
     /// What the RAM was last equal to, base first, with the row of the topmost.
     parent: Option<(Vec<Arc<dyn Layer>>, LayerRow)>,
+    /// What is recorded of that.
+    expected: Expected,
     /// Of the hashes of its pages.
     key: Key,
     name: String,
@@ -33,19 +37,26 @@ pub struct Target {
 
 impl Target {
     /// A capture into `row`, over the parent that the row names. A parent that cannot be opened is done without: the new layer is
-    /// then larger, which is better than no snapshot.
+    /// then larger, which is better than no snapshot. Blocks: what is recorded of the parent is read here and now, not once a guest waits for the
+    /// capture.
     pub fn new(files: &Files, machine: &Machine, row: LayerRow) -> Self {
         let parent = row.parent.and_then(|id| {
             let layers = files.open_chain(machine, id).inspect_err(|e| tracing::warn!("{e}")).ok()?;
             Some((layers, machine.layers.get(&id)?.clone()))
         });
-        Self { files: files.clone(), row, parent, key: files.key_of_pages(machine), name: machine.name.clone() }
+        let expected = parent.as_ref().map(|(_, row)| files.expected(&downwards(machine, row.id))).unwrap_or_default();
+        let key = expected.key().unwrap_or_else(|| files.key_of_pages(machine));
+        Self { files: files.clone(), row, parent, expected, key, name: machine.name.clone() }
     }
 
     /// Reads the stream to its end into the new layer. Blocks.
     pub fn capture(mut self, stream: impl Read, signal: impl FnMut(Signal)) -> Result<(LayerRow, Captured), Problem> {
+        let expected = std::mem::take(&mut self.expected);
         let parent = match &self.parent {
-            Some((layers, _)) => Some(Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?),
+            Some((layers, _)) => {
+                let chain = Chain::new(layers.clone(), Access::Read).map_err(|e| image_problem(&e))?;
+                Some(Sealed { chain, expected })
+            }
             None => None,
         };
         let (files, row, key) = (&self.files, &mut self.row, self.key);
@@ -79,6 +90,14 @@ impl Target {
         let mut layers = below.map(|(layers, _)| layers.clone()).unwrap_or_default();
         layers.push(layer);
         Chain::new(layers, Access::Write).map(Arc::new).map_err(|e| image_problem(&e))
+    }
+}
+
+impl Keeper {
+    /// See [`Target::new`].
+    pub(crate) async fn target(&self, row: LayerRow) -> Result<Target, Problem> {
+        let keeper = self.clone();
+        blocking(move || Ok(Target::new(&keeper.files, &keeper.rows().machine, row))).await
     }
 }
 

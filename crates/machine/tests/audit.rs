@@ -579,6 +579,24 @@ fn the_pages_of_a_memory_are_recorded_as_they_are_written() {
     }
 }
 
+/// A page of the parent that is damaged shows who looks at it: it is stored again only by who reads it.
+#[test]
+fn a_capture_reads_of_its_parent_what_is_not_recorded() {
+    let (lab, layers) = remembered();
+    let recorded = |row: &LayerRow| lab.files.pages(row.id).record().expect("a record");
+    let ram = [1, 2, 3, 3, 2, 0];
+    lab.flip(&layers[0], RAM + 5);
+    let fourth = recorded(&lab.save("Fourth", &ram, Some(&layers[2])));
+    assert_eq!(fourth.key(), recorded(&layers[2]).key());
+    let folder = lab.files.folder().folder("hashes").expect("a folder");
+    folder.unlink(&layers[0].id.to_string()).expect("removed");
+    let fifth = recorded(&lab.save("Fifth", &ram, Some(&layers[2])));
+    assert_eq!(fifth.to_read(), fourth.to_read() + PAGE as u64);
+    let [at, page] = [RAM, RAM + PAGE as u64];
+    let known = image::hashes::Expected::default();
+    assert!(fifth.hash_over(&known, at) == Some(fifth.hash(&[1; PAGE])) && fifth.hash_over(&known, page).is_none());
+}
+
 #[test]
 fn what_was_recorded_of_a_memory_outlives_its_merge() {
     let (mut lab, layers) = remembered();

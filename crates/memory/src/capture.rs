@@ -15,13 +15,14 @@
 mod batch;
 mod writer;
 
+use crate::restore::Sealed;
 use crate::seen::{Seen, Stretch};
 use crate::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
 use crate::table::{Content, DESCRIPTION_ROOM, Layout, PRELUDE_ROOM, STATE_ROOM, Table};
 use crate::{Error, ErrorKind, Result};
 use batch::Batch;
 use image::Chain;
-use image::hashes::Pages;
+use image::hashes::{Expected, Pages};
 use std::collections::HashSet;
 use std::io::Read;
 use std::ops::ControlFlow;
@@ -107,7 +108,7 @@ pub struct Captured {
 /// Captures a migration stream into a new memory disk.
 ///
 /// `stream` blocks. It ends early when QEMU gives up or its socket is shut down: [`ErrorKind::Truncated`]. `parent` is the memory that the guest was restored from or last
-/// captured into; `new_layer` is called once, when the blocks of RAM are known, and answers with a chain whose leaf is a new,
+/// captured into; it is read only where it is not recorded what it holds. `new_layer` is called once, when the blocks of RAM are known, and answers with a chain whose leaf is a new,
 /// empty layer, over the parent's layers if [`NewLayer::on_parent`] says so. Whatever is written there is recorded, page by page. `signal` is called from this thread and must not
 /// wait for anything.
 ///
@@ -117,18 +118,19 @@ pub struct Captured {
 /// every page of every block was seen.
 pub fn capture(
     stream: impl Read,
-    parent: Option<&Chain>,
+    parent: Option<&Sealed>,
     new_layer: impl FnOnce(NewLayer) -> std::result::Result<Made, Box<dyn std::error::Error + Send + Sync>>,
     mut signal: impl FnMut(Signal),
 ) -> Result<Captured> {
     let mut source = Source::new(stream);
     let prelude = source.prelude()?;
-    let on_parent = parent.is_some_and(|parent| holds(parent, &prelude.blocks));
+    let parent = parent.filter(|parent| holds(&parent.chain, &prelude.blocks));
     let layout = Layout::of(&prelude.blocks);
-    let Made { chain, pages } = new_layer(NewLayer { size: layout.size, on_parent }).map_err(|source| Error {
-        source: Some(source),
-        ..Error::new(ErrorKind::Image, "the memory disk could not be made")
-    })?;
+    let Made { chain, pages } =
+        new_layer(NewLayer { size: layout.size, on_parent: parent.is_some() }).map_err(|source| Error {
+            source: Some(source),
+            ..Error::new(ErrorKind::Image, "the memory disk could not be made")
+        })?;
     if chain.size() != layout.size || chain.sector_size() as usize != PAGE {
         return Err(Error::new(
             ErrorKind::Image,
@@ -136,13 +138,15 @@ pub fn capture(
         ));
     }
 
-    let writer = Writer::new(&chain, pages);
+    let nothing = Expected::zeros(pages.key());
+    let writer = Writer::new(&chain, pages, parent.map_or(&nothing, |parent| &parent.expected));
     let (Tail { devices, used, idle }, mut writer) = copy_pages(&mut source, &prelude, &layout, writer, &mut signal)?;
     let counts = writer.counts();
     write_rest(&mut writer, &layout, &prelude, DeviceState::split(devices)?, counts)?;
     let pages = writer.end();
     chain.flush()?;
     let ram = prelude.blocks.iter().map(|block| block.len).sum();
+    let on_parent = parent.is_some();
     Ok(Captured { chain, pages, on_parent, machine: prelude.machine, ram, counts, used, idle })
 }
 

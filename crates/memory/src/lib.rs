@@ -20,7 +20,7 @@
 //! the stream it is handed.
 //!
 //! A capture hands back hashes of the pages that it wrote. Whoever reads the disk again says what is to be there ([`Sealed`]): a page that is
-//! otherwise goes to no guest.
+//! otherwise goes to no guest. The next capture compares with that, and does not read the disk.
 
 pub mod capture;
 mod format;

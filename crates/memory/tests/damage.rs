@@ -119,6 +119,20 @@ fn what_is_not_recorded_is_not_checked() {
     }
 }
 
+/// A capture goes by what is recorded of its parent: it stores again what is not, and the rest is told of when it is read.
+#[test]
+fn a_capture_over_a_damaged_page_relies_on_what_is_recorded() {
+    let mut disks = disks();
+    flip(&disks, 0, 60);
+    let (by_record, captured) = disks.capture(&*stream(1), Some(1), |_| {}).unwrap();
+    assert_eq!((captured.counts.same, captured.counts.stored), (ZEROS_FROM, 0));
+    is_told(&restore(&disks.sealed(by_record), Vec::new(), |_, _| {}).unwrap_err(), 60, 0);
+    let unknown = Some((1, disks.open(1, Access::Read).into()));
+    let (by_reading, captured) = disks.capture_over(&*stream(1), unknown, |_| {}).unwrap();
+    assert_eq!((captured.counts.same, captured.counts.stored), (ZEROS_FROM - 1, 1));
+    restore(&disks.sealed(by_reading), Vec::new(), |_, _| {}).unwrap();
+}
+
 /// A guest that takes its pages, on a thread of its own.
 struct Guest {
     socket: UnixStream,

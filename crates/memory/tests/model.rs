@@ -2,14 +2,17 @@
 
 mod support;
 
-use image::Access;
+use image::hashes::{Key, Pages};
+use image::{Access, Chain, Source};
 use memory::stream::{Block, DeviceState, Emitter, Event, PAGE, Parser};
-use memory::{Counts, ErrorKind, Signal};
+use memory::{Counts, ErrorKind, NewLayer, Sealed, Signal};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use std::io::Read;
+use store::sim::{At, Sim, Times};
 use support::Disks;
+use uuid::Uuid;
 
 /// A guest: its blocks, and what each page holds (0: zeros).
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,24 +36,42 @@ impl Guest {
         self.blocks.iter().map(|(name, pages)| Block { name: name.clone(), len: (pages.len() * PAGE) as u64 }).collect()
     }
 
+    /// Its pages, in the order of the blocks: block, number, what it holds.
+    fn pages(&self) -> Vec<(usize, usize, u8)> {
+        let pages = |(block, (_, pages)): (usize, &(String, Vec<u8>))| -> Vec<_> {
+            pages.iter().enumerate().map(|(at, seed)| (block, at, *seed)).collect()
+        };
+        self.blocks.iter().enumerate().flat_map(pages).collect()
+    }
+
+    /// Pages of it, with other data.
+    fn others(&self, others: &[(Index, Index, u8)]) -> Vec<(usize, usize, u8)> {
+        let other = |(block, at, seed): &(Index, Index, u8)| {
+            let block = block.index(self.blocks.len());
+            (block, at.index(self.blocks[block].1.len()), *seed)
+        };
+        others.iter().map(other).collect()
+    }
+
     /// Its stream, pages in the order of the blocks, after `first`: pages that are sent once more, before, with other data.
     fn stream(&self, first: &[(Index, Index, u8)]) -> Vec<u8> {
+        self.stream_of(&[self.others(first), self.pages()])
+    }
+
+    /// A stream of these pages, in this order.
+    fn stream_of(&self, parts: &[Vec<(usize, usize, u8)>]) -> Vec<u8> {
         let mut out = Vec::new();
         let blocks = self.blocks();
         let mut emitter = Emitter::new(7, &blocks);
         Emitter::prelude(&mut out, "pc-test-1.0");
         emitter.start(&mut out);
-        emitter.open_part(&mut out);
-        for (block, at, seed) in first {
-            let block = block.index(self.blocks.len());
-            send(&mut emitter, &mut out, block, at.index(self.blocks[block].1.len()), *seed);
+        for pages in parts {
+            emitter.open_part(&mut out);
+            for (block, at, seed) in pages {
+                send(&mut emitter, &mut out, *block, *at, *seed);
+            }
+            emitter.close(&mut out);
         }
-        emitter.close(&mut out);
-        emitter.open_part(&mut out);
-        for (block, (_, pages)) in self.blocks.iter().enumerate() {
-            pages.iter().enumerate().for_each(|(at, seed)| send(&mut emitter, &mut out, block, at, *seed));
-        }
-        emitter.close(&mut out);
         Emitter::finish(&mut out, &self.devices);
         out
     }
@@ -196,6 +217,119 @@ proptest! {
         let (disk, _) = disks.capture(&*now.stream(&first), parent, |_| {}).unwrap();
         prop_assert_eq!(Guest::of(&restored(&disks, disk)), now);
     }
+}
+
+/// How much is recorded of a layer.
+#[derive(Debug, Clone)]
+enum Recorded {
+    All,
+    /// These pages.
+    Some(Vec<Index>),
+    WithAnotherKey,
+    Nothing,
+}
+
+fn recorded() -> impl Strategy<Value = Recorded> {
+    prop_oneof![
+        4 => Just(Recorded::All),
+        2 => vec(any::<Index>(), 1..60).prop_map(Recorded::Some),
+        1 => Just(Recorded::WithAnotherKey),
+        1 => Just(Recorded::Nothing),
+    ]
+}
+
+/// What a disk's own layer holds, without saying where in its file.
+fn map(disks: &Disks, disk: usize) -> Vec<(u64, u64, std::mem::Discriminant<Source>)> {
+    let (layer, mut runs) = (disks.layer(disk), Vec::new());
+    layer.map(0, layer.info().size, &mut runs).unwrap();
+    runs.iter().map(|run| (run.offset, run.len, std::mem::discriminant(&run.source))).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Whatever is recorded of the parent, and in whatever order pages come, how often: a capture makes the same of them as one that reads the
+    /// parent.
+    #[test]
+    fn what_is_recorded_of_the_parent_changes_nothing(
+        mut now in guest(),
+        weeks in vec(changes(), 1..4),
+        records in vec(recorded(), 3),
+        swaps in vec((any::<Index>(), any::<Index>()), 0..60),
+        between in vec((any::<Index>(), any::<Index>(), any::<u8>()), 0..60),
+    ) {
+        let mut disks = Disks::new();
+        let (last, weeks) = weeks.split_last().unwrap();
+        let (mut parent, _) = disks.capture(&*now.stream(&[]), None, |_| {}).unwrap();
+        for week in weeks {
+            change(&mut now, week);
+            (parent, _) = disks.capture(&*now.stream(&[]), Some(parent), |_| {}).unwrap();
+        }
+        change(&mut now, last);
+        let (mut pages, count) = (now.pages(), now.pages().len());
+        for (a, b) in &swaps {
+            pages.swap(a.index(count), b.index(count));
+        }
+        let stream = now.stream_of(&[pages, now.others(&between), now.pages()]);
+
+        let starts = memory::table::Layout::of(&now.blocks()).blocks;
+        let place = |page: &Index| {
+            let (block, at, _) = now.pages()[page.index(count)];
+            starts[block] + (at * PAGE) as u64
+        };
+        let by_records = disks.sealed_by(parent, |disk| match &records[disk] {
+            Recorded::All => Some(disks.record(disk).clone()),
+            Recorded::Some(pages) => Some(disks.record_some(disk, pages.iter().map(place))),
+            Recorded::WithAnotherKey => Some(disks.record_by(disk, Key::new())),
+            Recorded::Nothing => None,
+        });
+        let by_reading = disks.open(parent, Access::Read).into();
+        let (one, by_records) = disks.capture_over(&*stream, Some((parent, by_records)), |_| {}).unwrap();
+        let (other, by_reading) = disks.capture_over(&*stream, Some((parent, by_reading)), |_| {}).unwrap();
+        prop_assert_eq!(by_records.counts, by_reading.counts);
+        prop_assert_eq!(map(&disks, one), map(&disks, other));
+        let normal = |pages: &Pages| pages.clone().of(Uuid::nil(), None);
+        prop_assert_eq!(normal(disks.record(one)), normal(disks.record(other)));
+        prop_assert_eq!(disks.record(one), &disks.record_anew(one));
+        prop_assert_eq!(restored(&disks, one), restored(&disks, other));
+        prop_assert_eq!(Guest::of(&restored(&disks, one)), now);
+    }
+}
+
+/// Once the layers' own tables are in memory nothing can be read any more.
+#[test]
+fn a_parent_that_is_recorded_is_not_read() {
+    let sim = Sim::new();
+    let mut disks = Disks::on(sim.root());
+    let mut guest = small((0..3000u32).map(|at| (at % 7) as u8).collect());
+    let (first, _) = disks.capture(&*guest.stream(&[]), None, |_| {}).unwrap();
+    guest.blocks[0].1[1000..1010].fill(9);
+    let (second, _) = disks.capture(&*guest.stream(&[]), Some(first), |_| {}).unwrap();
+    let before = guest.clone();
+    guest.blocks[0].1[2000..2010].fill(0);
+    guest.blocks[0].1[7..70].fill(9);
+    let stream = guest.stream_of(&[before.pages(), guest.pages()]);
+    let (recorded, unknown) = (disks.sealed(second), Sealed::from(disks.open(second, Access::Read)));
+    let mut capture = |sealed: &Sealed| {
+        let new_layer = |new: NewLayer| {
+            let made = disks.make(new, Some(second));
+            made.chain.runs(0, new.size, usize::MAX)?;
+            sim.fail(At::Read(sim.counts().reads), store::ErrorKind::Io, Times::Forever);
+            Ok(made)
+        };
+        let captured = memory::capture(&*stream, Some(sealed), new_layer, |_| {});
+        sim.heal();
+        captured
+    };
+    assert_eq!(capture(&unknown).unwrap_err().kind, ErrorKind::Image);
+    let captured = capture(&recorded).unwrap();
+    let (once, again) = (before.counts_over(Some(&before)), guest.counts_over(Some(&before)));
+    let counts = Counts { same: once.same + again.same, empty: once.empty + again.empty, ..again };
+    assert_eq!(captured.counts, counts);
+    let sealed = Sealed::from(Chain::new(captured.chain.layers(), Access::Read).unwrap());
+    let mut restored = Vec::new();
+    memory::restore(&sealed, &mut restored, |_, _| {}).unwrap();
+    assert_eq!(Guest::of(&restored), guest);
 }
 
 /// A guest with one block of these pages.

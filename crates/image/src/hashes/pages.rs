@@ -3,7 +3,7 @@
 //! ```text
 //!   capture ──► pages that are written ──► Pages { page: hash, … }   one layer's, made as it is written
 //!                                            │
-//!   top ─ … ─ base ──► Expected ─────────────┘   what a disk is to read as; asked of every page before a guest gets it
+//!   top ─ … ─ base ──► Expected ─────────────┘   what a disk is to read as; asked of every page before a guest gets it, and by the next capture
 //! ```
 //!
 //! An entry says how the layer reads *through its chain*, so a fold leaves it right, and those of a layer that was merged into this one can be
@@ -13,7 +13,7 @@
 use super::format::{ENTRY, Entry, HEAD, PAGES_MAGIC, PAGES_VERSION, PagesHead};
 use super::{Difference, Hash, Key, PIECE, check_size, each_entry, truncated};
 use crate::{Chain, Error, ErrorKind, Layer, Result, RunKind, Source};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
 use std::ops::Range;
 use std::sync::Arc;
 use store::Store;
@@ -50,9 +50,13 @@ impl Table {
     /// Takes over the hashes of pages that have none.
     fn fill(&mut self, below: Self) {
         for (group, hashes) in below.0 {
-            let ours = self.0.entry(group).or_insert_with(|| Box::new([NONE; GROUP as usize]));
-            let missing = ours.iter_mut().zip(hashes.iter()).filter(|(ours, _)| **ours == NONE);
-            missing.for_each(|(ours, hash)| *ours = *hash);
+            match self.0.entry(group) {
+                btree_map::Entry::Vacant(free) => _ = free.insert(hashes),
+                btree_map::Entry::Occupied(mut ours) => {
+                    let missing = ours.get_mut().iter_mut().zip(hashes.iter()).filter(|(ours, _)| **ours == NONE);
+                    missing.for_each(|(ours, hash)| *ours = *hash);
+                }
+            }
         }
     }
 
@@ -123,6 +127,23 @@ impl Pages {
         for (page, content) in (at / PAGE..).zip(pages.chunks_exact(PAGE as usize)) {
             self.table.set(page, self.key.hash_page(content));
         }
+    }
+
+    /// The hash of a page that holds this, with the key of this record.
+    pub fn hash(&self, page: &[u8]) -> Hash {
+        self.key.hash_page(page)
+    }
+
+    /// A page was written at `at`, bytes, whose [`Pages::hash`] is known.
+    pub fn set_hash(&mut self, at: u64, hash: Hash) {
+        self.table.set(at / PAGE, hash);
+    }
+
+    /// The hash of what the page at `at`, bytes, reads as, if its layer stands on a disk that is to read as `below`. `None` where that is not
+    /// recorded, or with another key.
+    pub fn hash_over(&self, below: &Expected, at: u64) -> Option<Hash> {
+        let page = at / PAGE;
+        self.table.get(page).or_else(|| below.hash_of(page).filter(|_| below.key() == Some(self.key)))
     }
 
     /// Whole pages have become zeros.
@@ -341,6 +362,16 @@ pub struct Expected {
 }
 
 impl Expected {
+    /// Of a disk that holds nothing. Hashes have this key.
+    pub fn zeros(key: Key) -> Self {
+        Self { key: Some((key, key.hash_page(&ZEROS))), table: Table::default(), rest: true }
+    }
+
+    /// The key of the hashes; `None` if nothing is recorded.
+    pub fn key(&self) -> Option<Key> {
+        self.key.map(|(key, _)| key)
+    }
+
     /// Adds the record of the next layer, from the top downwards, which stands on `below`. Whether what is recorded of that counts too: not
     /// if this record does not say which pages are that one's.
     pub fn add(&mut self, pages: Pages, below: Option<Uuid>) -> bool {
@@ -352,6 +383,12 @@ impl Expected {
         self.rest = whole && below.is_none();
         self.table.fill(pages.table);
         whole && below.is_some()
+    }
+
+    /// What is to be there, as far as that is known.
+    fn hash_of(&self, page: u64) -> Option<Hash> {
+        let zeros = self.key.filter(|_| self.rest).map(|(_, zeros)| zeros);
+        self.table.get(page).or(zeros)
     }
 
     /// Whether a page at `at`, bytes, may hold this: it is as recorded, or nothing is known of it.
@@ -488,6 +525,29 @@ mod tests {
             [0, 1, 2, 4].map(|page| expected.next_data(page * PAGE..10 * PAGE)),
             [Some(0), Some(PAGE), Some(3 * PAGE), None]
         );
+    }
+
+    #[test]
+    fn a_page_reads_as_its_layer_says_or_else_as_the_disk_below() {
+        let (key, other) = (Key::new(), Key::new());
+        let [base, middle, _] = three(key);
+        let mut pages = Pages::new(id(3), 10 * PAGE, key).expect("small");
+        pages.set_hash(PAGE + 7, pages.hash(&A));
+        let [a, b, zeros] = [A, B, ZEROS].map(|page| Some(pages.hash(&page)));
+        let reads = |pages: &Pages, below: &Expected| [0, 1, 2, 4].map(|page| pages.hash_over(below, page * PAGE));
+        // Nothing is known, all but the base's, all; and that there is nothing.
+        let mut below = Expected::default();
+        assert_eq!((reads(&pages, &below), below.key()), ([None, a, None, None], None));
+        assert!(below.add(middle, Some(id(1))));
+        assert_eq!((reads(&pages, &below), below.key()), ([None, a, b, None], Some(key)));
+        below.add(base, None);
+        assert_eq!(reads(&pages, &below), [a, a, b, zeros]);
+        assert_eq!(reads(&pages, &Expected::zeros(key)), [zeros, a, zeros, zeros]);
+        // Hashes of another key say nothing of this one's.
+        assert_eq!(reads(&pages, &Expected::zeros(other)), [None, a, None, None]);
+        let mut stranger = Pages::new(id(3), 10 * PAGE, other).expect("small");
+        stranger.set(0, &A);
+        assert_eq!(reads(&stranger, &below), [Some(stranger.hash(&A)), None, None, None]);
     }
 
     #[test]

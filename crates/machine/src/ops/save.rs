@@ -48,7 +48,7 @@ impl Owner {
         row.taken_on = live.taken_on(&self.machine().machine.now).await;
         self.keeper.steps.at("save:paused");
         live.flush().await?;
-        let target = ram::Target::new(&self.keeper.files, &self.machine().machine, row);
+        let target = self.keeper.target(row).await?;
         let mut capture = live.qemu.capture(CaptureMode::Stopped).await.map_err(|e| qemu_problem(&name, &e))?;
         ram::write(task, &mut capture, target, ram::no_point).await.map(|(written, _)| written)
     }

@@ -86,13 +86,13 @@ impl Owner {
         if let Some(live) = &self.live {
             memory.taken_on = live.taken_on(&self.machine().machine.now).await;
         }
-        let target = ram::Target::new(&self.keeper.files, &self.machine().machine, memory);
         let in_background = self.running()?.0.qemu.captures_in_background().is_ok();
         let mut made = Some(made);
-        let captured = match (running, in_background) {
-            (true, true) => self.capture_running(task, target, leaves, &mut made).await,
-            (true, false) => self.capture_converging(task, target, leaves, &mut made).await,
-            (false, _) => self.capture_halted(task, target, leaves, &mut made).await,
+        let captured = match self.keeper.target(memory).await {
+            Ok(target) if !running => self.capture_halted(task, target, leaves, &mut made).await,
+            Ok(target) if in_background => self.capture_running(task, target, leaves, &mut made).await,
+            Ok(target) => self.capture_converging(task, target, leaves, &mut made).await,
+            Err(problem) => Err(problem),
         };
         // The ledger has these leaves as Now's: if it came to nothing before they were taken, they are taken now (invariant 3).
         if let Some(live) = &mut self.live {

@@ -1,39 +1,59 @@
 //! Writes pages to the memory disk: only what differs from what lies beneath.
+//!
+//! Where it is recorded how that reads, hashes are compared and nothing is read; else the bytes are. What was stored once is recorded from then on.
 
 use super::Counts;
 use super::batch::{Batch, DATA};
 use crate::Result;
-use crate::spans::{Span, spans};
+use crate::spans::spans;
 use crate::stream::PAGE;
 use image::Chain;
-use image::hashes::Pages;
+use image::hashes::{Expected, Hash, Pages};
 use std::sync::mpsc::{Receiver, Sender};
 
+static ZEROS: [u8; PAGE] = [0; PAGE];
+
 /// What is to be done with a page.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 enum Fate {
-    Store,
+    /// It has this hash.
+    Store(Hash),
     Zero,
     Same,
     Empty,
 }
 
 impl Fate {
-    /// `None` stands for zeros.
-    fn of(page: Option<&[u8]>, beneath: Option<&[u8]>) -> Self {
-        match (page.filter(|page| !is_zero(page)), beneath) {
-            (Some(page), Some(beneath)) if page == beneath => Self::Same,
-            (Some(_), _) => Self::Store,
-            // Invariant 11: zeros over data are zeros from now on.
-            (None, Some(beneath)) if !is_zero(beneath) => Self::Zero,
-            (None, _) => Self::Empty,
-        }
+    fn is_like(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
     }
 }
 
-fn is_zero(page: &[u8]) -> bool {
-    static ZEROS: [u8; PAGE] = [0; PAGE];
-    page == ZEROS
+/// Pages that lie one after another, all data or all zeros.
+#[derive(Debug, Clone, Copy)]
+struct Run<'a> {
+    /// Offset on the disk, bytes.
+    at: u64,
+    pages: usize,
+    data: Option<&'a [u8]>,
+}
+
+impl<'a> Run<'a> {
+    /// Some of them.
+    fn part(self, from: usize, pages: usize) -> Self {
+        let data = self.data.map(|data| &data[from * PAGE..][..pages * PAGE]);
+        Self { at: self.at + (from * PAGE) as u64, pages, data }
+    }
+
+    /// What each of them holds; `None` stands for zeros.
+    fn each(self) -> impl Iterator<Item = Option<&'a [u8]>> {
+        (0..self.pages).map(move |page| self.part(page, 1).data.filter(|page| **page != ZEROS))
+    }
+
+    /// Where each of them is.
+    fn places(self) -> impl Iterator<Item = u64> {
+        (self.at..).step_by(PAGE).take(self.pages)
+    }
 }
 
 /// The writing end of a capture.
@@ -41,14 +61,19 @@ pub(super) struct Writer<'a> {
     chain: &'a Chain,
     /// What is written.
     pages: Pages,
+    /// How the chain reads where nothing was written.
+    below: &'a Expected,
+    /// The hash of a page of zeros.
+    zeros: Hash,
     counts: Counts,
-    /// What lies beneath a run; used again and again.
+    /// What was read of what lies beneath; used again and again.
     beneath: Vec<u8>,
 }
 
 impl<'a> Writer<'a> {
-    pub(super) fn new(chain: &'a Chain, pages: Pages) -> Self {
-        Self { chain, pages, counts: Counts::default(), beneath: Vec::new() }
+    pub(super) fn new(chain: &'a Chain, pages: Pages, below: &'a Expected) -> Self {
+        let zeros = pages.hash(&ZEROS);
+        Self { chain, pages, below, zeros, counts: Counts::default(), beneath: Vec::new() }
     }
 
     /// What became of the pages.
@@ -70,9 +95,8 @@ impl<'a> Writer<'a> {
 
     /// Writes what arrives until the other end is dropped.
     pub(super) fn run(mut self, full: &Receiver<Batch>, empty: &Sender<Batch>) -> Result<Self> {
-        let mut below = Vec::new();
         for mut batch in full {
-            batch.each_run(|at, len, data| self.run_of_pages(at, len, data, &mut below))?;
+            batch.each_run(|at, len, data| self.run_of_pages(Run { at, pages: len as usize / PAGE, data }))?;
             batch.clear();
             // The other end may have stopped already; then nobody needs the batch.
             let _ = empty.send(batch);
@@ -80,62 +104,97 @@ impl<'a> Writer<'a> {
         Ok(self)
     }
 
-    /// Makes `[at, at + len)` read as `data`, or as zeros.
-    fn run_of_pages(&mut self, at: u64, len: u64, data: Option<&[u8]>, below: &mut Vec<Span>) -> Result<()> {
-        spans(self.chain, at, len, below)?;
+    /// Makes the disk read as these pages do.
+    fn run_of_pages(&mut self, run: Run<'_>) -> Result<()> {
+        let beneath: Vec<_> = run.places().map(|at| self.pages.hash_over(self.below, at)).collect();
+        let mut from = 0;
+        for alike in beneath.chunk_by(|a, b| a.is_some() == b.is_some()) {
+            let part = run.part(from, alike.len());
+            match alike[0] {
+                Some(_) => self.over_recorded(part, alike.iter().flatten())?,
+                None => self.over_unknown(part)?,
+            }
+            from += alike.len();
+        }
+        Ok(())
+    }
+
+    /// The same where what lies beneath has these hashes.
+    fn over_recorded<'h>(&mut self, run: Run<'_>, beneath: impl Iterator<Item = &'h Hash>) -> Result<()> {
+        let fate = |(page, beneath): (Option<&[u8]>, &Hash)| match page.map(|page| self.pages.hash(page)) {
+            Some(hash) if hash == *beneath => Fate::Same,
+            Some(hash) => Fate::Store(hash),
+            None if self.zeros == *beneath => Fate::Empty,
+            // Invariant 11: zeros over data are zeros from now on.
+            None => Fate::Zero,
+        };
+        let fates: Vec<_> = run.each().zip(beneath).map(fate).collect();
+        self.carry_out(run, &fates)
+    }
+
+    /// The same where that is not recorded.
+    fn over_unknown(&mut self, run: Run<'_>) -> Result<()> {
+        let (zeros, mut below, mut from) = (self.zeros, Vec::new(), 0);
+        spans(self.chain, run.at, (run.pages * PAGE) as u64, &mut below)?;
         for span in below {
-            for done in (0..span.len).step_by(DATA) {
-                let (from, len) = (span.at + done, (span.len - done).min(DATA as u64));
-                let data = data.map(|data| &data[(from - at) as usize..][..len as usize]);
-                self.piece(from, len, data, span.data)?;
+            let end = from + span.len as usize / PAGE;
+            while from < end {
+                let part = run.part(from, (end - from).min(DATA / PAGE));
+                match span.data {
+                    true => self.over_data(part)?,
+                    false => self.over_recorded(part, std::iter::repeat(&zeros))?,
+                }
+                from += part.pages;
             }
         }
         Ok(())
     }
 
-    /// The same where what lies beneath is data throughout, or zeros throughout.
-    fn piece(&mut self, at: u64, len: u64, data: Option<&[u8]>, over_data: bool) -> Result<()> {
-        if over_data {
-            self.beneath.resize(len as usize, 0);
-            self.chain.read(&mut self.beneath, at)?;
-        } else if data.is_none() {
-            self.counts.empty += len / PAGE as u64;
-            return Ok(());
-        }
-        let page = |bytes: &'_ [u8], page: usize| -> std::ops::Range<usize> {
-            debug_assert_eq!(bytes.len() as u64, len);
-            page * PAGE..(page + 1) * PAGE
+    /// The same where it has to be read.
+    fn over_data(&mut self, run: Run<'_>) -> Result<()> {
+        self.beneath.resize(run.pages * PAGE, 0);
+        self.chain.read(&mut self.beneath, run.at)?;
+        let fate = |(page, beneath): (Option<&[u8]>, &[u8])| match page {
+            Some(page) if page == beneath => Fate::Same,
+            Some(page) => Fate::Store(self.pages.hash(page)),
+            None if *beneath == ZEROS => Fate::Empty,
+            None => Fate::Zero,
         };
-        let fates = (0..len as usize / PAGE).map(|at| {
-            let data = data.map(|data| &data[page(data, at)]);
-            Fate::of(data, over_data.then(|| &self.beneath[page(&self.beneath, at)]))
-        });
-        let fates: Vec<_> = fates.collect();
-        let mut from = at;
-        for alike in fates.chunk_by(Fate::eq) {
-            let len = (alike.len() * PAGE) as u64;
-            let data = data.map(|data| &data[(from - at) as usize..][..len as usize]);
-            self.carry_out(alike[0], from, len, data)?;
-            from += len;
+        let fates: Vec<_> = run.each().zip(self.beneath.chunks_exact(PAGE)).map(fate).collect();
+        self.carry_out(run, &fates)
+    }
+
+    fn carry_out(&mut self, run: Run<'_>, fates: &[Fate]) -> Result<()> {
+        let mut from = 0;
+        for alike in fates.chunk_by(Fate::is_like) {
+            let part = run.part(from, alike.len());
+            let count = match alike[0] {
+                Fate::Store(_) => {
+                    self.store(part, alike)?;
+                    &mut self.counts.stored
+                }
+                Fate::Zero => {
+                    let len = (part.pages * PAGE) as u64;
+                    self.chain.zero(part.at, len)?;
+                    self.pages.set_zeros(part.at, len);
+                    &mut self.counts.zeroed
+                }
+                Fate::Same => &mut self.counts.same,
+                Fate::Empty => &mut self.counts.empty,
+            };
+            *count += part.pages as u64;
+            from += part.pages;
         }
         Ok(())
     }
 
-    fn carry_out(&mut self, fate: Fate, at: u64, len: u64, data: Option<&[u8]>) -> Result<()> {
-        let count = match fate {
-            Fate::Store => {
-                self.write(data.expect("only data is stored"), at)?;
-                &mut self.counts.stored
+    fn store(&mut self, run: Run<'_>, fates: &[Fate]) -> Result<()> {
+        self.chain.write(run.data.expect("only data is stored"), run.at)?;
+        for (at, fate) in run.places().zip(fates) {
+            if let Fate::Store(hash) = fate {
+                self.pages.set_hash(at, *hash);
             }
-            Fate::Zero => {
-                self.chain.zero(at, len)?;
-                self.pages.set_zeros(at, len);
-                &mut self.counts.zeroed
-            }
-            Fate::Same => &mut self.counts.same,
-            Fate::Empty => &mut self.counts.empty,
-        };
-        *count += len / PAGE as u64;
+        }
         Ok(())
     }
 }

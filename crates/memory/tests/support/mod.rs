@@ -14,20 +14,25 @@ use uuid::Uuid;
 
 /// A folder of memory disks `0`, `1`, …, each over the one before or over none.
 pub(crate) struct Disks {
-    folder: HostFolder,
+    folder: Arc<dyn Folder>,
     /// Each disk's layers by name, base first.
     chains: Vec<Vec<String>>,
     /// What was recorded of each that was captured.
     records: Vec<Pages>,
     key: Key,
-    _temporary: TempDir,
+    _temporary: Option<TempDir>,
 }
 
 impl Disks {
     pub(crate) fn new() -> Self {
         let temporary = TempDir::new().unwrap();
         let folder = HostFolder::open(temporary.path()).unwrap();
-        Self { folder, chains: Vec::new(), records: Vec::new(), key: Key::new(), _temporary: temporary }
+        Self { _temporary: Some(temporary), ..Self::on(Arc::new(folder)) }
+    }
+
+    /// In this folder.
+    pub(crate) fn on(folder: Arc<dyn Folder>) -> Self {
+        Self { folder, chains: Vec::new(), records: Vec::new(), key: Key::new(), _temporary: None }
     }
 
     /// The layers of a disk; the topmost may be opened for writing.
@@ -75,8 +80,19 @@ impl Disks {
         parent: Option<usize>,
         signal: impl FnMut(Signal),
     ) -> memory::Result<(usize, Captured)> {
-        let chain = parent.map(|parent| self.open(parent, Access::Read));
-        let captured = memory::capture(stream, chain.as_ref(), |new| Ok(self.make(new, parent)), signal)?;
+        let sealed = parent.map(|parent| (parent, self.sealed(parent)));
+        self.capture_over(stream, sealed, signal)
+    }
+
+    /// The same, with what is known of the parent.
+    pub(crate) fn capture_over(
+        &mut self,
+        stream: impl Read,
+        parent: Option<(usize, Sealed)>,
+        signal: impl FnMut(Signal),
+    ) -> memory::Result<(usize, Captured)> {
+        let (parent, sealed) = parent.unzip();
+        let captured = memory::capture(stream, sealed.as_ref(), |new| Ok(self.make(new, parent)), signal)?;
         captured.chain.close().unwrap();
         let disk = self.chains.len() - 1;
         self.records.push(captured.pages.clone().whole(self.below(disk).map(id)));
@@ -85,10 +101,16 @@ impl Disks {
 
     /// A disk, with what was recorded of it.
     pub(crate) fn sealed(&self, disk: usize) -> Sealed {
+        self.sealed_by(disk, |disk| Some(self.records[disk].clone()))
+    }
+
+    /// A disk, with these records of it and of what it stands on.
+    pub(crate) fn sealed_by(&self, disk: usize, record: impl Fn(usize) -> Option<Pages>) -> Sealed {
         let (mut expected, mut next) = (Expected::default(), Some(disk));
-        while let Some(disk) = next {
-            next = self.below(disk);
-            expected.add(self.records[disk].clone(), next.map(id));
+        while let Some((disk, pages)) = next.and_then(|disk| Some((disk, record(disk)?))) {
+            let below = self.below(disk);
+            let says_more = expected.add(pages, below.map(id));
+            next = below.filter(|_| says_more);
         }
         Sealed { chain: self.open(disk, Access::Read), expected }
     }
@@ -100,10 +122,32 @@ impl Disks {
 
     /// The same, as it is made of what the disk holds.
     pub(crate) fn record_anew(&self, disk: usize) -> Pages {
+        self.record_by(disk, self.key)
+    }
+
+    /// The same with another key.
+    pub(crate) fn record_by(&self, disk: usize, key: Key) -> Pages {
         let chain = self.open(disk, Access::Read);
-        let mut pages = Pages::new(id(disk), chain.size(), self.key).unwrap();
+        let mut pages = Pages::new(id(disk), chain.size(), key).unwrap();
         assert!(pages.complete(&chain, self.below(disk).map(id), &mut |_| true).unwrap());
         pages
+    }
+
+    /// A record of a few of the pages that a disk reads as.
+    pub(crate) fn record_some(&self, disk: usize, places: impl Iterator<Item = u64>) -> Pages {
+        let chain = self.open(disk, Access::Read);
+        let mut pages = Pages::new(id(disk), chain.size(), self.key).unwrap();
+        let mut page = [0; PAGE];
+        for at in places {
+            chain.read(&mut page, at).unwrap();
+            pages.set(at, &page);
+        }
+        pages
+    }
+
+    /// The disk's own layer.
+    pub(crate) fn layer(&self, disk: usize) -> Arc<dyn Layer> {
+        self.layers(disk, Mode::Read).pop().unwrap()
     }
 
     /// What a disk stands on.
