@@ -50,11 +50,8 @@ impl Owner {
         let rows = self.machine();
         let snapshot = rows.machine.to_link(snapshot)?;
         check_names(names)?;
-        {
-            let _names = self.shared.root.lock_names()?;
-            names.iter().try_for_each(|name| self.shared.root.check_free(name, None))?;
-            self.shared.root.sweep()?;
-        }
+        let (root, wanted) = (self.shared.root.clone(), names.to_vec());
+        blocking(move || make_way(&root, &wanted)).await?;
         let new = names.iter().map(|name| Named { id: MachineId::new(), name: name.clone() });
         let linked: Vec<_> = new.map(|new| rows.machine.linked(snapshot, &new, note, true)).collect();
         let said = said(&who(&linked), snapshot);
@@ -398,6 +395,13 @@ fn make(keeper: &Keeper, root: &Root, task: &Task, linked: Linked) -> Result<Beg
     })?;
     keeper.steps.at("clone:made");
     Ok(begun)
+}
+
+/// These names are free, and what others have left out of sight is gone.
+fn make_way(root: &Root, names: &[String]) -> Result<(), Problem> {
+    let _names = root.lock_names()?;
+    names.iter().try_for_each(|name| root.check_free(name, None))?;
+    root.sweep()
 }
 
 /// A machine that was made a moment ago goes again.
