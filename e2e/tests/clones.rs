@@ -1,12 +1,14 @@
 //! Machines that are made from another one's snapshot: they go on from its memory, share its files, and outlive it; a worker that dies in the
 //! middle of anything loses no layer and leaks none.
 
-use e2e::{BASE, Lab, Output, Witness, wait_for};
+use e2e::{BASE, Lab, Output, Process, Witness, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 
 /// The folder of a machine.
 fn folder(lab: &Lab, name: &str) -> PathBuf {
@@ -280,6 +282,184 @@ fn one_that_cannot_be_started_keeps_no_other_from_it() {
     assert_eq!(made["vms"].as_array().expect("a list").len(), 3);
     assert_eq!(states("u-"), ["running"; 3]);
     delete_all(&lab);
+}
+
+/// A command that goes on, until it is told to end.
+struct Going {
+    child: Child,
+    said: PathBuf,
+}
+
+impl Going {
+    fn begin(lab: &Lab, args: &[&str]) -> Self {
+        let said = lab.path("said");
+        let err = File::create(&said).expect("there is room");
+        let child = lab.command(args).stdout(Stdio::null()).stderr(err).spawn().expect("the program runs");
+        Self { child, said }
+    }
+
+    fn tell(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("it is our child");
+    }
+
+    /// It stands still, until it is told to go on.
+    fn halt(&self) {
+        self.tell(Signal::STOP);
+        let stat = format!("/proc/{}/stat", self.child.id());
+        wait_for("the command to stand still", || {
+            let stat = std::fs::read_to_string(&stat).expect("it is there");
+            stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with('T')).then_some(())
+        });
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(&self.said).expect("it is there")
+    }
+
+    /// Its exit code, and what it has said.
+    fn end(mut self) -> (Option<i32>, String) {
+        let ended = wait_for("the command to end", || self.child.try_wait().expect("it is our child"));
+        (ended.code(), self.said())
+    }
+}
+
+/// A machine that needs next to nothing, and its snapshot `one`.
+fn small() -> Lab {
+    let lab = Lab::empty();
+    lab.ok(&["vm", "create", BASE, "--memory", "32M", "--accel", "tcg", "--disk", "new:16M"]);
+    lab.ok(&["snapshot", "create", BASE, "one"]);
+    lab
+}
+
+/// The QEMUs that run a machine, or are about to.
+fn qemus(lab: &Lab) -> usize {
+    let line = |process: &Process| std::fs::read(format!("/proc/{}/cmdline", process.pid.as_raw_nonzero()));
+    let runs = |process: &&Process| line(process).is_ok_and(|line| String::from_utf8_lossy(&line).contains("guest="));
+    lab.processes().iter().filter(runs).count()
+}
+
+/// All machines that are left are whole, those that run are as many as QEMUs, and nothing is out of sight.
+#[track_caller]
+fn assert_nothing_is_half_done(lab: &Lab) {
+    let names = names(lab);
+    for name in &names {
+        assert_whole(lab, name);
+    }
+    assert_eq!(hidden(lab), Vec::<String>::new());
+    let running = names.iter().filter(|name| lab.state(name) == "running").count();
+    wait_for("as many QEMUs as there are machines that run", || (qemus(lab) == running).then_some(()));
+    assert_eq!(lab.sockets().len(), running);
+}
+
+/// Every second one of many has a QEMU that does not come up before it may. When no other can be begun, the command gets a signal. How it has
+/// ended, and how many machines there are.
+fn starting_many_is_struck(signal: Signal, heard: &str) -> (Lab, Going, u32) {
+    let lab = small();
+    let at_once = u32::try_from(std::thread::available_parallelism().map_or(1, usize::from)).expect("not so many");
+    let all = 2 * at_once + 1;
+    let (qemu, reached, go) = (lab.path("qemu"), lab.path("reached"), lab.path("go"));
+    let waiting: Vec<String> = (1..=at_once).map(|n| format!("*\"guest=t-{} \"*", 2 * n)).collect();
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in {}) touch {reached}.$$; while [ ! -e {go} ]; do sleep 0.05; done;; esac\n\
+         exec qemu-system-x86_64 \"$@\"\n",
+        waiting.join("|"),
+        reached = reached.display(),
+        go = go.display(),
+    );
+    std::fs::write(&qemu, script).expect("there is room");
+    std::fs::set_permissions(&qemu, PermissionsExt::from_mode(0o700)).expect("it is ours");
+    let lab = lab.on_qemu(qemu);
+    let count = all.to_string();
+    let going = Going::begin(&lab, &["vm", "create", "t", "--from", "Tenby@one", "--count", &count, "--start"]);
+    wait_for("all that are begun to wait", || {
+        let there = std::fs::read_dir(lab.path("")).expect("it is there").flatten();
+        let waiting = there.filter(|entry| entry.file_name().to_string_lossy().starts_with("reached.")).count();
+        (waiting == at_once as usize).then_some(())
+    });
+    going.tell(signal);
+    wait_for("the command to hear it", || going.said().contains(heard).then_some(()));
+    (lab, going, all)
+}
+
+/// Ctrl-C while many are started: those that run go on, those that have begun are cancelled, no more are begun; and it is said of each.
+#[test]
+fn starting_many_that_is_cancelled_says_what_became_of_each() {
+    let (lab, going, all) = starting_many_is_struck(Signal::INT, "cancelling; once more leaves");
+    std::fs::write(lab.path("go"), "").expect("there is room");
+    let (code, said) = going.end();
+    assert_eq!(code, Some(130), "{said}");
+    let machines: Vec<String> = (1..=all).map(|n| format!("t-{n}")).collect();
+    assert_eq!(names(&lab).len(), machines.len() + 1, "all are made: {said}");
+    let is_off = |name: &&String| said.contains(&format!("{name} was not started: "));
+    for name in &machines {
+        assert_eq!(lab.state(name), if is_off(&name) { "off" } else { "running" }, "{name}: {said}");
+    }
+    let off: Vec<&String> = machines.iter().filter(is_off).collect();
+    assert_eq!(off.last().map(|name| name.as_str()), machines.last().map(String::as_str), "it was not begun: {said}");
+    let started = format!("started {} of {all} machines, but not {}", machines.len() - off.len(), off[0]);
+    assert!(said.contains(&started), "{started}: {said}");
+    let hint = format!("tenby vm start {}", off[0]);
+    assert!(said.contains(&hint), "{said}");
+    assert_nothing_is_half_done(&lab);
+    lab.ok(&["vm", "start", off[0]]);
+    delete_all(&lab);
+}
+
+/// SIGTERM ends the command only: what was begun goes on, and it is said how to follow it.
+#[test]
+fn a_command_that_is_ended_while_it_starts_many_leaves_what_it_has_begun() {
+    let (lab, going, all) = starting_many_is_struck(Signal::TERM, "left running");
+    let (code, said) = going.end();
+    assert_eq!(code, Some(130), "{said}");
+    assert!(said.contains("tenby job watch ") && said.contains(&format!("t-{all} was not started: ")), "{said}");
+    assert_eq!(lab.state(&format!("t-{all}")), "off");
+    std::fs::write(lab.path("go"), "").expect("there is room");
+    for n in 1..all {
+        wait_for("what was begun to run", || (lab.state(&format!("t-{n}")) == "running").then_some(()));
+    }
+    assert_nothing_is_half_done(&lab);
+    delete_all(&lab);
+}
+
+/// Ctrl-C while they are made: none are, or all, and none is started.
+#[test]
+fn making_many_that_is_cancelled_makes_all_or_none_and_starts_none() {
+    // (Whether it is heard before they are made, or only afterwards.)
+    for late in [false, true] {
+        let lab = small();
+        let names_lock = File::open(lab.root().join("lock")).expect("it is there");
+        names_lock.lock().expect("locked");
+        let going = Going::begin(&lab, &["vm", "create", "t", "--from", "Tenby@one", "--count", "3", "--start"]);
+        wait_for("the worker to be asked", || {
+            let jobs = lab.json(&["job", "list", BASE]);
+            let clone = |job: &Value| job["kind"] == "clone" && job["ended"].is_null();
+            jobs["jobs"].as_array().expect("a list").iter().any(clone).then_some(())
+        });
+        if late {
+            going.halt();
+            drop(names_lock);
+            wait_for("all to be made", || (names(&lab).len() == 4).then_some(()));
+            going.tell(Signal::INT);
+            going.tell(Signal::CONT);
+        } else {
+            going.tell(Signal::INT);
+            wait_for("the command to hear it", || going.said().contains("cancelling").then_some(()));
+            drop(names_lock);
+        }
+        let (code, said) = going.end();
+        assert_eq!(code, Some(130), "{said}");
+        match names(&lab).len() {
+            1 if !late => assert!(said.contains("cancelled; nothing has changed"), "{said}"),
+            4 => {
+                assert!(said.contains("started 0 of 3 machines, but not t-1, t-2, t-3: cancelled"), "{said}");
+                assert!(said.contains("tenby vm start t-1"), "{said}");
+            }
+            made => panic!("{made} machines: {said}"),
+        }
+        assert_nothing_is_half_done(&lab);
+        assert_eq!(qemus(&lab), 0);
+        delete_all(&lab);
+    }
 }
 
 /// A disk that was taken in place cannot be shared: it is copied, and that is said before. Deleted, the source merges into it what is its own.

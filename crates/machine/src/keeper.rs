@@ -132,7 +132,7 @@ impl Keeper {
     }
 
     /// Removes the files of a journal row that no layer's row names, and the journal row.
-    pub(crate) fn forget(&self, journal: &Journal) -> Result<(), Problem> {
+    pub fn forget(&self, journal: &Journal) -> Result<(), Problem> {
         let rows = self.rows();
         let named = |file: &String| rows.machine.layers.values().any(|row| &row.file == file);
         let orphans: Vec<String> = journal.files.iter().filter(|file| !named(file)).cloned().collect();

@@ -150,16 +150,30 @@ impl Files {
         }
     }
 
-    /// Removes records whose layers are gone, and what was left half-written. Nobody else may write records meanwhile.
+    /// Removes records that nobody needs, for their layers are gone, and what was left half-written. Nobody else may write records meanwhile.
     pub fn tidy_records(&self, machine: &Machine) -> Result<(), Problem> {
+        let merged = self.merged_memories(machine);
         for name in self.record_names()? {
-            let of = owner(&name);
-            if of.is_some_and(|(id, whole)| !(whole && machine.layers.contains_key(&id))) {
+            let is_needed = |id: &LayerId| machine.layers.contains_key(id) || merged.contains(id);
+            if owner(&name).is_some_and(|(id, whole)| !(whole && is_needed(&id))) {
                 let removed = self.folder().folder(FOLDER).and_then(|folder| folder.unlink(&name));
                 removed.map_err(|e| file_problem(&e))?;
             }
         }
         Ok(())
+    }
+
+    /// The memories that are gone, for they were merged into others, whose records do not say yet what theirs do.
+    fn merged_memories(&self, machine: &Machine) -> BTreeSet<LayerId> {
+        let below = |id| Pages::read_below(&*self.open_record(id).ok()?).ok()?.map(LayerId);
+        let mut merged = BTreeSet::new();
+        for row in machine.layers.values().filter(|row| row.kind == LayerKind::Memory) {
+            let mut next = below(row.id);
+            while let Some(id) = next.filter(|id| !machine.layers.contains_key(id) && merged.insert(*id)) {
+                next = below(id);
+            }
+        }
+        merged
     }
 
     /// Files among the records that are none, relative to the machine's folder.

@@ -67,7 +67,7 @@ impl Owner {
     pub(crate) async fn recover(&mut self) -> Result<(), Problem> {
         self.keeper.work_off_carries()?;
         self.find_qemu().await?;
-        self.finish_clones()?;
+        self.keeper.finish_clones(&self.shared.root)?;
         self.keeper.undo_unfinished(self.live.as_mut().map(Live::disks))?;
         self.agree_with_qemu().await?;
         // A full disk must not keep a worker from its machine for this.

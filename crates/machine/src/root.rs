@@ -79,7 +79,12 @@ impl Root {
     pub fn open(path: &Path) -> Result<Self, Problem> {
         let path = std::path::absolute(path).map_err(|e| Problem::failed(format!("{}: {e}", path.display())))?;
         let folder = HostFolder::create(&path).map_err(|e| file_problem(&e))?;
-        Ok(Self { path, folder: Arc::new(folder) })
+        Ok(Self::over(Arc::new(folder), &path))
+    }
+
+    /// The root in this folder, which lies at `path`.
+    pub fn over(folder: Arc<dyn Folder>, path: &Path) -> Self {
+        Self { path: path.to_owned(), folder }
     }
 
     /// Where it is.
@@ -252,7 +257,7 @@ impl Root {
     }
 
     /// Begins a machine's folder, out of sight.
-    pub(crate) fn begin(&self, id: MachineId) -> Result<Begun, Problem> {
+    pub fn begin(&self, id: MachineId) -> Result<Begun, Problem> {
         let name = hidden(id);
         let folder = self.folder.create_folder(&name).map_err(|e| file_problem(&e))?;
         let lock = folder.create("lock").map_err(|e| file_problem(&e))?;
@@ -273,7 +278,11 @@ impl Root {
 
     /// These machines, whose folders are complete, are there from now on, whatever becomes of the host; as are all that were shown before.
     /// `shown` is told of each. Under [`Root::lock_names`].
-    pub(crate) fn show(&self, ids: &[MachineId], mut shown: impl FnMut()) -> Result<(), Problem> {
+    pub fn show(&self, ids: &[MachineId], mut shown: impl FnMut()) -> Result<(), Problem> {
+        if ids.len() > 1 {
+            // By the first that has its name it is known that all are made: none has it before all folders are certain to be there.
+            self.folder.sync().map_err(|e| file_problem(&e))?;
+        }
         let show = |id: &MachineId| self.folder.rename(&hidden(*id), &id.to_string()).map(|()| shown());
         ids.iter().try_for_each(show).and_then(|()| self.folder.sync()).map_err(|e| file_problem(&e))
     }
@@ -284,7 +293,7 @@ impl Root {
     }
 
     /// Removes a machine's folder that is out of sight. What cannot be removed is swept away later.
-    pub(crate) fn give_up(&self, id: MachineId) {
+    pub fn give_up(&self, id: MachineId) {
         remove_tree(&self.folder, &hidden(id));
     }
 
@@ -315,7 +324,7 @@ impl Root {
     }
 
     /// Removes what a creation or a deletion that died has left. Under [`Root::lock_names`].
-    pub(crate) fn sweep(&self) -> Result<(), Problem> {
+    pub fn sweep(&self) -> Result<(), Problem> {
         for name in self.folder.list().map_err(|e| file_problem(&e))? {
             let Some(id) = name.strip_prefix(NEW) else { continue };
             let Ok(folder) = self.folder.folder(&name) else { continue };
@@ -331,7 +340,7 @@ impl Root {
 
     /// Takes a machine's folder out of sight, in one step: what follows may be interrupted, and is swept away later ([`Root::give_up`]). Its worker
     /// calls this, with the machine's lock.
-    pub(crate) fn hide(&self, id: MachineId) -> Result<(), Problem> {
+    pub fn hide(&self, id: MachineId) -> Result<(), Problem> {
         let hidden = self.folder.rename(&id.to_string(), &hidden(id)).and_then(|()| self.folder.sync());
         hidden.map_err(|e| file_problem(&e))
     }
@@ -339,8 +348,9 @@ impl Root {
 
 /// A machine's folder that is being made, out of sight. It is swept away when nobody holds its lock.
 #[derive(Debug)]
-pub(crate) struct Begun {
-    pub(crate) files: Files,
+pub struct Begun {
+    /// Its files.
+    pub files: Files,
     _lock: Arc<dyn Store>,
 }
 

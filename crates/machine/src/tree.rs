@@ -231,7 +231,7 @@ impl Kernel {
 
 impl Config {
     /// The names of what a machine is started from, in its `boot` folder.
-    pub(crate) fn boot_files(&self) -> impl Iterator<Item = &str> {
+    pub fn boot_files(&self) -> impl Iterator<Item = &str> {
         let kernel = self.kernel.iter().flat_map(Kernel::files).map(String::as_str);
         kernel.chain((self.firmware == Firmware::Uefi).then_some(crate::firmware::CODE_NAME))
     }

@@ -224,6 +224,10 @@ impl Deep {
 
     fn delete(&self, name: &str) {
         self.keeper.delete(&self.task("delete"), name, false).expect("deleted");
+        self.collect();
+    }
+
+    fn collect(&self) {
         self.keeper.remove_garbage().expect("removed");
         while let Some(folding) = self.keeper.next_fold(None, Begin::default()).expect("begun") {
             let folded = self.keeper.fold(folding, &Cancel::default());
@@ -611,6 +615,27 @@ fn what_was_recorded_of_a_memory_outlives_its_merge() {
     assert!(findings.len() == 1 && findings[0].place == lab.place(&folded), "{findings:?}");
     lab.flip(&folded, RAM + PAGE as u64);
     assert_eq!(lab.deep().1, Vec::new());
+}
+
+/// What a memory was merged into is itself about to be merged, and that rests: so it is not hashed, but all the rest is.
+#[test]
+fn what_was_recorded_of_a_memory_outlives_two_merges_with_hashing_in_between() {
+    let (mut lab, layers) = remembered();
+    lab.delete("First");
+    lab.keeper.delete(&lab.task("delete"), "Second", false).expect("deleted");
+    assert!(lab.hash());
+    lab.collect();
+    let folded = lab.machine().layers[&layers[2].id].clone();
+    assert_eq!(folded.parent, None);
+    lab.flip(&folded, RAM);
+    assert!(lab.hash() && is_whole(&lab, folded.id));
+    let (_, findings) = lab.deep();
+    assert!(findings.len() == 1 && findings[0].place == lab.place(&folded), "{findings:?}");
+    lab.flip(&folded, RAM);
+    assert_eq!(lab.deep().1, Vec::new());
+    // Now nobody needs them.
+    let names = lab.files.folder().folder("hashes").and_then(|folder| folder.list()).expect("a folder");
+    assert!(!layers[..2].iter().any(|row| names.contains(&row.id.to_string())), "{names:?}");
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The ledger keeps what it acknowledged: through crashes at every operation, failures of every operation, and damage.
 
+#[expect(dead_code, reason = "each test uses a part of the samples")]
 mod sample;
 
 use machine::ledger::{ErrorKind, Journal, Ledger, State};

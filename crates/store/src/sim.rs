@@ -214,6 +214,12 @@ impl Sim {
         lock(&self.disk).used()
     }
 
+    /// Another disk that is as this one: the same is synced, and the same is not.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        lock(&self.disk).fork()
+    }
+
     /// Operations that no sync covers: what a [`Crash`] chooses from.
     pub fn unsynced(&self) -> u64 {
         lock(&self.disk).unsynced().len() as u64
@@ -434,14 +440,24 @@ impl Disk {
     /// Hands over a copy, if one is wanted before the next operation.
     fn copy(&mut self) {
         let next = self.counts.operations;
-        let Some(copies) = self.copies.as_mut().filter(|copies| copies.operations.contains(&next)) else { return };
+        if !self.copies.as_ref().is_some_and(|copies| copies.operations.contains(&next)) {
+            return;
+        }
+        let fork = self.fork();
+        if let Some(copies) = &mut self.copies {
+            (copies.taken)(next, fork);
+        }
+    }
+
+    /// Nobody has a file of it open.
+    fn fork(&self) -> Sim {
         let mut inodes = self.inodes.clone();
         for inode in inodes.values_mut() {
             if let Inode::File(file) = inode {
                 file.handles.clear();
             }
         }
-        (copies.taken)(next, Sim::with_inodes(inodes));
+        Sim::with_inodes(inodes)
     }
 
     /// An operation that is done whole or not at all.

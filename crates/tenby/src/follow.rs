@@ -1,16 +1,17 @@
-//! Asks a machine for something and stays until it has ended: shows how it goes, passes Ctrl-C on, rejoins after a worker's death.
+//! Asks a machine for something and stays until it has ended: shows how it goes, passes Ctrl-C on, rejoins after a worker's death. SIGTERM ends it
+//! before: what was asked for goes on.
 //!
 //! The job's id is chosen here, so that asking twice is asking once: after a worker's death the same request is sent to the next one.
 //! If it was recorded, its job is told (undone by recovery, or completed); if not, it has changed nothing and is carried out now.
 
 use crate::out::Progress;
 use crate::session::{Session, cancelled, problem};
+use crate::work::{Wish, Wishes};
 use api::{Client, Error};
 use machine::request::{Job, JobState, Problem, ProblemKind, Request};
 use machine::root::Found;
 use machine::tree::JobId;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long one question to the worker waits for news.
 const NEWS: Duration = Duration::from_secs(10);
@@ -49,7 +50,7 @@ struct Asking<'a> {
     id: JobId,
     /// What to send again to the next worker; `None` if the job is somebody else's.
     request: Option<Request>,
-    interrupts: Signal,
+    wishes: Wishes,
     /// Whether its user has asked for it to be cancelled.
     cancelling: bool,
     progress: Progress,
@@ -62,19 +63,17 @@ struct Asking<'a> {
 #[expect(clippy::large_enum_variant, reason = "one at a time, on the stack")]
 enum Event {
     News(Result<Job, Error>),
-    Interrupt,
+    Wish(Wish),
 }
 
 impl<'a> Asking<'a> {
     fn new(session: &'a Session, found: &'a Found, id: JobId, request: Option<Request>) -> Result<Self, Problem> {
-        let interrupts = signal(SignalKind::interrupt())
-            .map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))?;
         Ok(Self {
             session,
             found,
             id,
             request,
-            interrupts,
+            wishes: Wishes::hear()?,
             cancelling: false,
             progress: session.out.progress(),
             deaths: 0,
@@ -95,7 +94,7 @@ impl<'a> Asking<'a> {
             let seen = self.last.as_ref().map(seen);
             let event = tokio::select! {
                 news = client.job(self.id, seen, NEWS) => Event::News(news),
-                _ = self.interrupts.recv() => Event::Interrupt,
+                wish = self.wishes.next() => Event::Wish(wish),
             };
             match event {
                 Event::News(Ok(job)) => {
@@ -118,8 +117,8 @@ impl<'a> Asking<'a> {
                     }
                 }
                 Event::News(Err(error)) => return Err(problem(error)),
-                Event::Interrupt if self.cancelling => return Err(self.left_running()),
-                Event::Interrupt => self.cancel(&client).await?,
+                Event::Wish(Wish::Cancel) if !self.cancelling => self.cancel(&client).await?,
+                Event::Wish(_) => return Err(self.left_running()),
             }
         }
     }
@@ -129,7 +128,7 @@ impl<'a> Asking<'a> {
         loop {
             let client = tokio::select! {
                 client = self.session.worker(self.found) => client,
-                _ = self.interrupts.recv() => return Err(self.interrupted_before()),
+                _ = self.wishes.next() => return Err(self.interrupted_before()),
             };
             let client = match client {
                 Err(problem)
@@ -149,8 +148,8 @@ impl<'a> Asking<'a> {
             };
             let answer = tokio::select! {
                 answer = asking => answer,
-                _ = self.interrupts.recv() => {
-                    if cancelling {
+                wish = self.wishes.next() => {
+                    if cancelling || wish == Wish::Leave {
                         return Err(self.left_running());
                     }
                     self.give_up();
@@ -192,7 +191,7 @@ impl<'a> Asking<'a> {
                 }
                 Ok(())
             }
-            _ = self.interrupts.recv() => Err(self.left_running()),
+            _ = self.wishes.next() => Err(self.left_running()),
         }
     }
 

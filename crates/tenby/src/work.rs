@@ -5,6 +5,7 @@ use crate::session::cancelled;
 use machine::request::Problem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
@@ -60,7 +61,47 @@ pub(crate) async fn look<T: Send + 'static>(
 }
 
 fn interrupts() -> Result<Signal, Problem> {
-    signal(SignalKind::interrupt()).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))
+    hear(SignalKind::interrupt())
+}
+
+fn hear(kind: SignalKind) -> Result<Signal, Problem> {
+    signal(kind).map_err(|error| Problem::failed(format!("Ctrl-C cannot be heard: {error}")))
+}
+
+/// What the user of a command that waits for others wishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Ctrl-C: what it waits for is to be cancelled.
+    Cancel,
+    /// SIGTERM: it is to end, and leave that alone.
+    Leave,
+}
+
+/// Hears these wishes. Whoever listens hears all that come from then on.
+#[derive(Debug)]
+pub(crate) struct Wishes {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Wishes {
+    pub(crate) fn hear() -> Result<Self, Problem> {
+        Ok(Self { interrupt: interrupts()?, terminate: hear(SignalKind::terminate())? })
+    }
+
+    /// The next one.
+    pub(crate) async fn next(&mut self) -> Wish {
+        tokio::select! {
+            _ = self.interrupt.recv() => Wish::Cancel,
+            _ = self.terminate.recv() => Wish::Leave,
+        }
+    }
+
+    /// Whether one has come that nobody has heard here yet.
+    pub(crate) fn came(&mut self) -> bool {
+        let mut now = Context::from_waker(Waker::noop());
+        self.interrupt.poll_recv(&mut now).is_ready() || self.terminate.poll_recv(&mut now).is_ready()
+    }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "it is what an error is mapped with")]

@@ -235,6 +235,11 @@ impl Pages {
         Ok(Key(read_head(store)?.key))
     }
 
+    /// What a file says of [`Pages::below`]. Nothing else of it is looked at.
+    pub fn read_below(store: &dyn Store) -> Result<Option<Uuid>> {
+        Ok(Some(Uuid::from_bytes(read_head(store)?.below)).filter(|below| !below.is_nil()))
+    }
+
     /// Completes the record: `chain` is the layer with what it stands on. `progress` is told how many bytes were read; if it says `false`, this
     /// returns `false`, and what was recorded so far is right.
     pub fn complete(

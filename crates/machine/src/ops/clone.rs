@@ -50,102 +50,112 @@ impl Owner {
         let rows = self.machine();
         let snapshot = rows.machine.to_link(snapshot)?;
         check_names(names)?;
-        {
-            let _names = self.shared.root.lock_names()?;
-            names.iter().try_for_each(|name| self.shared.root.check_free(name, None))?;
-            self.shared.root.sweep()?;
-        }
-        let new: Vec<_> = names.iter().map(|name| Named { id: MachineId::new(), name: name.clone() }).collect();
-        let linked: Vec<_> = new.iter().map(|new| rows.machine.linked(snapshot, new, note, true)).collect();
-        let begun = self.make_linked(task, CLONE, &new, linked).await?;
-        let result = json!({ "machines": new, "said": said(&new, snapshot) });
-        let made = self.name_all(&new).and_then(|()| self.keeper.settle(task, &result, |_| {}));
-        // Their workers need the locks.
-        drop(begun);
-        if let Err(problem) = made {
-            // Nobody was told of them.
-            for new in &new {
-                self.take_back_new(new);
-            }
-            return Err(problem);
-        }
-        self.keeper.steps.at("clone:committed");
-        log::write(&self.keeper.files, Some(task.id()), &said(&new, snapshot));
-        Ok(result)
+        let (root, wanted) = (self.shared.root.clone(), names.to_vec());
+        blocking(move || make_way(&root, &wanted)).await?;
+        let new = names.iter().map(|name| Named { id: MachineId::new(), name: name.clone() });
+        let linked: Vec<_> = new.map(|new| rows.machine.linked(snapshot, &new, note, true)).collect();
+        let said = said(&who(&linked), snapshot);
+        self.ready_to_share(&linked)?;
+        let (keeper, root, task) = (self.keeper.clone(), self.shared.root.clone(), task.clone());
+        blocking(move || keeper.clone_machines(&root, &task, linked, &said)).await
     }
 
     /// Makes a snapshot's files ready for another machine, out of sight.
     pub(crate) async fn lend(&mut self, task: &Task, snapshot: &str, memory: bool) -> Result<Value, Problem> {
         let rows = self.machine();
         let snapshot = rows.machine.to_link(snapshot)?;
-        let new = [Named { id: MachineId::new(), name: rows.machine.name.clone() }];
-        let linked = rows.machine.linked(snapshot, &new[0], "", memory);
-        self.make_linked(task, LEND, &new, vec![linked]).await?;
-        let result = json!({ "lent": new[0].id });
-        self.keeper.settle(task, &result, |_| {})?;
-        self.keeper.steps.at("lend:committed");
-        Ok(result)
+        let new = Named { id: MachineId::new(), name: rows.machine.name.clone() };
+        let linked = rows.machine.linked(snapshot, &new, "", memory);
+        self.ready_to_share(std::slice::from_ref(&linked))?;
+        let (keeper, root, task) = (self.keeper.clone(), self.shared.root.clone(), task.clone());
+        blocking(move || keeper.lend(&root, &task, linked)).await
     }
 
-    /// Makes the folders of these machines, out of sight. If that fails, nothing stays of them.
-    async fn make_linked(
-        &mut self,
-        task: &Task,
-        request: &str,
-        new: &[Named],
-        linked: Vec<Linked>,
-    ) -> Result<Vec<Begun>, Problem> {
-        self.keeper.journal_noting(task, request, Vec::new(), json!(new).to_string())?;
+    fn ready_to_share(&mut self, linked: &[Linked]) -> Result<(), Problem> {
         // What a merge that was stopped has left open for writing is written no more once it has a second name.
         if let Some(live) = &mut self.live {
             live.disks().seal(&self.keeper.rows().machine)?;
         }
-        for linked in &linked {
+        for linked in linked {
             let forgotten = self.keeper.forget_merging(linked);
             self.hashing.forget(&forgotten);
         }
-        let (keeper, root, task, ids) =
-            (self.keeper.clone(), self.shared.root.clone(), task.clone(), new.iter().map(|new| new.id));
-        let ids: Vec<_> = ids.collect();
-        blocking(move || {
-            let made = make_all(&keeper, &root, &task, linked);
-            if made.is_err() {
-                for id in ids {
-                    root.give_up(id);
-                }
-            }
-            made
-        })
-        .await
+        Ok(())
     }
 
-    fn name_all(&self, new: &[Named]) -> Result<(), Problem> {
-        let root = &self.shared.root;
+    /// Becomes what was made ready for it ([`Owner::lend`]); stays who it is.
+    pub(crate) async fn take_over(
+        &mut self,
+        task: &Task,
+        lent: MachineId,
+        origin: &str,
+        present: &Present,
+    ) -> Result<Value, Problem> {
+        self.doing("applying");
+        let (keeper, root, task) = (self.keeper.clone(), self.shared.root.clone(), task.clone());
+        let (origin, present) = (origin.to_owned(), present.clone());
+        blocking(move || keeper.take_over(&root, &task, lent, &origin, &present)).await
+    }
+}
+
+/// The part without a guest. All of it blocks.
+impl Keeper {
+    /// Makes these machines, all of them or none. `said` is what there is to tell of it.
+    pub fn clone_machines(&self, root: &Root, task: &Task, linked: Vec<Linked>, said: &str) -> Result<Value, Problem> {
+        let new = who(&linked);
+        let begun = self.make_linked(root, task, CLONE, linked)?;
+        let result = json!({ "machines": new, "said": said });
+        let made = self.name_all(root, &new).and_then(|()| self.settle(task, &result, |_| {}));
+        // Their workers need the locks.
+        drop(begun);
+        if let Err(problem) = made {
+            // Nobody was told of them.
+            for new in &new {
+                take_back_new(root, new);
+            }
+            return Err(problem);
+        }
+        self.steps.at("clone:committed");
+        log::write(&self.files, Some(task.id()), said);
+        Ok(result)
+    }
+
+    /// Makes a snapshot's files ready for another machine, out of sight: see [`Keeper::take_over`].
+    pub fn lend(&self, root: &Root, task: &Task, linked: Linked) -> Result<Value, Problem> {
+        let result = json!({ "lent": linked.machine.id });
+        self.make_linked(root, task, LEND, vec![linked])?;
+        self.settle(task, &result, |_| {})?;
+        self.steps.at("lend:committed");
+        Ok(result)
+    }
+
+    /// Makes the folders of these machines, out of sight. If that fails, nothing stays of them.
+    fn make_linked(&self, root: &Root, task: &Task, request: &str, linked: Vec<Linked>) -> Result<Vec<Begun>, Problem> {
+        let new = who(&linked);
+        self.journal_noting(task, request, Vec::new(), json!(new).to_string())?;
+        let made = make_all(self, root, task, linked);
+        if made.is_err() {
+            for new in new {
+                root.give_up(new.id);
+            }
+        }
+        made
+    }
+
+    fn name_all(&self, root: &Root, new: &[Named]) -> Result<(), Problem> {
         let _names = root.lock_names()?;
         new.iter().try_for_each(|new| root.check_free(&new.name, None))?;
         let ids: Vec<_> = new.iter().map(|new| new.id).collect();
         // Nobody uses one before all are certain to stay: we still have their locks.
-        root.show(&ids, || self.keeper.steps.at("clone:named"))
-    }
-
-    /// A machine that was made a moment ago goes again.
-    fn take_back_new(&self, new: &Named) {
-        let root = &self.shared.root;
-        if root.has(new.id)
-            && let Err(problem) = root.hide(new.id)
-        {
-            tracing::error!("{} stays, for it cannot be removed: {problem}", new.name);
-        }
-        root.give_up(new.id);
+        root.show(&ids, || self.steps.at("clone:named"))
     }
 
     /// Finishes what an earlier worker died in the middle of: if one of the machines has its name, the others get theirs; else they go.
-    pub(crate) fn finish_clones(&self) -> Result<(), Problem> {
-        let rows = self.machine();
+    pub fn finish_clones(&self, root: &Root) -> Result<(), Problem> {
+        let rows = self.rows();
         for journal in rows.journals().filter(|journal| journal.request == CLONE || journal.request == LEND) {
             // What it cannot be known to have made is swept away, like all that is out of sight.
             let new: Vec<Named> = serde_json::from_str(&journal.note).unwrap_or_default();
-            let root = &self.shared.root;
             let _names = root.lock_names()?;
             if journal.request == LEND || !new.iter().any(|new| root.has(new.id)) {
                 for new in &new {
@@ -171,62 +181,59 @@ impl Owner {
 
     /// A request that an earlier worker had made real has ended like this.
     fn end_recovered(&self, journal: &Journal, outcome: &Result<Value, Problem>) -> Result<(), Problem> {
-        let job = self.machine().job(journal.job).cloned();
-        self.keeper.book.commit(|rows| {
+        let job = self.rows().job(journal.job).cloned();
+        self.book.commit(|rows| {
             rows.remove_journal(journal.job);
             if let Some(mut job) = job {
                 end(&mut job, outcome);
-                self.keeper.jobs.put(job.clone());
+                self.jobs.put(job.clone());
                 rows.insert_job(job);
             }
         })
     }
 
-    /// Becomes what was made ready for it ([`Owner::lend`]); stays who it is.
-    pub(crate) async fn take_over(
-        &mut self,
+    /// Becomes what was made ready for it ([`Keeper::lend`]) from `origin`; stays who it is.
+    pub fn take_over(
+        &self,
+        root: &Root,
         task: &Task,
         lent: MachineId,
         origin: &str,
         present: &Present,
     ) -> Result<Value, Problem> {
-        let root = self.shared.root.clone();
-        let taken_over = self.take_over_from(task, &root, lent, origin, present).await;
+        let taken_over = self.take_over_from(root, task, lent, origin, present);
         // Whatever came of it: what was made for it is used up.
         root.give_up(lent);
         taken_over
     }
 
-    async fn take_over_from(
-        &mut self,
-        task: &Task,
+    fn take_over_from(
+        &self,
         root: &Root,
+        task: &Task,
         lent: MachineId,
         origin: &str,
         present: &Present,
     ) -> Result<Value, Problem> {
-        self.doing("applying");
-        let rows = self.machine();
+        let rows = self.rows();
         rows.machine.check_can_take_over()?;
         let begun = root.begun(lent).map_err(|_| {
             Problem::failed(format!("what {origin} holds is not ready for {} any more; try again", rows.machine.name))
         })?;
         let made = Ledger::read(begun.files.folder()).map_err(|e| e.problem(begun.files.path()))?.machine;
-        check_firmware(&self.keeper.files, &begun.files, &made)?;
+        check_firmware(&self.files, &begun.files, &made)?;
         let mut next = rows.machine.clone();
         let kept = self.leave_for_another(&mut next, origin, present)?;
-        let there = self.keeper.files.names()?;
+        let there = self.files.names()?;
         let layers = next.take_over(&made, |file| there.contains(file));
         rename_kernel(&mut next, lent);
         let result = json!({
             "kept": kept.as_ref().map(|(id, _)| id), "kept_name": kept.as_ref().map(|(_, name)| name),
             "undo_for": rows.machine.policy.undo_for, "said": format!("{} is a linked clone of {origin} now", next.name),
         });
-        let keeper = self.keeper.clone();
-        let (job, told, mark) = (task.clone(), result.clone(), task.id());
-        blocking(move || keeper.take_over(&job, &told, &begun, next, &layers, &made)).await?;
+        self.become_linked(task, &result, &begun, next, &layers, &made)?;
         let words = kept.map_or_else(String::new, |(_, name)| format!("; kept the present as {name}"));
-        log::write(&self.keeper.files, Some(mark), &format!("took over {origin}{words}"));
+        log::write(&self.files, Some(task.id()), &format!("took over {origin}{words}"));
         Ok(result)
     }
 
@@ -238,7 +245,7 @@ impl Owner {
         present: &Present,
     ) -> Result<Option<(SnapshotId, String)>, Problem> {
         let now = &next.now;
-        let empty = || now.disks.values().all(|leaf| views::written(next, &self.keeper.files, *leaf) == 0);
+        let empty = || now.disks.values().all(|leaf| views::written(next, &self.files, *leaf) == 0);
         match present {
             Present::Keep { name } => {
                 let created = jiff::Timestamp::now();
@@ -263,12 +270,10 @@ impl Owner {
             }
         }
     }
-}
 
-impl Keeper {
     /// Files and rows of a machine that becomes what was made ready for it. `next` is what it becomes, but for fresh leaves over the layers that
     /// it takes over: each as it lies there, and as it is to lie here.
-    fn take_over(
+    fn become_linked(
         &self,
         task: &Task,
         result: &Value,
@@ -390,6 +395,28 @@ fn make(keeper: &Keeper, root: &Root, task: &Task, linked: Linked) -> Result<Beg
     })?;
     keeper.steps.at("clone:made");
     Ok(begun)
+}
+
+/// These names are free, and what others have left out of sight is gone.
+fn make_way(root: &Root, names: &[String]) -> Result<(), Problem> {
+    let _names = root.lock_names()?;
+    names.iter().try_for_each(|name| root.check_free(name, None))?;
+    root.sweep()
+}
+
+/// A machine that was made a moment ago goes again.
+fn take_back_new(root: &Root, new: &Named) {
+    if root.has(new.id)
+        && let Err(problem) = root.hide(new.id)
+    {
+        tracing::error!("{} stays, for it cannot be removed: {problem}", new.name);
+    }
+    root.give_up(new.id);
+}
+
+/// Who they will be.
+fn who(linked: &[Linked]) -> Vec<Named> {
+    linked.iter().map(|Linked { machine, .. }| Named { id: machine.id, name: machine.name.clone() }).collect()
 }
 
 fn check_names(names: &[String]) -> Result<(), Problem> {

@@ -68,7 +68,7 @@ impl Owner {
 
 impl Keeper {
     /// The layers whose files others have, too, with the names that their copies get; and how many bytes that are.
-    fn shared(&self) -> (Vec<(LayerRow, String)>, u64) {
+    pub fn shared(&self) -> (Vec<(LayerRow, String)>, u64) {
         let rows = self.rows();
         let shared = rows.machine.layers.values().filter(|row| self.files.is_shared(row));
         let shared: Vec<_> = shared.map(|row| (row.clone(), own_name(row, LayerId::new()))).collect();
@@ -76,8 +76,9 @@ impl Keeper {
         (shared, bytes)
     }
 
-    /// Copies them, and commits that they live in the copies; with a result the job ends by that. The journal row of the names that go.
-    fn copy_shared(
+    /// Copies them, and commits that they live in the copies; with a result the job ends by that. The journal row of the names that go, which are
+    /// to be forgotten once nobody has them open. Blocks.
+    pub fn copy_shared(
         &self,
         task: &Task,
         shared: &[(LayerRow, String)],
@@ -137,7 +138,7 @@ impl Keeper {
     }
 
     /// The kernel that it boots is never written by anybody; a copy of it is made all the same, as well as that goes.
-    fn own_boot(&self) {
+    pub fn own_boot(&self) {
         if let Err(error) = self.files.own_boot() {
             tracing::warn!("the kernel is still shared: {error}");
         }

@@ -7,6 +7,7 @@ use machine::tree::{
     Accel, Boot, Bus, Config, Disk, DiskId, Firmware, JobId, LayerFormat, LayerId, LayerKind, LayerRow, Machine,
     MachineId, Net, NetMode, Now, Policy, SnapshotId, SnapshotState, State,
 };
+use memory::stream::{Block, DeviceState, Emitter, PAGE};
 use std::collections::BTreeMap;
 
 /// A machine with this many disks, off, never snapped.
@@ -114,4 +115,22 @@ pub(crate) fn job(second: i64, state: JobState) -> Job {
         started: Timestamp::from_second(second).expect("a time"),
         ended: None,
     }
+}
+
+/// A guest's memory as QEMU would send it: a number for each page, 0 for zeros.
+pub(crate) fn ram(ram: &[u32]) -> Vec<u8> {
+    let blocks = [Block { name: "pc.ram".to_owned(), len: (ram.len() * PAGE) as u64 }];
+    let (mut emitter, mut out) = (Emitter::new(2, &blocks), Vec::new());
+    Emitter::prelude(&mut out, "pc-q35-7.2");
+    emitter.start(&mut out);
+    emitter.open_end(&mut out);
+    for (page, version) in ram.iter().enumerate() {
+        match version {
+            0 => emitter.zero_page(&mut out, 0, (page * PAGE) as u64),
+            version => emitter.page(&mut out, 0, (page * PAGE) as u64, &version.to_le_bytes().repeat(PAGE / 4)),
+        }
+    }
+    emitter.close(&mut out);
+    Emitter::finish(&mut out, &DeviceState { state: vec![4, 1, 2, 3], description: br#"{"devices":[]}"#.to_vec() });
+    out
 }

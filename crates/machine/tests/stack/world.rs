@@ -1,6 +1,7 @@
 //! A machine on a simulated disk, and a guest that writes to it: everything that an owner does with a [`Keeper`], in the same order.
 
 use crate::model::{Checked, Content, Live, Model, SECTOR, Written};
+use crate::sample;
 use image::Received;
 use machine::carry::Carries;
 use machine::collect::{Begin, Folded, Sizes};
@@ -19,7 +20,6 @@ use machine::steps::Steps;
 use machine::tree::{
     DiskId, Firmware, JobId, LayerId, LayerRow, Machine, Run, SnapshotId, SnapshotState, State, Stats, TrashId,
 };
-use memory::stream::{Block, DeviceState, Emitter, PAGE};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -543,7 +543,7 @@ impl World {
     /// As QEMU would send it.
     fn write_memory(&self, row: LayerRow, ram: &[u32]) -> Result<Memory> {
         let target = ram::Target::new(&self.files, &self.keeper().rows().machine, row);
-        let (layer, _) = target.capture(stream(ram).as_slice(), |_| {})?;
+        let (layer, _) = target.capture(sample::ram(ram).as_slice(), |_| {})?;
         Ok(Memory { layer, stats: Stats::default() })
     }
 
@@ -840,21 +840,4 @@ fn cancelled() -> Problem {
 
 fn image(error: &image::Error) -> Problem {
     Problem::failed(error.to_string())
-}
-
-fn stream(ram: &[u32]) -> Vec<u8> {
-    let blocks = [Block { name: "pc.ram".to_owned(), len: (ram.len() * PAGE) as u64 }];
-    let (mut emitter, mut out) = (Emitter::new(2, &blocks), Vec::new());
-    Emitter::prelude(&mut out, "pc-q35-7.2");
-    emitter.start(&mut out);
-    emitter.open_end(&mut out);
-    for (page, version) in ram.iter().enumerate() {
-        match version {
-            0 => emitter.zero_page(&mut out, 0, (page * PAGE) as u64),
-            version => emitter.page(&mut out, 0, (page * PAGE) as u64, &version.to_le_bytes().repeat(PAGE / 4)),
-        }
-    }
-    emitter.close(&mut out);
-    Emitter::finish(&mut out, &DeviceState { state: vec![4, 1, 2, 3], description: br#"{"devices":[]}"#.to_vec() });
-    out
 }

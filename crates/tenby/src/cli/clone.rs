@@ -2,7 +2,8 @@
 
 use super::vm::{carry_out_on, quoted};
 use super::{Waiting, job};
-use crate::session::Session;
+use crate::session::{Session, cancelled};
+use crate::work::{Wish, Wishes};
 use crate::{draw, follow, json};
 use machine::linked::copied;
 use machine::request::{Job, Present, Problem, ProblemKind, Request, View};
@@ -97,10 +98,11 @@ pub(crate) async fn create(session: &Session, origin: &Origin, new: New) -> Resu
     }
     source.tell_copies(session, true, names.len());
     let request = Request::Clone { snapshot: source.snapshot_id(), names: names.clone(), note: new.note };
+    let mut wishes = Wishes::hear()?;
     let job = follow::ask(session, &source.found, request).await?;
     let made = made(&job)?;
     if new.start {
-        start(session, &made).await?;
+        start(session, &made, &mut wishes).await?;
     }
     if session.out.json() {
         return tell(session, &made, new.count.is_some()).await;
@@ -117,23 +119,41 @@ pub(crate) async fn create(session: &Session, origin: &Origin, new: New) -> Resu
 }
 
 /// Starts machines that were made a moment ago. That one of them cannot be started keeps none of the others from it.
-async fn start(session: &Session, machines: &[Found]) -> Result<(), Problem> {
-    if let [one] = machines {
-        return start_one(session, one).await;
+async fn start(session: &Session, machines: &[Found], wishes: &mut Wishes) -> Result<(), Problem> {
+    let outcomes = match machines {
+        // That they are made came before the wish to cancel that was heard.
+        _ if wishes.came() => machines.iter().map(|_| None).collect(),
+        [one] => vec![Some(start_one(session, one).await)],
+        several => start_side_by_side(session, several, wishes).await?,
+    };
+    let outcomes: Vec<(&str, Outcome)> = machines.iter().map(|machine| machine.name.as_str()).zip(outcomes).collect();
+    match outcomes.iter().find(|(_, outcome)| !matches!(outcome, Some(Ok(())))) {
+        None => Ok(()),
+        Some((name, outcome)) => Err(not_started(session, &outcomes, name, outcome)),
     }
-    let outcomes = start_side_by_side(session, machines).await?;
-    let outcomes = || machines.iter().zip(&outcomes);
-    let failed = || outcomes().filter_map(|(machine, outcome)| Some((machine, outcome.as_ref()?.as_ref().err()?)));
-    for (machine, problem) in failed() {
-        session.out.note(&format!("{} was not started: {problem}", machine.name));
-    }
-    let Some((_, first)) = failed().next() else { return Ok(()) };
-    let missing = outcomes().filter(|(_, outcome)| !matches!(outcome, Some(Ok(()))));
-    let missing: Vec<&str> = missing.map(|(machine, _)| machine.name.as_str()).collect();
-    let (all, started) = (machines.len(), machines.len() - missing.len());
-    let message = format!("started {started} of {all} machines, but not {}: {}", few(&missing), first.message);
-    let start = format!("tenby vm start {}", quoted(missing[0]));
-    Err(Problem::new(first.kind, message).hint(first.hint.clone().unwrap_or(start)))
+}
+
+/// What became of machines that were to be started, of which `first` is the first that was not.
+fn not_started(session: &Session, outcomes: &[(&str, Outcome)], first: &str, why: &Outcome) -> Problem {
+    let missing: Vec<_> = outcomes.iter().filter(|(_, outcome)| !matches!(outcome, Some(Ok(())))).collect();
+    let problem = |outcome: &Outcome| match outcome {
+        Some(Err(problem)) => problem.clone(),
+        _ => cancelled("cancelled before that was begun"),
+    };
+    let first_problem = problem(why);
+    let message = match outcomes {
+        [(name, _)] => format!("{name} is made, but not started: {}", first_problem.message),
+        all => {
+            for (name, outcome) in &missing {
+                session.out.note(&format!("{name} was not started: {}", problem(outcome)));
+            }
+            let names: Vec<&str> = missing.iter().map(|(name, _)| *name).collect();
+            let (all, started) = (all.len(), all.len() - missing.len());
+            format!("started {started} of {all} machines, but not {}: {}", few(&names), first_problem.message)
+        }
+    };
+    let start = format!("tenby vm start {}", quoted(first));
+    Problem::new(first_problem.kind, message).hint(first_problem.hint.unwrap_or(start))
 }
 
 async fn start_one(session: &Session, machine: &Found) -> Result<(), Problem> {
@@ -144,7 +164,11 @@ async fn start_one(session: &Session, machine: &Found) -> Result<(), Problem> {
 type Outcome = Option<Result<(), Problem>>;
 
 /// Starts machines, as many side by side as there are processors. Once its user has cancelled one, no more are begun.
-async fn start_side_by_side(session: &Session, machines: &[Found]) -> Result<Vec<Outcome>, Problem> {
+async fn start_side_by_side(
+    session: &Session,
+    machines: &[Found],
+    wishes: &mut Wishes,
+) -> Result<Vec<Outcome>, Problem> {
     let most = std::thread::available_parallelism().map_or(1, usize::from);
     let (quiet, progress) = (session.quietly(), session.out.progress());
     let mut outcomes: Vec<Outcome> = machines.iter().map(|_| None).collect();
@@ -157,7 +181,18 @@ async fn start_side_by_side(session: &Session, machines: &[Found]) -> Result<Vec
             under_way.spawn(async move { (nth, start_one(&session, &machine).await) });
         }
         progress.say(&format!("started {ended} of {}", machines.len()));
-        let Some(joined) = under_way.join_next().await else { return Ok(outcomes) };
+        let joined = tokio::select! {
+            joined = under_way.join_next() => joined,
+            // Those that are under way hear it, too.
+            wish = wishes.next(), if !cancelled => {
+                cancelled = true;
+                if wish == Wish::Cancel {
+                    session.out.note("cancelling; once more leaves it running");
+                }
+                continue;
+            }
+        };
+        let Some(joined) = joined else { return Ok(outcomes) };
         let (nth, outcome) = joined.map_err(|error| Problem::failed(format!("starting broke off: {error}")))?;
         cancelled |= outcome.as_ref().is_err_and(|problem| problem.kind == ProblemKind::Cancelled);
         ended += 1;
