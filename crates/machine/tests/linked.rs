@@ -325,10 +325,11 @@ fn cut_everywhere(lab: &Lab, act: impl FnOnce(&Lab)) -> Seen {
     for (nth, copy) in copies.iter().enumerate() {
         let there = links(copy);
         for (how, disk) in states(copy, nth as u64) {
-            if nth < copies.len() - 1 && !known.insert(disk.digest()) {
+            // (Two files of the same bytes are not one of two names.)
+            let left = links(&disk);
+            if nth < copies.len() - 1 && !known.insert((disk.digest(), left.clone())) {
                 continue;
             }
-            let left = links(&disk);
             seen.lost += usize::from(there.iter().any(|(path, links)| *links > 1 && left.get(path) == Some(&1)));
             seen.back += usize::from(left.iter().any(|(path, links)| *links > 1 && !there.contains_key(path)));
             let looked = catch_unwind(AssertUnwindSafe(|| look(&disk, &before, &after, nth)));
