@@ -11,6 +11,7 @@ use api::{Client, Error};
 use machine::request::{Job, JobState, Problem, ProblemKind, Request};
 use machine::root::Found;
 use machine::tree::JobId;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 /// How long one question to the worker waits for news.
@@ -138,24 +139,7 @@ impl<'a> Asking<'a> {
                 }
                 client => client?,
             };
-            let (request, cancelling) = (&self.request, self.cancelling);
-            let asking = async {
-                match request {
-                    // What its user has given up is not asked for again: if nobody knows the job, nothing has changed.
-                    Some(request) if !cancelling => client.submit(self.found.id, self.id, request.clone()).await,
-                    _ => client.job(self.id, None, Duration::ZERO).await,
-                }
-            };
-            let answer = tokio::select! {
-                answer = asking => answer,
-                wish = self.wishes.next() => {
-                    if cancelling || wish == Wish::Leave {
-                        return Err(self.left_running());
-                    }
-                    self.give_up();
-                    continue;
-                }
-            };
+            let answer = self.ask(&client).await?;
             match answer {
                 Ok(job) => {
                     self.heard(job);
@@ -166,6 +150,31 @@ impl<'a> Asking<'a> {
                     return Err(cancelled("cancelled before it began; nothing has changed"));
                 }
                 Err(error) => return Err(problem(error)),
+            }
+        }
+    }
+
+    /// Sends the request, or asks what became of it.
+    async fn ask(&mut self, client: &Client) -> Result<Result<Job, Error>, Problem> {
+        let (vm, id, request) = (self.found.id, self.id, self.request.clone().filter(|_| !self.cancelling));
+        let asking = async {
+            match request {
+                Some(request) => client.submit(vm, id, request).await,
+                // What its user has given up is not asked for again: if nobody knows the job, nothing has changed.
+                None => client.job(id, None, Duration::ZERO).await,
+            }
+        };
+        let mut asking = pin!(asking);
+        loop {
+            tokio::select! {
+                answer = &mut asking => return Ok(answer),
+                wish = self.wishes.next() => {
+                    if self.cancelling || wish == Wish::Leave {
+                        return Err(self.left_running());
+                    }
+                    // What is on its way to the worker may be carried out: only its answer tells.
+                    self.give_up();
+                }
             }
         }
     }
