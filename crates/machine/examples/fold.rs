@@ -185,7 +185,7 @@ impl Lab {
             std::thread::sleep(UNDISTURBED);
             Ok(0)
         };
-        // They go on to other pages each time: to write one again costs a flush less.
+        // They go on to other pages each time: to write one again takes a sync less of a flush.
         let mut places = Places(1);
         let (_, before) = beside_a_writer(&chain, &mut places, wait)?;
         self.delete(&[snapshot])?;

@@ -17,7 +17,7 @@ use machine::records::{Recorded, downwards};
 use machine::request::{Problem, ProblemKind};
 use machine::steps::Steps;
 use machine::tree::{JobId, LayerFormat, LayerId, LayerRow, Machine, State, Stats};
-use memory::stream::{Block, DeviceState, Emitter, PAGE};
+use memory::stream::PAGE;
 use serde_json::Value;
 use std::path::Path;
 use std::sync::Arc;
@@ -293,20 +293,8 @@ const RAM: u64 = memory::table::STEP;
 
 /// As QEMU would send it.
 fn stream(ram: &[u8]) -> Vec<u8> {
-    let blocks = [Block { name: "ram".to_owned(), len: (ram.len() * PAGE) as u64 }];
-    let (mut out, mut emitter) = (Vec::new(), Emitter::new(1, &blocks));
-    Emitter::prelude(&mut out, "pc-test-1.0");
-    emitter.start(&mut out);
-    emitter.open_part(&mut out);
-    for (page, byte) in ram.iter().enumerate() {
-        match byte {
-            0 => emitter.zero_page(&mut out, 0, (page * PAGE) as u64),
-            byte => emitter.page(&mut out, 0, (page * PAGE) as u64, &[*byte; PAGE]),
-        }
-    }
-    emitter.close(&mut out);
-    Emitter::finish(&mut out, &DeviceState { state: vec![4; 100], description: b"{}".to_vec() });
-    out
+    let pages: Vec<u32> = ram.iter().map(|byte| u32::from_le_bytes([*byte; 4])).collect();
+    sample::ram(&pages)
 }
 
 const FORMATS: [LayerFormat; 3] = [LayerFormat::Vhdx, LayerFormat::Vhd, LayerFormat::Raw];

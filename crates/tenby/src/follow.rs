@@ -139,8 +139,7 @@ impl<'a> Asking<'a> {
                 }
                 client => client?,
             };
-            let answer = self.ask(&client).await?;
-            match answer {
+            match self.ask(&client).await? {
                 Ok(job) => {
                     self.heard(job);
                     return Ok(Some(client));

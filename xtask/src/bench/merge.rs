@@ -50,7 +50,7 @@ fn numbers(of: &Value, path: &str) -> Result<Vec<f64>> {
     Ok(list.iter().filter_map(Value::as_f64).collect())
 }
 
-/// The 99.9th in 100: the longest but one in a thousand.
+/// The 99.9th in 100: of a thousand one is longer.
 fn thousandth(mut samples: Vec<f64>) -> f64 {
     samples.sort_by(f64::total_cmp);
     samples.get(samples.len() * 999 / 1000).copied().unwrap_or(f64::NAN)
