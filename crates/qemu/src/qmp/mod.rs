@@ -10,6 +10,10 @@
 //! One line is one message. Lines are written whole by one task, so a caller that gives up waiting leaves nothing half-said. The
 //! observer sees each event before any later answer is handed out: when a command's answer is there, so are its consequences.
 //! The connection ends with the last [`Qmp`]; QEMU then waits for the next client.
+//!
+//! QEMU takes a client before it lets go of what it has to say to the one before (`monitor/qmp.c`: the state of a connection begins anew
+//! only with the greeting, and a command that is being carried out is answered to whoever is there then). So events may come before the
+//! greeting, and answers to another's commands at any time: both are dropped, and ids tell whose an answer is.
 
 mod command;
 mod event;
@@ -31,6 +35,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{broadcast, mpsc, oneshot};
@@ -106,13 +111,15 @@ impl Qmp {
         let open = Open { pending: HashMap::new(), events: broadcast::Sender::new(EVENT_BACKLOG) };
         let shared = Arc::new(Shared { open: Mutex::new(Some(open)) });
         let stream = Arc::new(stream);
-        let reader = Reader { stream: stream.clone(), shared: shared.clone(), greeted: Some(greeted), observe };
+        let first_id = first_id();
+        let reader =
+            Reader { stream: stream.clone(), shared: shared.clone(), greeted: Some(greeted), first_id, observe };
         let reader = tokio::spawn(reader.run()).abort_handle();
         let writer = tokio::spawn(write(stream, queue, shared.clone())).abort_handle();
         let mut link = Link {
             shared,
             requests,
-            next_id: AtomicU64::new(1),
+            next_id: AtomicU64::new(first_id),
             passing: tokio::sync::Mutex::default(),
             out_of_band: false,
             version: Version { major: 0, minor: 0, micro: 0 },
@@ -202,6 +209,7 @@ struct Reader<F> {
     stream: Arc<UnixStream>,
     shared: Arc<Shared>,
     greeted: Option<oneshot::Sender<Result<wire::Greeting>>>,
+    first_id: u64,
     observe: F,
 }
 
@@ -238,6 +246,9 @@ impl<F: FnMut(&Event)> Reader<F> {
                 // As above.
                 let _ = greeted.send(Ok(greeting));
             }
+            // What was meant for the client before.
+            (wire::Message::Event(_) | wire::Message::Answer { .. }, Some(_)) => {}
+            (wire::Message::Answer { id: Some(id), .. }, None) if id < self.first_id => {}
             (wire::Message::Event(event), None) => {
                 tracing::trace!(?event);
                 (self.observe)(&event);
@@ -256,6 +267,11 @@ impl<F: FnMut(&Event)> Reader<F> {
         }
         Ok(())
     }
+}
+
+/// Where a connection's ids begin: beyond those of every connection before it, for nobody gives a command a microsecond.
+fn first_id() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64)
 }
 
 /// The task that writes.

@@ -173,7 +173,8 @@ async fn whoever_waits_learns_of_the_end() {
 
 #[tokio::test]
 async fn garbage_ends_the_connection() {
-    for words in ["garbage", r#"{"return": {}, "id": 4711}"#, r#"{"error": {"class": "x", "desc": "no"}}"#, GREETING] {
+    let not_asked = format!(r#"{{"return": {{}}, "id": {}}}"#, i64::MAX);
+    for words in ["garbage", &not_asked, r#"{"error": {"class": "x", "desc": "no"}}"#, GREETING] {
         let (qmp, mut server, _) = connected().await;
         let serve = async {
             server.hear().await;
@@ -188,6 +189,34 @@ async fn garbage_ends_the_connection() {
         };
         tokio::join!(ask, serve);
     }
+}
+
+#[tokio::test]
+async fn what_was_meant_for_the_client_before_is_dropped() {
+    let (ours, mut server) = pair();
+    let seen = Arc::new(Mutex::new(vec![]));
+    let observer = seen.clone();
+    let connect = Qmp::connect(ours, move |event| observer.lock().expect("the list").push(event.clone()));
+    let greet = async {
+        server.say(STOP).await;
+        server.answer(1, "{}").await;
+        server.say(GREETING).await;
+        let (_, id) = server.hear().await;
+        server.answer(2, r#"{"running": true}"#).await;
+        server.answer(id, "{}").await;
+        id
+    };
+    let (qmp, first) = tokio::join!(connect, greet);
+    let qmp = qmp.expect("it connects");
+    let serve = async {
+        let (_, id) = server.hear().await;
+        server.answer(first - 1, r#"{"status": "somebody else's"}"#).await;
+        server.say(STOP).await;
+        server.answer(id, r#"{"running": false, "status": "paused"}"#).await;
+    };
+    let (status, ()) = tokio::join!(qmp.status(), serve);
+    assert_eq!(status.expect("an answer").status, "paused");
+    assert_eq!(seen.lock().expect("the list").len(), 1);
 }
 
 #[tokio::test]
