@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     let worker = matches!(cli.command, Some(Command::Worker { .. }));
     open_many_files();
     log(if worker { "info" } else { "warn" });
-    let out = Out::new(cli.global.json, cli.global.quiet);
+    let out = Out::new(cli.global.json, cli.global.quiet).at_root(cli.global.root.clone());
     match drive(cli, worker) {
         Ok(()) => ExitCode::SUCCESS,
         // A worker has said it already, to who started it.

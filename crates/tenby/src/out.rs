@@ -2,9 +2,11 @@
 
 use crate::draw::{self, Look};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use machine::plan::quoted;
 use machine::request::{Job, Problem};
 use serde::Serialize;
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Where a command's words go.
@@ -12,13 +14,20 @@ use std::time::Duration;
 pub(crate) struct Out {
     json: bool,
     quiet: bool,
+    /// The root that was said with the command, and has to be said again with the next.
+    root: Option<PathBuf>,
     look: Look,
 }
 
 impl Out {
     /// As the global options say.
     pub(crate) fn new(json: bool, quiet: bool) -> Self {
-        Self { json, quiet, look: Look::here() }
+        Self { json, quiet, root: None, look: Look::here() }
+    }
+
+    /// Of a command that was told where the machines are, with `--root`.
+    pub(crate) fn at_root(self, root: Option<PathBuf>) -> Self {
+        Self { root, ..self }
     }
 
     /// The same, but nothing is said beside results.
@@ -71,14 +80,23 @@ impl Out {
     /// A failure or a refusal.
     pub(crate) fn problem(&self, problem: &Problem) {
         if self.json {
-            self.document(&crate::json::Failure::new(problem));
+            self.document(&crate::json::Failure::new(&self.ready_to_paste(problem)));
         }
         self.failure(problem);
     }
 
     /// The words of a failure alone, where the document is already out.
     pub(crate) fn failure(&self, problem: &Problem) {
-        put(&mut anstream::stderr().lock(), draw::problem(problem, &self.look).as_bytes());
+        put(&mut anstream::stderr().lock(), draw::problem(&self.ready_to_paste(problem), &self.look).as_bytes());
+    }
+
+    /// With a hint that finds the machines where this command found them.
+    fn ready_to_paste(&self, problem: &Problem) -> Problem {
+        let mut problem = problem.clone();
+        if let (Some(root), Some(hint)) = (&self.root, &mut problem.hint) {
+            *hint = at_root(hint, &quoted(&root.to_string_lossy()));
+        }
+        problem
     }
 
     /// A bar for a long operation: only on a terminal, only when it lasts.
@@ -86,6 +104,18 @@ impl Out {
         let visible = !self.quiet && io::stderr().is_terminal();
         Progress::new(visible, self.look.utf8)
     }
+}
+
+/// A hint with the root in its commands: all but those that say it, and those that know of files only.
+fn at_root(hint: &str, root: &str) -> String {
+    if hint.contains("--root ") {
+        return hint.to_owned();
+    }
+    let command = |words: &str| match words.strip_prefix("tenby ") {
+        Some(rest) if !rest.starts_with("disk ") => format!("tenby --root {root} {rest}"),
+        _ => words.to_owned(),
+    };
+    hint.split("(or: ").map(command).collect::<Vec<_>>().join("(or: ")
 }
 
 /// Whether a question can be asked: a person sits at both ends.
@@ -147,5 +177,34 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::at_root;
+
+    #[test]
+    fn a_hint_says_the_root_that_was_said() {
+        let said = [
+            ("tenby vm start web", "tenby --root '/my lab' vm start web"),
+            (
+                "tenby vm detach NAME      (gives it a copy)",
+                "tenby --root '/my lab' vm detach NAME      (gives it a copy)",
+            ),
+            (
+                "tenby snapshot list web      (or: tenby vm list)",
+                "tenby --root '/my lab' snapshot list web      (or: tenby --root '/my lab' vm list)",
+            ),
+            (
+                "tenby snapshot apply web Tuesday --keep      (or: --discard)",
+                "tenby --root '/my lab' snapshot apply web Tuesday --keep      (or: --discard)",
+            ),
+            ("tenby disk check a.vhdx", "tenby disk check a.vhdx"),
+            ("tenby --root DIR demo week", "tenby --root DIR demo week"),
+        ];
+        for (hint, ready) in said {
+            assert_eq!(at_root(hint, "'/my lab'"), ready);
+        }
     }
 }

@@ -144,7 +144,7 @@ impl std::str::FromStr for MachineIdArg {
 
 /// Carries a command out.
 pub(crate) async fn run(cli: Cli) -> Result<(), Problem> {
-    let out = Out::new(cli.global.json, cli.global.quiet);
+    let out = Out::new(cli.global.json, cli.global.quiet).at_root(cli.global.root.clone());
     let open = || Session::open(cli.global.root.as_deref(), out.clone());
     match cli.command {
         None => home::run(&open()?).await,
