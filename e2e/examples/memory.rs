@@ -124,7 +124,6 @@ fn clones(mib: &str) -> Result<Value> {
     let nonce = witness.nonce();
     lab.ok(&["vm", "stop", "big", "--turn-off"]);
     let used = lab.json(&["snapshot", "show", "big", "warm"])["pages"]["stored"].as_f64().context("pages")? / 256.0;
-    let before = available()?;
     let start = Instant::now();
     let count = CLONES.to_string();
     let clones: Vec<String> = (1..=CLONES).map(|number| format!("big-{number}")).collect();
@@ -143,7 +142,13 @@ fn clones(mib: &str) -> Result<Value> {
         clones.iter().all(arrived).then_some(())
     });
     std::thread::sleep(BETWEEN);
-    let each = (before - available()?) / CLONES as f64;
+    let mut all = 0.0;
+    for name in &clones {
+        let worker = lab.json(&["vm", "show", name])["worker"].as_i64().context("a worker")?;
+        let qemu = lab.json(&["vm", "ledger", name])["machine"]["now"]["run"]["pid"].as_i64().context("a QEMU")?;
+        all += held(worker)? + held(qemu)?;
+    }
+    let each = all / CLONES as f64;
     let own = |name: &String| lab.json(&["vm", "show", name])["disk_bytes"].as_f64().unwrap_or_default();
     let disks: Vec<f64> = clones.iter().map(own).collect();
     for name in &clones {
@@ -152,11 +157,15 @@ fn clones(mib: &str) -> Result<Value> {
     Ok(json!({ "answered_s": answered, "used_mib": used, "host_mib": each, "disk_bytes": disks }))
 }
 
-/// RAM that the host could still give away, MiB.
-fn available() -> Result<f64> {
-    let text = std::fs::read_to_string("/proc/meminfo")?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")).context("MemAvailable")?;
-    Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
+/// RAM that a process costs the host, MiB: its own, its share of what it has in common with others, and the tables that say where all that is.
+fn held(pid: i64) -> Result<f64> {
+    let kib = |file: &str, key: &str| -> Result<f64> {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/{file}"))?;
+        let line =
+            text.lines().find_map(|line| line.strip_prefix(key)).with_context(|| format!("no {key} in {text}"))?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    Ok((kib("smaps_rollup", "Pss:")? + kib("status", "VmPTE:")?) / 1024.0)
 }
 
 fn tenby(mib: &str) -> Result<Value> {

@@ -519,6 +519,7 @@ fn launch(
         machine_type,
         accel,
         cpu_model: needs::cpu_model(config, accel).to_owned(),
+        hpet: config.hpet,
         memory: config.memory,
         cpus: config.cpus,
         name: machine.name.clone(),

@@ -82,6 +82,7 @@ mod tests {
             cpus: 1,
             machine_type: Some(machine_type.to_owned()),
             cpu_model: Some(cpu_model.to_owned()),
+            hpet: false,
             accel: Accel::Auto,
             boot: Boot::Disk,
             firmware: Firmware::Bios,
@@ -91,6 +92,17 @@ mod tests {
             disks: Vec::new(),
             borrowed: None,
         }
+    }
+
+    /// A row that is older than the question does not say that its memory holds one.
+    #[test]
+    fn an_older_machine_has_an_hpet() {
+        let new = config("pc-q35-7.2", "Nehalem");
+        let mut row = serde_json::to_value(&new).expect("a row");
+        assert_eq!(serde_json::from_value::<Config>(row.clone()).expect("it is read"), new);
+        row.as_object_mut().expect("a row").remove("hpet");
+        let old: Config = serde_json::from_value(row).expect("it is read");
+        assert_eq!(old, Config { hpet: true, ..new });
     }
 
     fn on(accel: Accel, features: &[&str]) -> TakenOn {

@@ -563,6 +563,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
         cpus: spec.cpus,
         machine_type: None,
         cpu_model: None,
+        hpet: false,
         accel: spec.accel,
         boot: spec.boot,
         firmware: spec.firmware,

@@ -145,6 +145,10 @@ pub struct Config {
     pub machine_type: Option<String>,
     /// The CPU model (`qemu64`, `max`, `host`); chosen at the first start.
     pub cpu_model: Option<String>,
+    /// Whether there is an HPET. What was made before this was asked has one, and its memory holds it; what is made today has none: guests leave
+    /// it ticking, which costs the host more than all else that an idle one does.
+    #[serde(default = "yes")]
+    pub hpet: bool,
     /// The accelerator that was asked for.
     pub accel: Accel,
     /// What it boots from.
@@ -162,6 +166,11 @@ pub struct Config {
     /// Whom the guest takes itself for, if it goes on from another machine's memory. Only with a memory, or while it runs from one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub borrowed: Option<Borrowed>,
+}
+
+/// For what a row does not say since it is older than the question.
+fn yes() -> bool {
+    true
 }
 
 /// The identity of another machine, as a guest has it that goes on from that machine's memory: its RAM and QEMU's devices hold it, until it

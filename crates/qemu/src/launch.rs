@@ -58,6 +58,7 @@ pub const RECONNECT_DELAY: Duration = Duration::from_secs(20);
 
 /// Everything that a QEMU process is started with. The process always comes up standing still: [`crate::Qemu::resume`] lets it run.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a word more or less on a command line")]
 pub struct Launch {
     /// The program.
     pub binary: PathBuf,
@@ -67,6 +68,8 @@ pub struct Launch {
     pub accel: Accel,
     /// The CPU model: `Nehalem`, `host`, …
     pub cpu_model: String,
+    /// Whether the board has an HPET.
+    pub hpet: bool,
     /// RAM in bytes; a multiple of 1 MiB.
     pub memory: u64,
     /// Processors, 1 to 255.
@@ -304,6 +307,7 @@ impl Launch {
         line.option("-name", Opts::new().with("guest", &self.name));
         line.pair("-uuid", &self.uuid);
         let machine = Opts::of(&self.machine_type).with("dump-guest-core", "off").with("mem-merge", "off");
+        let machine = if self.hpet { machine } else { machine.with("hpet", "off") };
         let flash = |machine: Opts| machine.with("pflash0", FIRMWARE_CODE).with("pflash1", FIRMWARE);
         line.option("-machine", if self.uefi.is_some() { flash(machine) } else { machine });
         line.pair("-accel", accel).pair("-cpu", &self.cpu_model);
@@ -536,6 +540,7 @@ mod tests {
             machine_type: "pc-q35-7.2".into(),
             accel: Accel::Tcg,
             cpu_model: "Nehalem".into(),
+            hpet: false,
             memory: 512 << 20,
             cpus: 2,
             name: "web, or so".into(),
@@ -590,7 +595,7 @@ mod tests {
         launch.cdrom = Some("/iso/x.iso".into());
         launch.generation = Some("324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87".into());
         let expected = "-no-user-config -nodefaults -no-shutdown -S -name guest=web,,_or_so \
-            -uuid 8d3cc1c7-3c1d-4c0e-9a0e-2f7e4f3a4b10 -machine pc-q35-7.2,dump-guest-core=off,mem-merge=off \
+            -uuid 8d3cc1c7-3c1d-4c0e-9a0e-2f7e4f3a4b10 -machine pc-q35-7.2,dump-guest-core=off,mem-merge=off,hpet=off \
             -accel tcg -cpu Nehalem -m 512M -smp 2 -global ICH9-LPC.disable_s3=1 -rtc base=utc -pidfile qemu.pid \
             -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny \
             -chardev socket,id=qmp,path=qemu/qmp.sock,server=on,wait=off -mon chardev=qmp,mode=control \
@@ -619,6 +624,13 @@ mod tests {
         assert_eq!(line, expected);
     }
 
+    /// As above: what was captured of a machine that has one.
+    #[test]
+    fn an_hpet() {
+        let launch = Launch { hpet: true, ..launch() };
+        assert_eq!(values(&launch, "-machine"), ["pc-q35-7.2,dump-guest-core=off,mem-merge=off"]);
+    }
+
     /// As above: what a captured machine with UEFI loads into.
     #[test]
     fn uefi_is_flash_memory_in_two_units() {
@@ -626,7 +638,7 @@ mod tests {
         launch.disks = vec![disk("disk0", Bus::Virtio)];
         let without = words(&launch);
         launch.uefi = Some(Uefi { code: "/m/boot/code,fd".into(), variables: nbd("firmware") });
-        let machine = "pc-q35-7.2,dump-guest-core=off,mem-merge=off,pflash0=firmware-code,pflash1=firmware";
+        let machine = "pc-q35-7.2,dump-guest-core=off,mem-merge=off,hpet=off,pflash0=firmware-code,pflash1=firmware";
         assert_eq!(values(&launch, "-machine"), [machine]);
         let code = "driver=raw,node-name=firmware-code,read-only=on,file.driver=file,file.filename=/m/boot/code,,fd"
             .to_owned();

@@ -67,6 +67,7 @@ impl Place {
             machine_type: "pc-q35-7.2".into(),
             accel: Accel::Tcg,
             cpu_model: qemu::cpu_model(Accel::Tcg).into(),
+            hpet: false,
             memory: 64 << 20,
             cpus: 1,
             name: "a, machine".into(),

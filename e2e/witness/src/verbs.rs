@@ -3,7 +3,7 @@
 use std::io::Read;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use rustix::system::RebootCommand;
@@ -14,8 +14,9 @@ use crate::journal::{Journal, Nonce};
 use crate::pattern::{Hash, mix};
 use crate::ram::{Ram, Sum, lock};
 
-/// Between two ticks of the counter, and between two steps of the journal unless told otherwise.
+/// Between two ticks of the counter.
 const TICK: Duration = Duration::from_millis(20);
+/// Between two steps of the journal, unless told otherwise.
 const PACE_MS: u64 = 100;
 const MIB: u64 = 1 << 20;
 
@@ -48,7 +49,9 @@ pub(crate) struct Witness {
     journal: Mutex<Journal>,
     /// Why the journal no longer runs, if a disk refused a write.
     failure: Mutex<Option<String>>,
+    /// Whether the journal runs. Changes under its lock.
     running: AtomicBool,
+    resumed: Condvar,
     pace_ms: AtomicU64,
 }
 
@@ -69,6 +72,7 @@ impl Witness {
             journal: Mutex::new(Journal::open(disks, nonce, mix(nonce[0]))),
             failure: Mutex::new(None),
             running: AtomicBool::new(true),
+            resumed: Condvar::new(),
             pace_ms: AtomicU64::new(PACE_MS),
         }
     }
@@ -95,20 +99,17 @@ impl Witness {
         let writing = Arc::clone(self);
         std::thread::spawn(move || {
             loop {
-                writing.step_if_running();
+                writing.step_when_running();
                 std::thread::sleep(Duration::from_millis(writing.pace_ms.load(Ordering::SeqCst)));
             }
         });
     }
 
-    fn step_if_running(&self) {
+    /// A step; none follows once `journal pause` has answered. A paused journal costs the host nothing.
+    fn step_when_running(&self) {
         let mut journal = self.hold_journal();
-        // Asked under the lock: after `journal pause` has answered, no step follows.
-        if !self.running.load(Ordering::SeqCst) {
-            drop(journal);
-            // At a pace of 0 the sleep of the loop gives way to nobody.
-            std::thread::sleep(TICK);
-            return;
+        while !self.running.load(Ordering::SeqCst) {
+            journal = self.resumed.wait(journal).unwrap_or_else(PoisonError::into_inner);
         }
         if let Err(error) = journal.step() {
             self.running.store(false, Ordering::SeqCst);
@@ -198,7 +199,10 @@ impl Witness {
         let (what, count) = split(rest);
         let mut journal = self.hold_journal();
         match what {
-            "run" | "pause" => self.running.store(what == "run", Ordering::SeqCst),
+            "run" | "pause" => {
+                self.running.store(what == "run", Ordering::SeqCst);
+                self.resumed.notify_all();
+            }
             "pace" => self.pace_ms.store(number(count)?, Ordering::SeqCst),
             "step" => {
                 for _ in 0..number(count)? {

@@ -17,6 +17,7 @@ pub(super) fn plain() -> Config {
         cpus: 1,
         machine_type: None,
         cpu_model: None,
+        hpet: false,
         accel: Accel::default(),
         boot: Boot::default(),
         firmware: Firmware::default(),

@@ -321,6 +321,7 @@ mod tests {
             cpus: 1,
             machine_type: Some("pc-q35-7.2".to_owned()),
             cpu_model: None,
+            hpet: false,
             accel: Accel::Tcg,
             boot: Boot::Disk,
             firmware: Firmware::Bios,
