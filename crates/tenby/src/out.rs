@@ -108,7 +108,7 @@ impl Out {
 
 /// A hint with the root in its commands: all but those that say it, and those that know of files only.
 fn at_root(hint: &str, root: &str) -> String {
-    if hint.contains("--root ") {
+    if hint.contains("--root") {
         return hint.to_owned();
     }
     let command = |words: &str| match words.strip_prefix("tenby ") {
@@ -202,6 +202,7 @@ mod tests {
             ),
             ("tenby disk check a.vhdx", "tenby disk check a.vhdx"),
             ("tenby --root DIR demo week", "tenby --root DIR demo week"),
+            ("tenby '--root=/my lab' vm show 3f9c", "tenby '--root=/my lab' vm show 3f9c"),
         ];
         for (hint, ready) in said {
             assert_eq!(at_root(hint, "'/my lab'"), ready);
