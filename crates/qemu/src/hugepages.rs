@@ -90,14 +90,19 @@ impl Qemu {
         pieces: &[(String, u64)],
         mut rest: impl FnMut() -> Duration + Send + 'static,
     ) -> Result<Collapse> {
-        let blocks = parse_blocks(&self.qmp().human("info ramblock").await?);
+        let start = parse_start(&self.qmp().human("gpa2hva 0").await?);
+        let blocks = parse_lengths(&self.qmp().human("info ramblock").await?);
         let address = |(name, offset): &(String, u64)| {
-            let block = blocks.iter().find(|block| block.name == *name)?;
+            let (_, host) = start.as_ref().filter(|(block, _)| block == name)?;
+            let (_, len) = blocks.iter().find(|(block, _)| block == name)?;
             // QEMU aligns what is worth it; and a piece at the end may not be whole.
-            let whole = block.host.is_multiple_of(HUGE_PAGE) && offset + HUGE_PAGE <= block.len;
-            whole.then(|| block.host + offset)
+            let whole = host.is_multiple_of(HUGE_PAGE) && offset + HUGE_PAGE <= *len;
+            whole.then(|| host + offset)
         };
         let addresses: Vec<u64> = pieces.iter().filter_map(address).collect();
+        if addresses.is_empty() && !pieces.is_empty() {
+            tracing::warn!("where QEMU has the guest's RAM cannot be told: no huge pages for it");
+        }
         let process = self.process().pidfd()?;
         let (orders, (tell, made)) = (Arc::<Orders>::default(), watch::channel(None));
         let told = Arc::clone(&orders);
@@ -170,23 +175,21 @@ fn call(process: &OwnedFd, pieces: &[libc::iovec]) -> std::result::Result<(), Er
     if done >= 0 { Ok(()) } else { Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::INVAL)) }
 }
 
-/// A block of RAM, where QEMU has it.
-#[derive(Debug, PartialEq, Eq)]
-struct Block {
-    name: String,
-    host: u64,
-    len: u64,
+/// What `gpa2hva 0` prints: the block that the guest has at its address 0, and where QEMU has it. The block begins there.
+///
+/// (From 8.0 on `info ramblock` says where each block is; 7.2 does not, and of the blocks this is the one that counts.)
+fn parse_start(text: &str) -> Option<(String, u64)> {
+    let (name, address) = text.trim().strip_prefix("Host virtual address for 0x0 (")?.rsplit_once(") is 0x")?;
+    Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
 }
 
-/// What `info ramblock` prints: a line a block, with its name, a page's size, and four numbers of which the third is its length and the last
-/// its address in QEMU. A line of another form is none.
-fn parse_blocks(text: &str) -> Vec<Block> {
+/// What `info ramblock` prints: a line a block, with its name, a page's size, and numbers of which the third is its length, bytes. A line of
+/// another form is none.
+fn parse_lengths(text: &str) -> Vec<(String, u64)> {
     let block = |line: &str| {
-        let number = |word: &&str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let numbers: Vec<u64> = words.iter().filter_map(number).collect();
-        let [_, len, _, host] = numbers.try_into().ok()?;
-        Some(Block { name: (*words.first()?).to_owned(), host, len })
+        let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+        let name = line.split_whitespace().next()?;
+        Some((name.to_owned(), line.split_whitespace().filter_map(number).nth(2)?))
     };
     text.lines().filter_map(block).collect()
 }
@@ -215,13 +218,19 @@ mod tests {
         // QEMU 10.0, then 7.2.
         let new = "              Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
                    \x20                 pc.ram    4 KiB  0x0000000000000000 0x0000000020000000 0x0000000020000000 0x00007f0a3be00000  rw\r\n";
-        let old = "              Block Name    PSize              Offset               Used              Total                HVA  RO\r\n\
-                   \x20   /rom@etc/acpi/tables    4 KiB  0x0000000020080000 0x0000000000020000 0x0000000000200000 0x00007f0a3a200000  ro\r\n";
-        assert_eq!(parse_blocks(new), [Block { name: "pc.ram".into(), host: 0x7f0a_3be0_0000, len: 0x2000_0000 }]);
-        assert_eq!(
-            parse_blocks(old),
-            [Block { name: "/rom@etc/acpi/tables".into(), host: 0x7f0a_3a20_0000, len: 0x2_0000 }]
-        );
-        assert_eq!(parse_blocks("unknown command: 'info ramblock'"), []);
+        let old = "              Block Name    PSize              Offset               Used              Total\r\n\
+                   \x20                 pc.ram    4 KiB  0x0000000000000000 0x0000000080000000 0x0000000080000000\r\n\
+                   \x20   /rom@etc/acpi/tables    4 KiB  0x0000000081100000 0x0000000000020000 0x0000000000200000\r\n";
+        assert_eq!(parse_lengths(new), [("pc.ram".into(), 0x2000_0000)]);
+        assert_eq!(parse_lengths(old), [("pc.ram".into(), 0x8000_0000), ("/rom@etc/acpi/tables".into(), 0x20_0000)]);
+        assert_eq!(parse_lengths("unknown command: 'info ramblock'"), []);
+    }
+
+    #[test]
+    fn the_start_of_ram_is_found() {
+        let told = "Host virtual address for 0x0 (pc.ram) is 0x7ff8e7e00000\r\n";
+        assert_eq!(parse_start(told), Some(("pc.ram".into(), 0x7ff8_e7e0_0000)));
+        assert_eq!(parse_start("No memory is mapped at address 0x0\r\n"), None);
+        assert_eq!(parse_start("Memory at address 0x0 is not RAM\r\n"), None);
     }
 }

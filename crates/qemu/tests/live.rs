@@ -382,6 +382,43 @@ fn memory_is_captured_while_the_guest_runs_and_restored() {
     });
 }
 
+/// A capture leaves RAM in small pages; each QEMU can be asked where its RAM is, and has it in huge pages again.
+#[test]
+fn memory_that_was_captured_is_put_into_huge_pages_again() {
+    with_each(|place| async move {
+        let (qemu, console, mut reader) = start_guest(&place, "first").await;
+        if let Err(why) = qemu::collapses() {
+            eprintln!("SKIPPED: {why}");
+            return;
+        }
+        if !in_background(&qemu).await {
+            return;
+        }
+        let mut capture = qemu.capture(CaptureMode::Background).await.expect("it begins");
+        let stream = collect(&mut capture);
+        capture.point().await.expect("a point");
+        capture.finished().await.expect("it completes");
+        stream.join().expect("the stream");
+
+        // The guest's own code is in the first piece. What is beyond RAM, or in no block, is passed over.
+        let beyond = [("pc.ram".to_owned(), 1 << 40), ("no block".to_owned(), 0)];
+        assert_eq!(qemu.collapse(&beyond, || Duration::ZERO).await.expect("it begins").ended().await, 0);
+        let before = in_huge_pages(&qemu);
+        let first = [("pc.ram".to_owned(), 0)];
+        assert_eq!(qemu.collapse(&first, || Duration::ZERO).await.expect("it begins").ended().await, 1);
+        assert!(in_huge_pages(&qemu) >= before + qemu::HUGE_PAGE);
+        console.write(b"x").await.expect("typed");
+        expect(&mut reader, "xA").await;
+    });
+}
+
+/// Bytes of huge pages that a process has, as the kernel counts them.
+fn in_huge_pages(qemu: &Qemu) -> u64 {
+    let counts = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", qemu.identity().pid)).expect("it lives");
+    let line = counts.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).expect("they are counted");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
 /// Without the host's help: written again and again until little is left.
 #[test]
 fn memory_of_a_guest_that_runs_converges() {
