@@ -39,25 +39,34 @@ pub(crate) struct Lent {
     happens: mpsc::UnboundedReceiver<Happening>,
 }
 
-/// What guests asked for, of each memory that this worker has lent: when it is lent again, that comes first.
+/// What guests asked for, of each memory that this worker has lent: when it is lent again, that comes first. Of a memory that never was, the guest
+/// is likely to ask for what it asked for the last time: it is the same machine.
 #[derive(Debug, Default)]
-pub(crate) struct Habits(BTreeMap<LayerId, Vec<Touched>>);
+pub(crate) struct Habits {
+    known: BTreeMap<LayerId, Vec<Touched>>,
+    latest: Vec<Touched>,
+}
 
-/// Memories of which that is remembered.
+/// Memories of which that is remembered, and pieces of each.
 const HABITS: usize = 16;
+const PIECES: usize = 4096;
 
 impl Habits {
     /// Of this memory.
     pub(crate) fn of(&self, layer: LayerId) -> Vec<Touched> {
-        self.0.get(&layer).cloned().unwrap_or_default()
+        self.known.get(&layer).unwrap_or(&self.latest).clone()
     }
 
-    /// What came first counts: what is asked for beside it was not known before.
+    /// What was asked for of it beside what [`Habits::of`] told. That came first, and stays first.
     pub(crate) fn note(&mut self, layer: LayerId, touched: Vec<Touched>) {
-        if self.0.len() >= HABITS && !self.0.contains_key(&layer) {
-            self.0.pop_first();
+        let mut habit = self.of(layer);
+        habit.extend(touched);
+        habit.truncate(PIECES);
+        self.latest.clone_from(&habit);
+        if self.known.len() >= HABITS && !self.known.contains_key(&layer) {
+            self.known.pop_first();
         }
-        self.0.entry(layer).or_default().extend(touched);
+        self.known.insert(layer, habit);
     }
 }
 
@@ -162,4 +171,39 @@ fn trail(run_dir: &Path, beginning: &Beginning) -> Result<Trail, Problem> {
     let known = !matches!(beginning, Beginning::Anew(_));
     let file = folder.open(TRAIL, Mode::Write).ok().filter(|_| known).map_or_else(|| folder.create(TRAIL), Ok);
     file.map_err(|e| file_problem(&e)).and_then(|file| Trail::new(file).map_err(|e| memory_problem(&e)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(clusters: std::ops::Range<u64>) -> Vec<Touched> {
+        clusters.map(|cluster| Touched { block: 0, cluster }).collect()
+    }
+
+    #[test]
+    fn what_was_asked_for_comes_first_the_next_time() {
+        let [monday, tuesday] = [LayerId::new(), LayerId::new()];
+        let mut habits = Habits::default();
+        assert_eq!(habits.of(monday), []);
+        habits.note(monday, pieces(0..4));
+        assert_eq!(habits.of(monday), pieces(0..4));
+        assert_eq!(habits.of(tuesday), pieces(0..4), "of a memory that was never lent, what is known of the last");
+        habits.note(tuesday, pieces(4..5));
+        assert_eq!(habits.of(tuesday), pieces(0..5), "what came first stays first");
+        assert_eq!(habits.of(monday), pieces(0..4), "each has its own");
+    }
+
+    #[test]
+    fn what_is_remembered_has_an_end() {
+        let (memory, most) = (LayerId::new(), PIECES as u64);
+        let mut habits = Habits::default();
+        habits.note(memory, pieces(0..most));
+        habits.note(memory, pieces(most..most + 1));
+        assert_eq!(habits.of(memory), pieces(0..most));
+        for _ in 0..2 * HABITS {
+            habits.note(LayerId::new(), pieces(0..1));
+        }
+        assert_eq!(habits.known.len(), HABITS);
+    }
 }

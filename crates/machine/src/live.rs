@@ -301,6 +301,11 @@ impl Live {
         }
     }
 
+    /// No more of that: its RAM is about to be given up.
+    pub(crate) fn stop_collapsing(&mut self) {
+        self.collapsing = None;
+    }
+
     /// Waits until that is done, but not for long.
     pub(crate) async fn collapsed(&mut self, name: &str) {
         let Some(mut collapse) = self.collapsing.take() else { return };

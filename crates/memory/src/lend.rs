@@ -91,8 +91,10 @@ impl Lending {
 /// A piece of RAM that a guest asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Touched {
-    block: usize,
-    cluster: u64,
+    /// Which block of RAM, counted from 0 as the memory's table has them.
+    pub block: usize,
+    /// Which 64 KiB of it, counted from 0.
+    pub cluster: u64,
 }
 
 /// What is known of a memory disk once it has been lent.

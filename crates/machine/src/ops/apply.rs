@@ -105,6 +105,7 @@ impl Owner {
             self.fill(task).await?;
             self.doing("applying");
         }
+        self.live.iter_mut().for_each(Live::stop_collapsing);
         let disks = self.live.as_mut().map(Live::disks);
         self.keeper.begin_apply(task, &plan.leaves, plan.present.memory(), disks.as_deref()).await?;
         let (name, kept) = (self.name_of(to), plan.present.kept().map(|take| (take.id, take.name.clone())));
