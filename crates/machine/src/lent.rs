@@ -15,7 +15,7 @@ use crate::ram::memory_problem;
 use crate::request::{Problem, ProblemKind};
 use crate::steps::Steps;
 use crate::tree::LayerId;
-use memory::{Beginning, Lending, Pace, Sealed, Touched, Trail, lend};
+use memory::{Beginning, Lending, Pace, Sealed, TOUCHED, Touched, Trail, lend};
 use std::collections::BTreeMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -47,9 +47,8 @@ pub(crate) struct Habits {
     latest: Vec<Touched>,
 }
 
-/// Memories of which that is remembered, and pieces of each.
+/// Memories of which that is remembered.
 const HABITS: usize = 16;
-const PIECES: usize = 4096;
 
 impl Habits {
     /// Of this memory.
@@ -61,7 +60,7 @@ impl Habits {
     pub(crate) fn note(&mut self, layer: LayerId, touched: Vec<Touched>) {
         let mut habit = self.of(layer);
         habit.extend(touched);
-        habit.truncate(PIECES);
+        habit.truncate(TOUCHED);
         self.latest.clone_from(&habit);
         if self.known.len() >= HABITS && !self.known.contains_key(&layer) {
             self.known.pop_first();
@@ -196,7 +195,7 @@ mod tests {
 
     #[test]
     fn what_is_remembered_has_an_end() {
-        let (memory, most) = (LayerId::new(), PIECES as u64);
+        let (memory, most) = (LayerId::new(), TOUCHED as u64);
         let mut habits = Habits::default();
         habits.note(memory, pieces(0..most));
         habits.note(memory, pieces(most..most + 1));

@@ -32,7 +32,7 @@ pub mod stream;
 pub mod table;
 
 pub use capture::{Captured, Counts, Made, NewLayer, Signal, capture};
-pub use lend::{Beginning, Lending, Lent, Pace, Touched, Trail, can_lend, lend};
+pub use lend::{Beginning, Lending, Lent, Pace, TOUCHED, Touched, Trail, can_lend, lend};
 pub use restore::{MemoryInfo, Sealed, inspect, restore};
 pub use seen::Stretch;
 
