@@ -284,9 +284,9 @@ impl Keeper {
     /// The next fold that is due, its layers open and its job begun. `disks` are those of a guest that runs meanwhile.
     pub fn next_fold(&self, disks: Option<&mut Disks>, begin: Begin) -> Result<Option<Folding>, Problem> {
         let rows = self.rows();
-        match self.files.garbage(&rows.machine).runs().next() {
-            None => Ok(None),
-            Some(run) => self.open_fold(&rows.machine, run, disks, begin).map(Some),
+        match &self.files.first_run(&rows.machine)[..] {
+            [] => Ok(None),
+            run => self.open_fold(&rows.machine, run, disks, begin).map(Some),
         }
     }
 

@@ -13,7 +13,7 @@
 //! Files are named by random ids. Only a row gives a file a meaning; a file that no row names is garbage if a journal row says
 //! that we made it, and is left alone and reported otherwise.
 
-use crate::garbage::{Garbage, garbage};
+use crate::garbage::{Fold, Garbage, garbage};
 use crate::mark;
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{Config, LayerFormat, LayerId, LayerKind, LayerRow, Machine};
@@ -193,9 +193,21 @@ impl Files {
     pub fn garbage(&self, machine: &Machine) -> Garbage {
         let found = garbage(machine);
         let ends: BTreeSet<LayerId> = found.fold.iter().flat_map(|fold| [fold.into, fold.child]).collect();
-        let shared = ends.into_iter().filter(|id| machine.layers.get(id).is_some_and(|row| self.is_shared(row)));
-        let shared = shared.collect();
+        let shared = ends.into_iter().filter(|id| self.is_shared_layer(machine, *id)).collect();
         found.but(&shared)
+    }
+
+    /// The first of its runs ([`Garbage::runs`]); empty, if there is none. The file system is asked of no other's files.
+    pub fn first_run(&self, machine: &Machine) -> Vec<Fold> {
+        let mut found = garbage(machine);
+        let ours = |fold: &Fold| ![fold.into, fold.child].iter().any(|id| self.is_shared_layer(machine, *id));
+        let first = found.fold.iter().position(ours).unwrap_or(found.fold.len());
+        found.fold.drain(..first);
+        found.runs().next().map(|run| run.iter().copied().take_while(ours).collect()).unwrap_or_default()
+    }
+
+    fn is_shared_layer(&self, machine: &Machine, id: LayerId) -> bool {
+        machine.layers.get(&id).is_some_and(|row| self.is_shared(row))
     }
 
     /// Opens the layers from base to `leaf` for reading, and checks that each stands on the one below.

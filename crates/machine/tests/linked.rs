@@ -487,6 +487,34 @@ fn nothing_is_folded_into_or_out_of_what_is_shared() {
     assert!(found().but(&layers.into_iter().collect()).fold.is_empty());
 }
 
+/// Whatever is shared, what is folded next is the first of the runs that are left.
+#[test]
+fn what_is_folded_next_shares_nothing() {
+    let lab = Lab::new();
+    for day in ["Wednesday", "Thursday", "Friday"] {
+        lab.snapshot(day);
+    }
+    lab.delete_all();
+    let (machine, files) = (lab.rows(), lab.keeper.files());
+    let disks = folder(&lab.sim, &format!("/{}/disks", machine.id.0.simple()));
+    let names: Vec<&str> = machine.layers.values().filter_map(|row| row.file.strip_prefix("disks/")).collect();
+    let mut runs = HashSet::new();
+    for shared in 0..1_u32 << names.len() {
+        let shared: Vec<&str> =
+            names.iter().enumerate().filter(|(nth, _)| shared >> nth & 1 == 1).map(|(_, name)| *name).collect();
+        for name in &shared {
+            disks.link(name, &*disks, &format!("{name}.twin")).expect("linked");
+        }
+        let first = files.first_run(&machine);
+        assert_eq!(first, files.garbage(&machine).runs().next().unwrap_or_default(), "shared: {shared:?}");
+        runs.insert(first.len());
+        for name in &shared {
+            disks.unlink(&format!("{name}.twin")).expect("removed");
+        }
+    }
+    assert!(runs.len() > 3, "of {runs:?} folds");
+}
+
 #[test]
 fn a_new_machine_is_somebody_else_unless_it_goes_on_from_memory() {
     let mut machine = sample::machine(2);

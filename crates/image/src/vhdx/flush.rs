@@ -2,9 +2,10 @@
 
 use super::carry::{self, Edit};
 use super::format::{PAGE, PAGE_BYTES};
-use super::header::read;
+use super::header::{check_reaches, read_data};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Locator};
+use super::open::{read_item, read_items};
 use super::page::PageBytes;
 use super::write::Freed;
 use super::{Dirty, Inner, Meta, lock};
@@ -253,9 +254,11 @@ impl Inner {
     pub(crate) fn note(&self) -> Result<Option<Vec<u8>>> {
         // A change of it is one of several pages.
         let _session = lock(&self.session);
-        let region = read(&*self.store, self.metadata_region.offset, self.metadata_region.length as usize)?;
-        let note = metadata::note(&region).map_err(|(kind, message)| self.error(kind, message))?;
-        Ok(note.filter(|note| !note.is_empty()).map(<[u8]>::to_vec))
+        let (store, region) = (&*self.store, self.metadata_region);
+        let items = read_items(store, region)?;
+        let note = metadata::note(&items).map_err(|(kind, message)| self.error(kind, message))?;
+        let note = note.map(|item| read_item(store, region, item)).transpose()?;
+        Ok(note.filter(|note| !note.is_empty()))
     }
 
     /// See [`crate::Layer::set_note`].
@@ -290,20 +293,33 @@ impl Inner {
     ) -> Result<Vec<(u64, PageBytes)>> {
         let fault = |(kind, message): Fault| self.error(kind, message);
         let region = self.metadata_region;
-        let old = read(&*self.store, region.offset, region.length as usize)?;
+        let old = self.metadata()?;
         let mut new = old.clone();
         change(&mut new).map_err(fault)?;
-        let pages: Vec<_> = (0..region.length / PAGE_BYTES)
-            .filter_map(|index| {
-                let bytes = index as usize * PAGE..(index as usize + 1) * PAGE;
-                let page: PageBytes = Box::new(new[bytes.clone()].try_into().expect("a page long"));
-                (old[bytes] != page[..]).then_some((region.offset + index * PAGE_BYTES, page))
+        let page = |index: u64| index as usize * PAGE..(index as usize + 1) * PAGE;
+        let pages: Vec<(u64, PageBytes)> = (0..region.length / PAGE_BYTES)
+            .filter(|index| old[page(*index)] != new[page(*index)])
+            .map(|index| {
+                let bytes = new[page(index)].try_into().expect("a page long");
+                (region.offset + index * PAGE_BYTES, Box::new(bytes))
             })
             .collect();
         if pages.len() > super::log::ENTRY_PAGES {
             return Err(self.error(ErrorKind::Unsupported, "it is too long to change it in one step"));
         }
         Ok(pages)
+    }
+
+    /// The metadata region; most of it is a hole.
+    fn metadata(&self) -> Result<Vec<u8>> {
+        let (store, region) = (&*self.store, self.metadata_region);
+        // Before it takes memory.
+        check_reaches(store, region, "its metadata")?;
+        let mut bytes = vec![0; region.length as usize];
+        read_data(store, region, "its metadata", |at, pages| {
+            bytes[at as usize..][..pages.len()].copy_from_slice(pages);
+        })?;
+        Ok(bytes)
     }
 
     /// See [`crate::Layer::close`].

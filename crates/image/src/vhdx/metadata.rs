@@ -349,14 +349,13 @@ pub(crate) fn replace_locator(region: &mut [u8], locator: &Locator) -> Result<()
     Ok(())
 }
 
-/// The note in a region's bytes.
-pub(crate) fn note(region: &[u8]) -> Result<Option<&[u8]>, Fault> {
-    let items = items(region)?;
+/// The item that is the note.
+pub(crate) fn note(items: &[RawItem]) -> Result<Option<&RawItem>, Fault> {
     let Some(item) = items.iter().find(|item| is_note(item)) else { return Ok(None) };
     if item.length.get() as usize > MAX_NOTE {
         return Err(damaged(format!("the image's note of {} bytes is too long", item.length)));
     }
-    Ok(Some(&region[item.offset.get() as usize..][..item.length.get() as usize]))
+    Ok(Some(item))
 }
 
 /// Replaces the note inside a region's bytes, or adds it.
@@ -445,6 +444,12 @@ mod tests {
         }
     }
 
+    fn noted(region: &[u8]) -> Result<Option<&[u8]>, Fault> {
+        let items = items(region)?;
+        let content = |item: &RawItem| &region[item.offset.get() as usize..][..item.length.get() as usize];
+        note(&items).map(|note| note.map(content))
+    }
+
     #[test]
     fn a_size_that_another_item_lies_over_is_not_changed() {
         let mut region = encode(&metadata("base")).unwrap();
@@ -500,17 +505,17 @@ mod tests {
     fn a_note_is_added_replaced_and_in_nobodys_way() {
         let mut region = encode(&metadata(r".\a")).unwrap();
         region.resize(1 << 20, 0);
-        assert_eq!(note(&region).unwrap(), None);
+        assert_eq!(noted(&region).unwrap(), None);
         for text in [b"short".to_vec(), vec![7; MAX_NOTE], Vec::new(), b"again".to_vec()] {
             replace_note(&mut region, &text).unwrap();
-            assert_eq!(note(&region).unwrap(), Some(&text[..]));
+            assert_eq!(noted(&region).unwrap(), Some(&text[..]));
             assert!(items(&region).unwrap().iter().all(is_known));
             assert_eq!(read(&region).unwrap().locator.unwrap().link().unwrap(), link(r".\a"));
         }
         let mut locator = Locator::of(&link(r".\a"));
         locator.relink(&link(&"x".repeat(30_000)));
         replace_locator(&mut region, &locator).unwrap();
-        assert_eq!(note(&region).unwrap(), Some(&b"again"[..]));
+        assert_eq!(noted(&region).unwrap(), Some(&b"again"[..]));
         assert_eq!(read(&region).unwrap().size, metadata("").size);
     }
 
@@ -525,7 +530,7 @@ mod tests {
         replace_note(&mut region, &vec![1; MAX_NOTE]).unwrap();
         let index = items(&region).unwrap().len();
         put(&mut region, index * size_of::<RawItem>() + 20, &(MAX_NOTE as u32 + 1).to_le_bytes());
-        assert_eq!(note(&region).unwrap_err().0, ErrorKind::Damaged);
+        assert_eq!(noted(&region).unwrap_err().0, ErrorKind::Damaged);
         assert!(read(&region).is_ok(), "nobody but who asks for the note is bothered");
     }
 

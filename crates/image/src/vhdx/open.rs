@@ -5,7 +5,7 @@ use super::bat::{Bat, Entry, Geometry, State};
 use super::bitmap::Bitmaps;
 use super::carry::{Carry, Edit, Writer};
 use super::flush::Session;
-use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE, PAGE_BYTES, TABLE_BYTES};
+use super::format::{FILE_SIGNATURE, HEADER_AT, HEADER_SECTION, MIB, PAGE, PAGE_BYTES, RawItem, TABLE_BYTES};
 use super::header::{self, Header, Region, Regions, check_reaches, read, read_data};
 use super::journal::Journal;
 use super::metadata::{self, Fault, Metadata};
@@ -177,14 +177,23 @@ impl Inner {
 fn read_metadata(store: &dyn Store, region: Region) -> Result<Metadata> {
     let fault = |(kind, message): Fault| Error::new(kind, store.name(), message);
     check_reaches(store, region, "its metadata")?;
-    let table = read(store, region.offset, TABLE_BYTES)?;
-    let items = metadata::items_within(&table, region.length).map_err(fault)?;
+    let items = read_items(store, region)?;
     let mut contents = BTreeMap::new();
     for item in metadata::says(&items) {
-        let content = read(store, region.offset + u64::from(item.offset.get()), item.length.get() as usize)?;
-        contents.insert(item.id.into(), content);
+        contents.insert(item.id.into(), read_item(store, region, item)?);
     }
     metadata::decode(&items, &contents).map_err(fault)
+}
+
+/// Reads which items a region of metadata has.
+pub(crate) fn read_items(store: &dyn Store, region: Region) -> Result<Vec<RawItem>> {
+    let table = read(store, region.offset, TABLE_BYTES)?;
+    metadata::items_within(&table, region.length).map_err(|(kind, message)| Error::new(kind, store.name(), message))
+}
+
+/// Reads one of them.
+pub(crate) fn read_item(store: &dyn Store, region: Region, item: &RawItem) -> Result<Vec<u8>> {
+    read(store, region.offset + u64::from(item.offset.get()), item.length.get() as usize)
 }
 
 /// Reads the table. That of a disk of 1 TiB has 4 MiB, most of them a hole.
