@@ -23,6 +23,8 @@ use machine::steps::Steps;
 use machine::tree::{Accel, Boot, Bus, Firmware, JobId, LayerFormat, NetMode, SnapshotId, SnapshotState, State};
 use serde_json::{Value, json};
 use std::error::Error;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +38,8 @@ const SIZE: u64 = 4 << 30;
 /// Pages of the leaf that is merged, and how far one lies behind the other: an odd number of pages, so that none comes twice.
 const PAGES: u64 = 20_000;
 const APART: u64 = 419_431 * PAGE;
+/// Pages between two syncs of a merge beside a guest.
+const PLAIN_SYNC: u64 = 64;
 /// How long it is looked what a writer sees while nothing is merged.
 const UNDISTURBED: Duration = Duration::from_secs(3);
 
@@ -192,9 +196,28 @@ impl Lab {
         let (seconds, during) = beside_a_writer(&chain, &mut places, || self.collect(Some(&mut disks)))?;
         // What was removed is given back.
         let (_, after) = beside_a_writer(&chain, &mut places, wait)?;
+        let (_, plain) = beside_a_writer(&chain, &mut places, || self.plain())?;
         drop(chain);
         disks.close()?;
-        Ok(json!({ "seconds": seconds, "before": before.told(), "during": during.told(), "after": after.told() }))
+        let (before, during, after, plain) = (before.told(), during.told(), after.told(), plain.told());
+        Ok(json!({ "seconds": seconds, "before": before, "during": during, "after": after, "plain": plain }))
+    }
+
+    /// What moves in such a merge, written to a file of its own as scattered, and synced as often: what any program would do to its neighbours.
+    fn plain(&self) -> std::result::Result<u64, Problem> {
+        let write = || -> std::io::Result<()> {
+            let path = self.keeper.files().path().join("plain");
+            let file = File::create(&path)?;
+            for number in 0..PAGES {
+                file.write_all_at(&[number as u8 | 1; PAGE as usize], number * APART % SIZE)?;
+                if (number + 1) % PLAIN_SYNC == 0 {
+                    file.sync_data()?;
+                }
+            }
+            std::fs::remove_file(path)
+        };
+        write().map_err(|error| Problem::failed(error.to_string()))?;
+        Ok(PAGES * PAGE)
     }
 
     /// So many snapshots, each after so many bytes were written, so far behind those before.

@@ -435,17 +435,21 @@ fn a_machine_that_is_detached_shares_what_it_did_or_nothing() {
 
 #[test]
 fn a_machine_that_takes_over_anothers_snapshot_is_what_it_was_or_what_that_holds() {
-    let lab = Lab::saved();
-    let other = new_machine(&lab.root, "other");
-    write(&other, "other");
-    let seen = cut_everywhere(&lab, |lab| {
-        let linked = lab.linked("Wednesday", "one");
-        let lent = linked.machine.id;
-        lab.keeper.lend(&lab.root, &task(&lab.keeper, "lend"), linked).expect("lent");
-        let keep = Present::Keep { name: Some("kept".to_owned()) };
-        other.take_over(&lab.root, &task(&other, "apply"), lent, "one@Wednesday", &keep).expect("taken over");
-    });
-    assert!(seen.before > 100 && seen.after > 50 && seen.between == 0, "{seen:?}");
+    let keep = Present::Keep { name: Some("kept".to_owned()) };
+    // What is discarded goes at once, or is in the trash for a while.
+    for (present, undo_for) in [(keep, 0), (Present::Discard, 0), (Present::Discard, 3600)] {
+        let lab = Lab::saved();
+        let other = new_machine(&lab.root, "other");
+        other.book().commit(|rows| rows.machine.policy.undo_for = undo_for).expect("committed");
+        write(&other, "other");
+        let seen = cut_everywhere(&lab, |lab| {
+            let linked = lab.linked("Wednesday", "one");
+            let lent = linked.machine.id;
+            lab.keeper.lend(&lab.root, &task(&lab.keeper, "lend"), linked).expect("lent");
+            other.take_over(&lab.root, &task(&other, "apply"), lent, "one@Wednesday", &present).expect("taken over");
+        });
+        assert!(seen.before > 100 && seen.after > 50 && seen.between == 0, "{present:?}: {seen:?}");
+    }
 }
 
 #[test]

@@ -24,10 +24,11 @@ const OWN: u64 = 4;
 const EVERY: usize = 3;
 
 /// What a writer's flushes are beside, and where `fold` tells them.
-const FLUSHES: [(&str, &str); 3] = [
+const FLUSHES: [(&str, &str); 4] = [
     ("nothing is merged", "/before/flushes_ms"),
     ("something is", "/during/flushes_ms"),
     ("its space is given back", "/after/flushes_ms"),
+    ("as much is written to a plain file", "/plain/flushes_ms"),
 ];
 
 /// What the example `fold` measured in a new root.
