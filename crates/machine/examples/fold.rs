@@ -196,25 +196,28 @@ impl Lab {
         let (seconds, during) = beside_a_writer(&chain, &mut places, || self.collect(Some(&mut disks)))?;
         // What was removed is given back.
         let (_, after) = beside_a_writer(&chain, &mut places, wait)?;
-        let (_, plain) = beside_a_writer(&chain, &mut places, || self.plain())?;
+        let (plain_seconds, plain) = beside_a_writer(&chain, &mut places, || self.plain())?;
         drop(chain);
         disks.close()?;
         let (before, during, after, plain) = (before.told(), during.told(), after.told(), plain.told());
-        Ok(json!({ "seconds": seconds, "before": before, "during": during, "after": after, "plain": plain }))
+        Ok(json!({
+            "seconds": seconds, "before": before, "during": during, "after": after,
+            "plain": plain, "plain_seconds": plain_seconds,
+        }))
     }
 
     /// What moves in such a merge, written to a file of its own as scattered, and synced as often: what any program would do to its neighbours.
+    /// The file stays, for its removal is none of that.
     fn plain(&self) -> std::result::Result<u64, Problem> {
         let write = || -> std::io::Result<()> {
-            let path = self.keeper.files().path().join("plain");
-            let file = File::create(&path)?;
+            let file = File::create(self.keeper.files().path().join("plain"))?;
             for number in 0..PAGES {
                 file.write_all_at(&[number as u8 | 1; PAGE as usize], number * APART % SIZE)?;
                 if (number + 1) % PLAIN_SYNC == 0 {
                     file.sync_data()?;
                 }
             }
-            std::fs::remove_file(path)
+            file.sync_data()
         };
         write().map_err(|error| Problem::failed(error.to_string()))?;
         Ok(PAGES * PAGE)

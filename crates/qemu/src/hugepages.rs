@@ -177,7 +177,7 @@ fn call(process: &OwnedFd, pieces: &[libc::iovec]) -> std::result::Result<(), Er
 
 /// What `gpa2hva 0` prints: the block that the guest has at its address 0, and where QEMU has it. The block begins there.
 ///
-/// (From 8.0 on `info ramblock` says where each block is; 7.2 does not, and of the blocks this is the one that counts.)
+/// (`info ramblock` of QEMU 10.0 says where each block is, that of 7.2 does not; and of the blocks this is the one that counts.)
 fn parse_start(text: &str) -> Option<(String, u64)> {
     let (name, address) = text.trim().strip_prefix("Host virtual address for 0x0 (")?.rsplit_once(") is 0x")?;
     Some((name.to_owned(), u64::from_str_radix(address, 16).ok()?))
