@@ -2,7 +2,7 @@
 
 use crate::tree::{Config, DiskId, LayerId, LayerKind, LayerRow, Machine, State};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::fmt::Display;
+use std::fmt::{self, Display};
 use std::hash::Hash;
 
 impl Machine {
@@ -18,10 +18,9 @@ impl Machine {
         self.check_snapshots()?;
         self.check_layers()?;
         for (id, snapshot) in &self.snapshots {
-            let what = format!("snapshot {id}");
-            self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
+            self.check_names(format_args!("snapshot {id}"), &snapshot.config, &snapshot.disks, snapshot.memory)?;
         }
-        self.check_names("now", &self.now.config, &self.now.disks, self.now.memory)?;
+        self.check_names(format_args!("now"), &self.now.config, &self.now.disks, self.now.memory)?;
         let is_none = |id: LayerId| self.layers.get(&id).is_none_or(|row| row.kind != LayerKind::Memory);
         if let Some(id) = self.now.restoring.filter(|id| is_none(*id)) {
             return Err(format!("now is being restored from {id}, which is no memory"));
@@ -59,7 +58,7 @@ impl Machine {
 
     fn check_names(
         &self,
-        what: &str,
+        what: fmt::Arguments<'_>,
         config: &Config,
         disks: &BTreeMap<DiskId, LayerId>,
         memory: Option<LayerId>,
@@ -113,8 +112,12 @@ impl Machine {
                 if !seen.insert(&snapshot.id) {
                     return Err(format!("snapshot {} is there twice, once in trash {id}", snapshot.id));
                 }
-                let what = format!("snapshot {} of trash {id}", snapshot.id);
-                self.check_names(&what, &snapshot.config, &snapshot.disks, snapshot.memory)?;
+                self.check_names(
+                    format_args!("snapshot {} of trash {id}", snapshot.id),
+                    &snapshot.config,
+                    &snapshot.disks,
+                    snapshot.memory,
+                )?;
             }
             if let Some(layer) = trash.layers().find(|layer| !self.layers.contains_key(layer)) {
                 return Err(format!("trash {id} names layer {layer}, which is not there"));

@@ -68,7 +68,8 @@ pub struct State {
     /// The machine.
     pub machine: Machine,
     at: Timestamp,
-    jobs: BTreeMap<JobId, Job>,
+    /// Each is shared with the copies that a commit changes: there are hundreds, and it changes one.
+    jobs: BTreeMap<JobId, Arc<Job>>,
     journal: BTreeMap<JobId, Journal>,
 }
 
@@ -97,19 +98,19 @@ impl State {
 
     /// The jobs that are remembered, oldest first.
     pub fn jobs(&self) -> Vec<Job> {
-        let mut jobs: Vec<Job> = self.jobs.values().cloned().collect();
+        let mut jobs: Vec<Job> = self.jobs.values().map(|job| Job::clone(job)).collect();
         jobs.sort_by_key(|job| (job.started, job.id));
         jobs
     }
 
     /// The job of this id.
     pub fn job(&self, id: JobId) -> Option<&Job> {
-        self.jobs.get(&id)
+        self.jobs.get(&id).map(Arc::as_ref)
     }
 
     /// Keeps a job, in place of the one of its id.
     pub fn insert_job(&mut self, job: Job) {
-        self.jobs.insert(job.id, job);
+        self.jobs.insert(job.id, Arc::new(job));
     }
 
     /// Forgets the oldest of the jobs that have ended, beyond `keep` of them.
@@ -388,8 +389,9 @@ impl File {
             let snapshots = read_table(&rows, SNAPSHOTS, |row: &Snapshot| row.id)?;
             let trash = read_table(&rows, TRASH, |row: &Trash| row.id)?;
             let layers = read_table(&rows, LAYERS, |row: &LayerRow| row.id)?;
-            let jobs = read_table(&rows, JOBS, |row: &Job| row.id)?;
+            let jobs = read_table(&rows, JOBS, |row: &Arc<Job>| row.id)?;
             let journal = read_table(&rows, JOURNAL, |row: &Journal| row.job)?;
+            let (snapshots, trash, layers) = (snapshots.into(), trash.into(), layers.into());
             let machine = Machine { id, name, note, created, policy, next_disk, now, snapshots, trash, layers };
             let state = State { machine, at, jobs, journal };
             check(&state).map_err(Error::damaged)?;
@@ -479,9 +481,9 @@ impl Rows {
         rows.once("machine", old.map(|old| Head::of(&old.machine)).as_ref(), &Head::of(&new.machine))?;
         rows.once("at", old.map(|old| &old.at), &new.at)?;
         rows.once("now", old.map(|old| &old.machine.now), &new.machine.now)?;
-        rows.table(SNAPSHOTS, old.map(|old| &old.machine.snapshots), &new.machine.snapshots)?;
-        rows.table(TRASH, old.map(|old| &old.machine.trash), &new.machine.trash)?;
-        rows.table(LAYERS, old.map(|old| &old.machine.layers), &new.machine.layers)?;
+        rows.table(SNAPSHOTS, old.map(|old| &*old.machine.snapshots), &new.machine.snapshots)?;
+        rows.table(TRASH, old.map(|old| &*old.machine.trash), &new.machine.trash)?;
+        rows.table(LAYERS, old.map(|old| &*old.machine.layers), &new.machine.layers)?;
         rows.table(JOBS, old.map(|old| &old.jobs), &new.jobs)?;
         rows.table(JOURNAL, old.map(|old| &old.journal), &new.journal)?;
         Ok(rows)
@@ -503,6 +505,9 @@ impl Rows {
         K: Ord + Display,
         V: Serialize + PartialEq,
     {
+        if old.is_some_and(|old| std::ptr::eq(old, new)) {
+            return Ok(());
+        }
         for (key, value) in new {
             if old.and_then(|old| old.get(key)) != Some(value) {
                 self.put(table, key.to_string(), value)?;

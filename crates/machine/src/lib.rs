@@ -59,6 +59,7 @@ pub mod reserve;
 mod room;
 pub mod root;
 pub mod steps;
+pub mod table;
 pub mod trash;
 pub mod tree;
 pub mod views;

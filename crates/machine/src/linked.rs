@@ -19,6 +19,7 @@ use crate::ledger::Ledger;
 use crate::ops::snapshot::make_leaf;
 use crate::request::{Problem, ProblemKind};
 use crate::root::mac_of;
+use crate::table::Table;
 use crate::tree::{
     Borrowed, Config, LayerId, LayerKind, LayerRow, Machine, MachineId, NetMode, Now, Policy, Snapshot, State,
 };
@@ -86,8 +87,8 @@ impl Machine {
                 generation: uuid::Uuid::new_v4(),
                 run: None,
             },
-            snapshots: BTreeMap::new(),
-            trash: BTreeMap::new(),
+            snapshots: Table::default(),
+            trash: Table::default(),
             layers: layers.iter().map(|(_, row)| (row.id, row.clone())).collect(),
         };
         Linked { machine, layers }

@@ -264,7 +264,7 @@ pub struct Settings {
 }
 
 /// A job: one request and how it goes.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
     /// Who it is.
     pub id: JobId,

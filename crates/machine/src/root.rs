@@ -16,8 +16,9 @@ use crate::ledger::{self, Ledger, State as Rows};
 use crate::mark;
 use crate::plan::{check_name, quoted, shorten};
 use crate::request::{Create, DiskSource, DiskSpec, Job, Problem, ProblemKind, TreeView, View};
+use crate::table::Table;
 use crate::tree::{
-    Config, Disk, DiskId, Firmware, Kernel, LayerId, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
+    Config, Disk, DiskId, Firmware, Kernel, LayerKind, LayerRow, Machine, MachineId, Net, Now, Policy, State,
 };
 use crate::views;
 use export::qcow2::{self, Qcow2};
@@ -593,9 +594,9 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
             generation: uuid::Uuid::new_v4(),
             run: None,
         },
-        snapshots: BTreeMap::new(),
-        trash: BTreeMap::new(),
-        layers: BTreeMap::<LayerId, LayerRow>::new(),
+        snapshots: Table::default(),
+        trash: Table::default(),
+        layers: Table::default(),
     }
 }
 

@@ -11,6 +11,7 @@
 //! Nothing but a row refers to a file. A *sealed* layer never changes as read through a chain; only the leaf of Now is written.
 //! Deleting a snapshot is deleting its row; what that leaves without a name is [`garbage`](crate::garbage).
 
+use crate::table::Table;
 use crate::trash::Trash;
 use image::merge::Mark;
 use jiff::Timestamp;
@@ -100,11 +101,11 @@ pub struct Machine {
     /// The present.
     pub now: Now,
     /// The snapshots.
-    pub snapshots: BTreeMap<SnapshotId, Snapshot>,
+    pub snapshots: Table<SnapshotId, Snapshot>,
     /// What was deleted or discarded and can still be taken back.
-    pub trash: BTreeMap<TrashId, Trash>,
+    pub trash: Table<TrashId, Trash>,
     /// The layers: every file that the machine knows.
-    pub layers: BTreeMap<LayerId, LayerRow>,
+    pub layers: Table<LayerId, LayerRow>,
 }
 
 /// Settings of the host, not of the machine: an apply leaves them alone.

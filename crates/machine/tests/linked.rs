@@ -551,7 +551,7 @@ fn a_new_machine_is_somebody_else_unless_it_goes_on_from_memory() {
         &{
             let mut with = with.clone();
             with.take(machine::plan::Take { memory: with.now.memory, ..sample::take("own") }, Vec::new());
-            with.snapshots.into_values().next().expect("taken")
+            with.snapshots.values().next().cloned().expect("taken")
         },
         &new,
         "",

@@ -83,7 +83,7 @@ fn lasting(machine: &Machine) -> Machine {
     let now = &mut machine.now;
     (now.state, now.memory, now.memory_base, now.run) = (State::Off, None, None, None);
     (now.touched, now.generation) = (true, uuid::Uuid::nil());
-    machine.layers = needed(&machine);
+    machine.layers = needed(&machine).into();
     for snapshot in machine.snapshots.values_mut() {
         // The sample's disks are of another size than its configuration says.
         snapshot.config.disks.iter_mut().for_each(|disk| disk.size = 0);
@@ -114,8 +114,8 @@ fn all_comes_back(machine: &Machine, seeds: std::ops::Range<u64>) {
         let world = lived(machine, seed);
         // What could be taken back comes back, too.
         let mut before = world.machine();
-        for trash in world.machine().trash.into_keys() {
-            before.take_back(trash);
+        for trash in world.machine().trash.keys() {
+            before.take_back(*trash);
         }
         // What is taken back or given up changes what others stand on, and that is not told to each of them.
         let undoes = before.policy.undo_for > 0;

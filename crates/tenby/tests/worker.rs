@@ -3,10 +3,15 @@
 mod place;
 
 use place::Place;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 /// A worker of a machine that is off, and its machine's id.
 struct Worker {
@@ -134,33 +139,74 @@ fn nothing_that_is_sent_ends_it() {
     assert_eq!(worker.get("/v1/hello").status, 200);
 }
 
-/// Answers on a machine's socket as a worker of another version would, until it is asked to hand over.
-fn worker_of_version(place: &Place, version: &str) -> (std::thread::JoinHandle<()>, PathBuf) {
-    let machine = place.machine("web");
-    let folder = place.runtime(&machine);
+/// What a worker that is played does about a request.
+enum Play {
+    Answer(Value),
+    /// Nothing; the connection stays open.
+    Silence,
+    /// It says that it has heard, and is gone.
+    HandOver,
+}
+
+/// Reads a request to its end: its first line, and its document.
+fn heard(stream: &mut UnixStream) -> (String, Value) {
+    let mut stream = BufReader::new(stream);
+    let mut line = || {
+        let mut line = String::new();
+        stream.read_line(&mut line).unwrap();
+        line.trim_end().to_ascii_lowercase()
+    };
+    let first = line();
+    let head: Vec<String> = std::iter::from_fn(|| Some(line()).filter(|line| !line.is_empty())).collect();
+    let length = head.iter().find_map(|line| line.strip_prefix("content-length: "));
+    let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
+    stream.read_exact(&mut body).unwrap();
+    (first, serde_json::from_slice(&body).unwrap_or(Value::Null))
+}
+
+/// Answers on a machine's socket in its worker's place.
+fn played(place: &Place, mut play: impl FnMut(&str, &Value) -> Play + Send + 'static) -> (JoinHandle<()>, PathBuf) {
+    let folder = place.runtime(&place.machine("web"));
     std::fs::create_dir_all(&folder).unwrap();
     let path = folder.join("api.sock");
-    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
-    let hello = json!({ "version": version, "id": machine["id"], "pid": 1 }).to_string();
+    let listener = UnixListener::bind(&path).unwrap();
     let socket = path.clone();
     let serving = std::thread::spawn(move || {
+        let mut open = Vec::new();
         loop {
             let (mut stream, _) = listener.accept().unwrap();
-            let mut bytes = [0; 4096];
-            let count = stream.read(&mut bytes).unwrap();
-            let asked = String::from_utf8_lossy(&bytes[..count]).into_owned();
-            let end = asked.starts_with("POST /v1/handover");
-            let (status, body) = if end { ("202 Accepted", "") } else { ("200 OK", hello.as_str()) };
-            let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            let (line, document) = heard(&mut stream);
+            let play = play(&line, &document);
+            let body = match &play {
+                Play::Answer(document) => document.to_string(),
+                Play::Silence => {
+                    open.push(stream);
+                    continue;
+                }
+                Play::HandOver => String::new(),
+            };
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
             stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
-            if end {
-                drop(listener);
+            if matches!(play, Play::HandOver) {
                 std::fs::remove_file(&socket).unwrap();
                 return;
             }
         }
     });
     (serving, path)
+}
+
+fn hello(place: &Place, version: &str) -> Value {
+    json!({ "version": version, "id": place.machine("web")["id"], "pid": 1 })
+}
+
+/// A worker of another version, until it is asked to hand over.
+fn worker_of_version(place: &Place, version: &str) -> (JoinHandle<()>, PathBuf) {
+    let hello = hello(place, version);
+    played(place, move |line, _| match line.starts_with("post /v1/handover") {
+        true => Play::HandOver,
+        false => Play::Answer(hello.clone()),
+    })
 }
 
 #[test]
@@ -179,4 +225,101 @@ fn a_newer_worker_is_left_alone_and_both_versions_are_named() {
     let refused = place.tenby(&["snapshot", "create", "web", "Monday"]).with(3);
     assert!(refused.err.contains("999.0.0") && refused.err.contains(env!("CARGO_PKG_VERSION")), "{refused:?}");
     assert!(socket.exists());
+}
+
+/// A command whose request a worker has read and not answered.
+struct Unanswered {
+    place: Place,
+    child: Child,
+    /// Lets the worker answer.
+    answer: mpsc::Sender<()>,
+}
+
+impl Unanswered {
+    fn begin() -> Self {
+        let place = Place::with_machine("web");
+        let ((read, was_read), (answer, may_answer)) = (mpsc::channel(), mpsc::channel());
+        let hello = hello(&place, env!("CARGO_PKG_VERSION"));
+        let mut job = json!({
+            "id": null, "vm": "web", "kind": "snapshot", "state": "running", "percent": 0, "bytes_done": 0, "bytes_total": 0,
+            "eta": null, "error": null, "started": "2026-01-01T00:00:00Z", "ended": null,
+        });
+        played(&place, move |line, asked| {
+            if line.starts_with("get /v1/hello") {
+                return Play::Answer(hello.clone());
+            } else if line.contains("/requests ") {
+                job["id"] = asked["job"].clone();
+                read.send(()).unwrap();
+                if may_answer.recv().is_err() {
+                    return Play::Silence;
+                }
+            } else if line.contains("/cancel ") {
+                job["state"] = json!("cancelled");
+            }
+            Play::Answer(job.clone())
+        });
+        let said = File::create(place.path("said")).unwrap();
+        let child = place.command(&["snapshot", "create", "web", "Monday"]).stdout(Stdio::null()).stderr(said).spawn();
+        was_read.recv().unwrap();
+        Self { place, child: child.unwrap(), answer }
+    }
+
+    fn tell(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.place.path("said")).unwrap()
+    }
+
+    /// Ctrl-C, until it was heard.
+    fn cancel(&self) {
+        self.tell(Signal::INT);
+        place::eventually("that it is cancelled", || self.said().contains("once more leaves it running"));
+    }
+
+    #[track_caller]
+    fn ends_with(&mut self, words: &str) {
+        assert_eq!(
+            (self.child.wait().unwrap().code(), self.said().contains(words)),
+            (Some(130), true),
+            "{}",
+            self.said()
+        );
+    }
+}
+
+#[test]
+fn what_is_cancelled_before_the_worker_has_answered_is_cancelled_by_it() {
+    let mut asked = Unanswered::begin();
+    asked.cancel();
+    asked.answer.send(()).unwrap();
+    asked.ends_with("the snapshot of web was cancelled; nothing has changed");
+}
+
+#[test]
+fn a_worker_that_does_not_answer_can_be_left() {
+    let mut asked = Unanswered::begin();
+    asked.cancel();
+    asked.tell(Signal::INT);
+    asked.ends_with("tenby job watch ");
+    let mut asked = Unanswered::begin();
+    asked.tell(Signal::TERM);
+    asked.ends_with("left running: job ");
+}
+
+#[test]
+fn a_worker_that_does_not_greet_was_asked_for_nothing() {
+    let place = Place::with_machine("web");
+    let (come, has_come) = mpsc::channel();
+    played(&place, move |_, _| {
+        come.send(()).unwrap();
+        Play::Silence
+    });
+    let said = File::create(place.path("said")).unwrap();
+    let child = place.command(&["snapshot", "create", "web", "Monday"]).stdout(Stdio::null()).stderr(said).spawn();
+    has_come.recv().unwrap();
+    let mut asked = Unanswered { place, child: child.unwrap(), answer: mpsc::channel().0 };
+    asked.tell(Signal::INT);
+    asked.ends_with("nothing was asked of web");
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Data moves in pieces of this many bytes.
 pub(super) const PIECE: u64 = 1 << 20;
 /// Beside a guest, what was copied is synced whenever it is this many bytes: a flush of the guest may have to wait for that.
-const DIRTY: u64 = 256 << 10;
+const DIRTY: u64 = 384 << 10;
 /// How often to ask whether the push above a layer has been settled.
 const PATIENCE: Duration = Duration::from_millis(5);
 /// The longest rest after a piece.
@@ -99,11 +99,11 @@ impl<'a> Work<'a> {
         self.tell()
     }
 
-    /// Beside requests of a guest the disk is ours for four fifths of the time at most.
+    /// Beside requests of a guest the disk is ours for six sevenths of the time at most.
     fn make_way(&mut self) {
         let requests = self.chain.requests();
         if self.live && std::mem::replace(&mut self.requests, requests) != requests {
-            std::thread::sleep((self.since.elapsed() / 4).min(REST));
+            std::thread::sleep((self.since.elapsed() / 6).min(REST));
         }
     }
 }

@@ -13,6 +13,7 @@ use super::links::Links;
 use super::sane;
 use crate::label::{Head, Label, Present};
 use crate::ledger::just_after;
+use crate::table::Table;
 use crate::tree::{
     Config, DiskId, Firmware, LayerId, LayerKind, LayerRow, Machine, MachineId, Now, Snapshot, SnapshotId,
     SnapshotState, State, Stats,
@@ -531,9 +532,9 @@ impl<'a> Rebuild<'a> {
                 generation: Uuid::new_v4(),
                 run: None,
             },
-            snapshots: self.snapshots,
-            trash: BTreeMap::new(),
-            layers,
+            snapshots: self.snapshots.into(),
+            trash: Table::default(),
+            layers: layers.into(),
         };
         sane::network(&mut machine);
         Rebuilt { machine, at, over, mend, unknown: self.unknown }

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use machine::plan::Take;
 use machine::request::{Job, JobState};
+use machine::table::Table;
 use machine::tree::{
     Accel, Boot, Bus, Config, Disk, DiskId, Firmware, JobId, LayerFormat, LayerId, LayerKind, LayerRow, Machine,
     MachineId, Net, NetMode, Now, Policy, SnapshotId, SnapshotState, State,
@@ -32,9 +33,9 @@ pub(crate) fn machine(disks: u32) -> Machine {
             generation: uuid::Uuid::nil(),
             run: None,
         },
-        snapshots: BTreeMap::new(),
-        trash: BTreeMap::new(),
-        layers: BTreeMap::new(),
+        snapshots: Table::default(),
+        trash: Table::default(),
+        layers: Table::default(),
     };
     for disk in machine.now.config.disks.clone() {
         let row = layer(LayerKind::Disk, None);
