@@ -337,6 +337,37 @@ fn seconds(since: SystemTime) -> f64 {
     since.elapsed().expect("time goes on").as_secs_f64()
 }
 
+/// A guest with an agent is told the time after each apply, and when it goes on from where it was saved; and so is the next worker's, if the first died.
+#[test]
+fn an_agent_sets_the_guests_clock() {
+    let lab = Lab::empty();
+    let mut witness = boot(&lab);
+    witness.ask("agent");
+    lab.snapshot("one");
+    std::thread::sleep(Duration::from_secs(3));
+    drop(witness);
+    let is_right = |after: &str| {
+        wait_for(after, || lab.json(&["vm", "show", BASE])["clock"].is_null().then_some(()));
+        // One that was there before the machine was saved is told that it is off.
+        let mut witness = lab.witness(BASE);
+        witness.resync();
+        let [first, machine, last] = clocks(&mut witness);
+        assert!(first - 1 <= machine && machine <= last + 1, "{after}: {first} {machine} {last}");
+    };
+    lab.ok(&["snapshot", "apply", BASE, "one", "--discard"]);
+    is_right("the clock after an apply");
+    let set = |lab: &Lab| lab.ok(&["vm", "log", BASE]).matches("the guest's agent set its clock").count();
+    assert_eq!(set(&lab), 1);
+    lab.ok(&["vm", "save", BASE]);
+    std::thread::sleep(Duration::from_secs(3));
+    lab.ok(&["vm", "start", BASE]);
+    is_right("the clock after it was saved");
+    lab.ok(&["snapshot", "apply", BASE, "one", "--discard"]);
+    lab.kill_worker();
+    is_right("the clock after a worker's death");
+    assert!(set(&lab) >= 2);
+}
+
 /// The machine's clock goes right after an apply; the guest's own goes on from where it was, and it is said how far that is behind.
 #[test]
 fn what_time_it_is_after_an_apply() {

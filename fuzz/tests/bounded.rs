@@ -39,4 +39,4 @@ macro_rules! targets {
     };
 }
 
-targets!(vhdx, vhd, chain, shape, check, undo, carry, hashes, pages, probe, stream, memory, handshake, nbd, qmp);
+targets!(vhdx, vhd, chain, shape, check, undo, carry, hashes, pages, probe, stream, memory, handshake, nbd, qmp, agent);

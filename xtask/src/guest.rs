@@ -22,13 +22,14 @@ const APPEND: &str =
 
 /// What the guest drives, in the order wanted; what each needs comes before it. One that this kernel has built in is not there as a
 /// file, and not needed.
-const DRIVERS: [&str; 9] = [
+const DRIVERS: [&str; 10] = [
     "virtio_pci",
     "virtio_blk",
     "virtio_net",
     "button",
     "evdev",
     "virtio_rng",
+    "virtio_console",
     "pvpanic_mmio",
     "pvpanic_pci",
     "efivarfs",

@@ -30,6 +30,7 @@ pub mod audit;
 pub mod book;
 pub mod carry;
 mod check;
+mod clock;
 pub mod collect;
 mod console;
 mod crowd;

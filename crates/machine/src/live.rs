@@ -9,6 +9,7 @@
 //!
 //! Disks are served before QEMU is asked anything: a QEMU that waits for a disk does not answer (facts of NBD's `reconnect-delay`).
 
+use crate::clock::Telling;
 use crate::crowd::Crowd;
 use crate::disks::Disks;
 use crate::files::{Files, image_problem};
@@ -53,6 +54,8 @@ pub(crate) struct Live {
     lent: Option<Lent>,
     /// Its RAM is being put into huge pages again.
     collapsing: Option<Collapse>,
+    /// Its guest is being told the time.
+    telling: Option<Telling>,
     /// Its ports are open.
     published: AtomicBool,
     run_dir: PathBuf,
@@ -175,7 +178,16 @@ impl Live {
     }
 
     fn of(qemu: Qemu, served: Served, lent: Option<Lent>, run_dir: PathBuf) -> Self {
-        Self { state: qemu.watch(), qemu, served, lent, collapsing: None, published: AtomicBool::new(false), run_dir }
+        Self {
+            state: qemu.watch(),
+            qemu,
+            served,
+            lent,
+            collapsing: None,
+            telling: None,
+            published: AtomicBool::new(false),
+            run_dir,
+        }
     }
 
     /// Takes over the QEMU that an earlier worker left running; `None` if it is gone.
@@ -299,6 +311,14 @@ impl Live {
             Ok(collapse) => self.collapsing = Some(collapse),
             Err(error) => tracing::warn!("no huge pages for the guest's RAM: {error}"),
         }
+    }
+
+    /// Tells its guest the time, if that goes on from a memory and may have an agent.
+    pub(crate) fn tell_the_time(&mut self, keeper: &Keeper) {
+        let rows = keeper.rows();
+        let Now { config, run, .. } = &rows.machine.now;
+        let behind = run.as_ref().filter(|run| config.agent && run.clock.is_some());
+        self.telling = behind.map(|run| Telling::begin(&keeper.book, &keeper.files, run, &self.run_dir));
     }
 
     /// No more of that: its RAM is about to be given up.
@@ -525,6 +545,7 @@ fn launch(
         accel,
         cpu_model: needs::cpu_model(config, accel).to_owned(),
         hpet: config.hpet,
+        agent: config.agent,
         memory: config.memory,
         cpus: config.cpus,
         name: machine.name.clone(),

@@ -83,6 +83,7 @@ mod tests {
             machine_type: Some(machine_type.to_owned()),
             cpu_model: Some(cpu_model.to_owned()),
             hpet: false,
+            agent: true,
             accel: Accel::Auto,
             boot: Boot::Disk,
             firmware: Firmware::Bios,
@@ -94,15 +95,15 @@ mod tests {
         }
     }
 
-    /// A row that is older than the question does not say that its memory holds one.
+    /// A row that is older than the question does not say what its memory holds.
     #[test]
-    fn an_older_machine_has_an_hpet() {
+    fn an_older_machine_has_an_hpet_and_no_port_for_an_agent() {
         let new = config("pc-q35-7.2", "Nehalem");
         let mut row = serde_json::to_value(&new).expect("a row");
         assert_eq!(serde_json::from_value::<Config>(row.clone()).expect("it is read"), new);
-        row.as_object_mut().expect("a row").remove("hpet");
+        row.as_object_mut().expect("a row").retain(|name, _| name != "hpet" && name != "agent");
         let old: Config = serde_json::from_value(row).expect("it is read");
-        assert_eq!(old, Config { hpet: true, ..new });
+        assert_eq!(old, Config { hpet: true, agent: false, ..new });
     }
 
     fn on(accel: Accel, features: &[&str]) -> TakenOn {

@@ -565,6 +565,7 @@ fn new_machine(id: MachineId, spec: &Create) -> Machine {
         machine_type: None,
         cpu_model: None,
         hpet: false,
+        agent: true,
         accel: spec.accel,
         boot: spec.boot,
         firmware: spec.firmware,

@@ -150,6 +150,9 @@ pub struct Config {
     /// it ticking, which costs the host more than all else that an idle one does.
     #[serde(default = "yes")]
     pub hpet: bool,
+    /// Whether there is a port for an agent in the guest. What was made before this was asked has none, and its memory holds none.
+    #[serde(default)]
+    pub agent: bool,
     /// The accelerator that was asked for.
     pub accel: Accel,
     /// What it boots from.

@@ -4,7 +4,7 @@
 //! into a process that was launched with the same ones, so a change here must not move anything that exists.
 //!
 //! ```text
-//!   PCI slot   01 VGA   02 network   03 rng   04 virtio-scsi   08..17 virtio-blk, in the disks' order   1f chip set, AHCI
+//!   PCI slot   01 VGA   02 network   03 rng   04 virtio-scsi   05 the agent's port   08..17 virtio-blk, in the disks' order   1f chip set, AHCI
 //!   AHCI port  0..4 disks, in their order   5 CD drive
 //!   pflash     0 UEFI's code, read only     1 its variables
 //! ```
@@ -23,6 +23,8 @@ pub(crate) const QEMU_FOLDER: &str = "qemu";
 pub const QMP_SOCKET: &str = "qemu/qmp.sock";
 /// A second monitor, left free for people and for emergencies (a monitor serves one client at a time).
 pub const SPARE_QMP_SOCKET: &str = "qemu/qmp-spare.sock";
+/// The port of the guest's agent, in the run folder: see [`crate::Agent`].
+pub(crate) const AGENT_SOCKET: &str = "qemu/agent.sock";
 /// The pipe into the first serial port, in the run folder. What the port prints goes to [`Launch::console_log`].
 pub const SERIAL_PIPE: &str = "serial.pipe";
 /// The screen (RFB), in the run folder.
@@ -39,6 +41,9 @@ const FIRMWARE_CODE: &str = "firmware-code";
 const FIRMWARE: &str = "firmware";
 /// The nodes that are no disks'.
 const TAKEN: [&str; 3] = ["cdrom", FIRMWARE, FIRMWARE_CODE];
+
+/// The name by which an agent finds its port.
+const AGENT: &str = "org.qemu.guest_agent.0";
 
 /// Where QEMU has the descriptors that it was given as sets.
 const FDSET: &str = "/dev/fdset";
@@ -70,6 +75,8 @@ pub struct Launch {
     pub cpu_model: String,
     /// Whether the board has an HPET.
     pub hpet: bool,
+    /// Whether there is a port for an agent in the guest.
+    pub agent: bool,
     /// RAM in bytes; a multiple of 1 MiB.
     pub memory: u64,
     /// Processors, 1 to 255.
@@ -344,6 +351,12 @@ impl Launch {
         if let Some(generation) = &self.generation {
             line.option("-device", Opts::of("vmgenid").with("id", "generation").with("guid", generation));
         }
+        if self.agent {
+            line.option("-device", pci("virtio-serial-pci", "ports", 0x05).with("max_ports", "2"));
+            line.option("-chardev", listening("agent", AGENT_SOCKET));
+            let port = Opts::of("virtserialport").with("id", "agent0").with("bus", "ports.0").with("nr", "1");
+            line.option("-device", port.with("chardev", "agent").with("name", AGENT));
+        }
         if let Some(nic) = &self.nic {
             let network = Opts::of("user").with("id", NETDEV);
             line.option("-netdev", if nic.isolated { network.with("restrict", "on") } else { network });
@@ -541,6 +554,7 @@ mod tests {
             accel: Accel::Tcg,
             cpu_model: "Nehalem".into(),
             hpet: false,
+            agent: true,
             memory: 512 << 20,
             cpus: 2,
             name: "web, or so".into(),
@@ -604,7 +618,10 @@ mod tests {
             -device isa-serial,id=ttyS0,chardev=serial0 -display none -vnc unix:qemu/vnc.sock \
             -device VGA,id=vga,bus=pcie.0,addr=0x01 -object rng-builtin,id=rng0 \
             -device virtio-rng-pci,id=rng,bus=pcie.0,addr=0x03,rng=rng0 \
-            -device vmgenid,id=generation,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 -netdev user,id=net0 \
+            -device vmgenid,id=generation,guid=324e6eaf-d1d1-4bf6-bf41-b9bb6c91fb87 \
+            -device virtio-serial-pci,id=ports,bus=pcie.0,addr=0x05,max_ports=2 \
+            -chardev socket,id=agent,path=qemu/agent.sock,server=on,wait=off \
+            -device virtserialport,id=agent0,bus=ports.0,nr=1,chardev=agent,name=org.qemu.guest_agent.0 -netdev user,id=net0 \
             -device virtio-net-pci,id=nic0,bus=pcie.0,addr=0x02,netdev=net0,mac=52:54:00:00:00:01,romfile= \
             -device virtio-scsi-pci,id=scsi0,bus=pcie.0,addr=0x04 \
             -blockdev driver=nbd,node-name=disk0,server.type=unix,server.path=nbd-disk0.sock,export=disk0,\
@@ -629,6 +646,15 @@ mod tests {
     fn an_hpet() {
         let launch = Launch { hpet: true, ..launch() };
         assert_eq!(values(&launch, "-machine"), ["pc-q35-7.2,dump-guest-core=off,mem-merge=off"]);
+    }
+
+    /// As above: what was captured of a machine without a port for an agent.
+    #[test]
+    fn no_agent() {
+        let (with, without) = (words(&launch()), words(&Launch { agent: false, ..launch() }));
+        let ports =
+            |words: &[String]| words.iter().filter(|word| word.contains("agent") || word.contains("ports")).count();
+        assert_eq!((ports(&with), ports(&without), with.len() - without.len()), (3, 0, 6));
     }
 
     /// As above: what a captured machine with UEFI loads into.

@@ -6,6 +6,7 @@
 //!                            ├─ RunState  what the guest does, as a watch
 //!                            ├─ Capture   memory out ─▶ a stream to read
 //!                            └─ Restore   memory in  ◀─ a stream to write
+//!   Agent ◀──▶ a program in the guest, over a serial port of its own
 //!   Console ◀──── console log (written by QEMU, always) · serial.pipe (what is typed)
 //! ```
 //!
@@ -15,6 +16,7 @@
 //! This crate knows nothing of image files and snapshots: disks are sockets, memory is a byte stream. It must run inside a tokio runtime.
 //! It never waits with a time limit where the limit could be wrong; who wants one wraps the future (all may be dropped).
 
+mod agent;
 mod confine;
 mod console;
 mod error;
@@ -28,6 +30,7 @@ mod qemu;
 pub mod qmp;
 mod untraced;
 
+pub use agent::Agent;
 pub use confine::{Confined, PRIVILEGED_VARIABLE, Rights, Tracking, User, hand_over, prepare, privileged, separates};
 pub use console::{Console, ConsoleReader, KEPT};
 pub use error::{Error, Result};

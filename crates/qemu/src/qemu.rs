@@ -306,7 +306,7 @@ impl Drop for Kill {
 }
 
 /// Connects to a socket in the run folder, whatever the length of the folder's name.
-async fn connect(run_dir: &Path, name: &str) -> Result<UnixStream> {
+pub(crate) async fn connect(run_dir: &Path, name: &str) -> Result<UnixStream> {
     let what = || Error::at("connect to", run_dir.join(name));
     let dir: OwnedFd =
         open(run_dir, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(Error::os(what()))?;

@@ -68,6 +68,7 @@ impl Place {
             accel: Accel::Tcg,
             cpu_model: qemu::cpu_model(Accel::Tcg).into(),
             hpet: false,
+            agent: true,
             memory: 64 << 20,
             cpus: 1,
             name: "a, machine".into(),

@@ -12,6 +12,7 @@
 //!                                                   └─ disk      patterns, texts at an offset
 //! ```
 
+mod agent;
 mod boot;
 mod console;
 mod disk;

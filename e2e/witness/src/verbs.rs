@@ -32,6 +32,7 @@ dirty MIB PAGES_PER_SECOND      keep changing RAM (0 0 ends it)
 gap                             the longest between two ticks since this was asked last
 journal run | pause | step N | pace MS
 sh COMMAND                      run a shell command
+agent                           answer as the agent of other guests does: it sets the clock
 poweroff | reboot | panic
 ";
 
@@ -146,6 +147,7 @@ impl Witness {
             "check" => Ok(self.check()),
             "journal" => self.steer_journal(rest),
             "sh" => shell(rest),
+            "agent" => crate::agent::begin().map(|()| json!({})),
             "poweroff" => Ok(self.end(RebootCommand::PowerOff)),
             "reboot" => Ok(self.end(RebootCommand::Restart)),
             "panic" => failed(std::fs::write("/proc/sysrq-trigger", "c")).map(|()| json!({})),

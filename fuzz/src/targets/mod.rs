@@ -1,5 +1,6 @@
 //! The targets, one a file, and the sound images that several of them begin with.
 
+mod agent;
 mod carry;
 mod chain;
 mod check;
@@ -43,6 +44,7 @@ pub const ALL: &[Target] = &[
     handshake::TARGET,
     nbd::TARGET,
     qmp::TARGET,
+    agent::TARGET,
 ];
 
 /// The id of the content of every base that a child here stands on.

@@ -130,7 +130,7 @@ impl Owner {
     }
 
     /// This QEMU is the machine's from now on.
-    pub(crate) fn go_live(&mut self, live: Live) {
+    pub(crate) fn go_live(&mut self, mut live: Live) {
         let sockets = live.sockets(&self.machine().machine);
         let pid = live.qemu.identity().pid;
         self.shared.set_moment(|moment| {
@@ -142,6 +142,7 @@ impl Owner {
             tracing::warn!("the console cannot be typed on: {error}");
         }
         live.lent().inspect(|lent| lent.come());
+        live.tell_the_time(&self.keeper);
         self.live = Some(live);
     }
 

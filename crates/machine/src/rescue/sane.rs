@@ -18,6 +18,7 @@ pub(super) fn plain() -> Config {
         machine_type: None,
         cpu_model: None,
         hpet: false,
+        agent: false,
         accel: Accel::default(),
         boot: Boot::default(),
         firmware: Firmware::default(),

@@ -53,6 +53,7 @@ fn config(disks: u32) -> Config {
         machine_type: Some("pc-q35-7.2".to_owned()),
         cpu_model: Some("qemu64".to_owned()),
         hpet: false,
+        agent: true,
         accel: Accel::Auto,
         boot: Boot::Disk,
         firmware: Firmware::Bios,

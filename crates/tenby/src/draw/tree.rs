@@ -322,6 +322,7 @@ mod tests {
             machine_type: Some("pc-q35-7.2".to_owned()),
             cpu_model: None,
             hpet: false,
+            agent: true,
             accel: Accel::Tcg,
             boot: Boot::Disk,
             firmware: Firmware::Bios,
