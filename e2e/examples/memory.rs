@@ -21,6 +21,8 @@ const BUSY: usize = 40;
 const DIRTY: &str = "dirty 64 2000";
 /// Clones that are started together.
 const CLONES: usize = 25;
+/// How often a guest is saved, and how often QEMU does each of what it can do instead.
+const SAVES: usize = 3;
 /// The guest does what it likes in between.
 const BETWEEN: Duration = Duration::from_secs(2);
 
@@ -179,7 +181,7 @@ fn tenby(mib: &str) -> Result<Value> {
         pauses.push(told["pause_ms"].clone());
         stored.push(told["pages"]["stored"].clone());
     }
-    let mut applied = Vec::new();
+    let (mut applied, mut saved, mut resumed) = (Vec::new(), Vec::new(), Vec::new());
     for number in 0..APPLIES {
         let name = (number * 2).to_string();
         let start = Instant::now();
@@ -188,15 +190,30 @@ fn tenby(mib: &str) -> Result<Value> {
         applied.push(start.elapsed().as_secs_f64());
         prove(&mut witness);
     }
+    for _ in 0..SAVES {
+        std::thread::sleep(BETWEEN);
+        let start = Instant::now();
+        lab.ok(&["vm", "save", "big"]);
+        saved.push(start.elapsed().as_secs_f64());
+        let start = Instant::now();
+        lab.ok(&["vm", "start", "big"]);
+        // A console ends with its guest.
+        witness = lab.witness("big");
+        witness.resync();
+        resumed.push(start.elapsed().as_secs_f64());
+        prove(&mut witness);
+    }
     lab.ok(&["vm", "stop", "big", "--turn-off"]);
-    Ok(json!({ "pauses_ms": pauses, "stored_pages": stored, "applied_s": applied }))
+    Ok(json!({
+        "pauses_ms": pauses, "stored_pages": stored, "applied_s": applied, "saved_s": saved, "resumed_s": resumed,
+    }))
 }
 
 /// A QEMU with the same guest on qcow2, killed when dropped.
 struct Plain {
     child: Child,
     monitor: BufReader<UnixStream>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Plain {
@@ -221,7 +238,7 @@ impl Plain {
         let serial = connect("serial");
         let mut witness = Witness::new(serial.try_clone()?, serial, None);
         witness.wait_ready();
-        let mut plain = Self { child, monitor: BufReader::new(connect("qmp")), _folder: folder };
+        let mut plain = Self { child, monitor: BufReader::new(connect("qmp")), folder };
         plain.answer()?;
         plain.execute(&json!({ "execute": "qmp_capabilities" }))?;
         Ok((plain, witness))
@@ -265,17 +282,26 @@ impl Drop for Plain {
 fn qemu(mib: &str) -> Result<Value> {
     let (mut plain, mut witness) = Plain::boot(mib)?;
     fill(&mut witness, mib)?;
-    let (mut pauses, mut applied) = (Vec::new(), Vec::new());
-    for number in 0..3 {
+    let (mut pauses, mut applied, mut copied) = (Vec::new(), Vec::new(), Vec::new());
+    for number in 0..SAVES {
         std::thread::sleep(BETWEEN);
         pauses.push(plain.human(&format!("savevm s{number}"))? * 1e3);
     }
-    for number in 0..3 {
+    // Nobody is on the way whom it must leave room.
+    plain.human("migrate_set_parameter max-bandwidth 100G")?;
+    for _ in 0..SAVES {
+        std::thread::sleep(BETWEEN);
+        let parts = ["stop", "migrate \"exec:cat > memory\"", "cont"];
+        let took: Result<Vec<f64>> = parts.iter().map(|part| plain.human(part)).collect();
+        copied.push(took?.iter().sum::<f64>());
+        std::fs::remove_file(plain.folder.path().join("memory"))?;
+    }
+    for number in 0..SAVES {
         let start = Instant::now();
         plain.human(&format!("loadvm s{number}"))?;
         witness.ask("status");
         applied.push(start.elapsed().as_secs_f64());
         prove(&mut witness);
     }
-    Ok(json!({ "pauses_ms": pauses, "applied_s": applied }))
+    Ok(json!({ "pauses_ms": pauses, "applied_s": applied, "copied_s": copied }))
 }

@@ -30,19 +30,19 @@ impl Telling {
         Self(tokio::spawn(async move {
             match tell(&run_dir).await {
                 Ok(()) => told(&book, &files, &run),
-                Err(error) => log::write(&files, None, &format!("the guest's agent does not set its clock: {error}")),
+                Err(reason) => log::write(&files, None, &format!("the guest's agent does not set its clock: {reason}")),
             }
         }))
     }
 }
 
-/// Until it was told, or refuses.
-async fn tell(run_dir: &Path) -> Result<(), qemu::Error> {
+/// Until it was told, or refuses, for this reason.
+async fn tell(run_dir: &Path) -> Result<(), String> {
     loop {
         let told = async { Agent::hail(run_dir).await?.set_time().await };
         match told.await {
             Ok(()) => return Ok(()),
-            Err(refused @ qemu::Error::Refused { .. }) => return Err(refused),
+            Err(qemu::Error::Refused { reason, .. }) => return Err(reason),
             Err(error) => tracing::debug!("the guest's agent: {error}"),
         }
         tokio::time::sleep(PAUSE).await;

@@ -1,4 +1,4 @@
-//! Memory: what a guest notices of its snapshots and of applies, beside QEMU's own `savevm` and `loadvm` on qcow2.
+//! Memory: what a guest notices of its snapshots and of applies, beside QEMU's own `savevm` and `loadvm` on qcow2, and beside a copy of its RAM.
 
 use std::process::Command;
 
@@ -11,6 +11,8 @@ use crate::{call, cargo, guest, output_of, target};
 
 /// RAM of the guests, MiB.
 const SIZES: [&str; 2] = ["512", "2048"];
+/// What others do who have no `savevm` for their disks: all of RAM goes into a file while the guest stands still.
+const COPY: &str = "stop, migrate to a file, cont";
 /// RAM of the guest that is cloned, MiB.
 const CLONE: &str = "256";
 /// Pages in a MiB.
@@ -30,6 +32,7 @@ pub(super) fn run() -> Result<Vec<Report>> {
         reports.push(pause(mib, &ours, &theirs)?);
         reports.push(stored(mib, &ours)?);
         reports.push(apply(mib, &ours, &theirs)?);
+        reports.push(save(mib, &ours, &theirs)?);
         heartbeats.push(Row { name: format!("{mib} MiB"), samples: numbers(&ours, "applied_s")? });
     }
     reports.push(Report {
@@ -148,6 +151,7 @@ fn pause(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
     let slowest = all.iter().copied().fold(0.0, f64::max);
     let rows = vec![
         Row { name: "savevm".into(), samples: numbers(theirs, "pauses_ms")? },
+        Row { name: COPY.into(), samples: numbers(theirs, "copied_s")?.into_iter().map(|s| s * 1e3).collect() },
         one("first", 0),
         one("second", 1),
         one("tenth", 9),
@@ -194,6 +198,19 @@ fn apply(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
         unit: "s",
         rows,
         promises,
+    })
+}
+
+/// Saving goes over all of RAM while the guest stands still, for it must not run past what it is taken back to; going on from it does not.
+fn save(mib: &str, ours: &Value, theirs: &Value) -> Result<Report> {
+    let row =
+        |name: &str, of: &Value, key| -> Result<Row> { Ok(Row { name: name.into(), samples: numbers(of, key)? }) };
+    Ok(Report {
+        name: format!("memory-save-{mib}"),
+        what: format!("a guest of {mib} MiB saved, and started again until it answers"),
+        unit: "s",
+        rows: vec![row(COPY, theirs, "copied_s")?, row("save", ours, "saved_s")?, row("start", ours, "resumed_s")?],
+        promises: vec![Promise::TimesAtMost("save", 2.0, COPY)],
     })
 }
 
