@@ -12,13 +12,17 @@ use crate::qemu::connect;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::Instant;
 
 /// The longest answer, in bytes: what is asked here is answered in few words.
-const LONGEST: usize = 16 << 10;
+const LONGEST: u64 = 16 << 10;
+/// An answer that took so long may be to a time that was over when it was heard: a guest can be halted in between. (An agent that sets the machine's
+/// clock as well takes up to 1 s.)
+const LATE: Duration = Duration::from_secs(5);
 /// Stands before the answer that a conversation begins with; no JSON has it. It also makes an agent forget what it has read of a line.
 const SENTINEL: u8 = 0xff;
 
@@ -60,7 +64,6 @@ impl<R: AsyncBufRead + Unpin, W: AsyncWrite + Unpin> Agent<R, W> {
         agent.to.write_all(&[SENTINEL]).await.map_err(gone)?;
         agent.send("guest-sync-delimited", &json!({ "id": number })).await?;
         loop {
-            agent.pass_sentinel().await?;
             // An answer to somebody before us is passed over.
             if parse(&agent.line().await?).is_ok_and(|answer| answer.result == Some(json!(number))) {
                 return Ok(agent);
@@ -70,14 +73,17 @@ impl<R: AsyncBufRead + Unpin, W: AsyncWrite + Unpin> Agent<R, W> {
 
     /// Sets the guest's clock to what the host's is now. Refused where the agent may not, or does not know how ([`Error::Refused`]).
     pub async fn set_time(&mut self) -> Result<()> {
-        let nanoseconds = since_the_epoch().as_nanos() as u64;
-        self.send("guest-set-time", &json!({ "time": nanoseconds })).await?;
-        match parse(&self.line().await?)? {
-            Answer { error: Some(refusal), .. } => {
+        loop {
+            let asked = Instant::now();
+            let nanoseconds = since_the_epoch().as_nanos() as u64;
+            self.send("guest-set-time", &json!({ "time": nanoseconds })).await?;
+            if let Answer { error: Some(refusal), .. } = parse(&self.line().await?)? {
                 let reason = refusal.desc.chars().filter(|char| !char.is_control()).take(200).collect();
-                Err(Error::Refused { command: "guest-set-time".to_owned(), reason })
+                return Err(Error::Refused { command: "guest-set-time".to_owned(), reason });
             }
-            _ => Ok(()),
+            if asked.elapsed() < LATE {
+                return Ok(());
+            }
         }
     }
 
@@ -86,42 +92,16 @@ impl<R: AsyncBufRead + Unpin, W: AsyncWrite + Unpin> Agent<R, W> {
         self.to.write_all(line.as_bytes()).await.map_err(gone)
     }
 
-    /// Reads on to behind the next sentinel.
-    async fn pass_sentinel(&mut self) -> Result<()> {
-        loop {
-            let (bytes, found) = {
-                let come = self.come().await?;
-                let at = come.iter().position(|byte| *byte == SENTINEL);
-                (at.map_or(come.len(), |at| at + 1), at.is_some())
-            };
-            self.from.consume(bytes);
-            if found {
-                return Ok(());
-            }
-        }
-    }
-
     async fn line(&mut self) -> Result<Vec<u8>> {
         let mut line = Vec::new();
-        loop {
-            let come = self.come().await?;
-            let end = come.iter().position(|byte| *byte == b'\n');
-            let bytes = end.map_or(come.len(), |end| end + 1);
-            if line.len() + bytes > LONGEST {
-                return Err(Error::Protocol("the guest's agent does not come to an end".to_owned()));
+        (&mut self.from).take(LONGEST).read_until(b'\n', &mut line).await.map_err(gone)?;
+        match line.last() {
+            Some(b'\n') => Ok(line),
+            _ if line.len() as u64 == LONGEST => {
+                Err(Error::Protocol("the guest's agent does not come to an end".to_owned()))
             }
-            line.extend_from_slice(&come[..bytes]);
-            self.from.consume(bytes);
-            if end.is_some() {
-                return Ok(line);
-            }
+            _ => Err(gone(std::io::ErrorKind::UnexpectedEof.into())),
         }
-    }
-
-    /// What has come and was not read yet: something.
-    async fn come(&mut self) -> Result<&[u8]> {
-        let come = self.from.fill_buf().await.map_err(gone)?;
-        if come.is_empty() { Err(gone(std::io::ErrorKind::UnexpectedEof.into())) } else { Ok(come) }
     }
 }
 
@@ -140,14 +120,14 @@ fn gone(source: std::io::Error) -> Error {
     Error::Io { what: "talk to the guest's agent".to_owned(), source }
 }
 
-fn since_the_epoch() -> std::time::Duration {
+fn since_the_epoch() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::io::{AsyncReadExt, DuplexStream, ReadHalf, WriteHalf, duplex, split};
+    use tokio::io::{DuplexStream, ReadHalf, WriteHalf, duplex, split};
 
     /// The guest's end: asked a line, it says what `answer` makes of it.
     fn guest(
@@ -190,6 +170,27 @@ mod tests {
         Agent::meet(from, to).await.expect("it answers").set_time().await.expect("it does");
     }
 
+    /// It was halted before it heard the time, and goes on after it.
+    #[tokio::test(start_paused = true)]
+    async fn a_time_that_was_heard_late_is_told_again() {
+        let (ours, theirs) = duplex(256);
+        let halted = tokio::spawn(async move {
+            let (from, mut to) = split(theirs);
+            let mut lines = BufReader::new(from).lines();
+            for wait in [LATE * 2, Duration::ZERO] {
+                lines.next_line().await.expect("it is open").expect("it is told");
+                tokio::time::sleep(wait).await;
+                to.write_all(b"{\"return\": {}}\n").await.expect("it is open");
+            }
+            lines.next_line().await.expect("it is open")
+        });
+        let (from, to) = split(ours);
+        let mut agent = Agent { from: BufReader::new(from), to };
+        agent.set_time().await.expect("it does");
+        drop(agent);
+        assert_eq!(halted.await.expect("it was told twice"), None);
+    }
+
     #[tokio::test]
     async fn what_it_said_to_others_is_passed_over() {
         let (from, to) = guest(|asked| match asked["execute"].as_str() {
@@ -209,7 +210,7 @@ mod tests {
             (b"{\"error\": {\"class\": \"CommandNotFound\", \"desc\": \"not \\u001bhere\"}}\n".to_vec(), "not here"),
             (b"{}\n".to_vec(), "neither answers nor refuses"),
             (b"what?\n".to_vec(), "makes no sense"),
-            (b"[".repeat(LONGEST + 1), "does not come to an end"),
+            (b"[".repeat(LONGEST as usize + 1), "does not come to an end"),
         ] {
             let (from, to) = guest(move |asked| match asked["execute"].as_str() {
                 Some("guest-sync-delimited") => synced(asked),

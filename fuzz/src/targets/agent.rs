@@ -2,21 +2,15 @@
 //!
 //! An input is what the agent says, in parts: each when it has been asked something. `#` stands for the number that it was given.
 
-use super::change_stream;
+use super::{BREAK, IDLE, change_stream, converse};
 use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use qemu::Agent;
-use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 pub(super) const TARGET: Target =
     Target { name: "agent", about: "a guest's agent: its lines", quick: 4000, memory: MEMORY, seeds, mutate, run };
-
-/// A time that passes at once when both sides wait.
-const IDLE: Duration = Duration::from_secs(1);
-/// What stands between two parts.
-const BREAK: u8 = 0x1e;
 
 /// What an agent says in a few bytes.
 const WORDS: [&[u8]; 16] = [
@@ -56,20 +50,17 @@ fn mutate(input: &mut Input, random: &mut Random, _: &[Input]) {
 
 fn run(input: &Input) -> String {
     let bytes = input.bytes();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
-    runtime.block_on(async {
-        let (ours, theirs) = UnixStream::pair().expect("a socket");
-        let guest = tokio::spawn(play(theirs, bytes));
-        let (from, to) = ours.into_split();
-        let told = async { Agent::meet(BufReader::new(from), to).await?.set_time().await };
-        let outcome = match told.await {
-            Ok(()) => "told".to_owned(),
-            Err(error) => words(&error.to_string()),
-        };
-        guest.abort();
-        outcome
-    })
+    converse(|stream| play(stream, bytes), speak)
+}
+
+/// Our part: it is told the time.
+async fn speak(stream: UnixStream) -> String {
+    let (from, to) = stream.into_split();
+    let told = async { Agent::meet(BufReader::new(from), to).await?.set_time().await };
+    match told.await {
+        Ok(()) => "told".to_owned(),
+        Err(error) => words(&error.to_string()),
+    }
 }
 
 /// The guest's part; then it is gone.

@@ -24,7 +24,9 @@ use crate::{Input, Random, Target};
 use image::vhdx::{Options, Parent};
 use image::{Kind, Layer};
 use std::sync::Arc;
+use std::time::Duration;
 use store::Store;
+use tokio::net::UnixStream;
 use uuid::Uuid;
 
 /// All targets. The one of a new format comes here, and in a file of its own.
@@ -179,4 +181,25 @@ fn change_stream(input: &mut Input, words: &[&[u8]], most: usize, random: &mut R
         crate::mutate::change_stream(&mut bytes, words, most, random);
     }
     *input = Input::stream(&bytes);
+}
+
+/// What stands between the parts of an input that somebody says in turn.
+const BREAK: u8 = 0x1e;
+/// A time that passes at once when both ends of a conversation wait.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// Two ends of a socket; what ours comes to. Time passes when both wait, and only then.
+fn converse<P: Future<Output: Send + 'static> + Send + 'static, S: Future<Output = String>>(
+    play: impl FnOnce(UnixStream) -> P,
+    speak: impl FnOnce(UnixStream) -> S,
+) -> String {
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
+    runtime.block_on(async {
+        let (ours, theirs) = UnixStream::pair().expect("a socket");
+        let other = tokio::spawn(play(theirs));
+        let outcome = speak(ours).await;
+        other.abort();
+        outcome
+    })
 }

@@ -2,23 +2,17 @@
 //!
 //! An input is what the monitor says, in parts: one at once, each other when it has been sent a command.
 
-use super::change_stream;
+use super::{BREAK, IDLE, change_stream, converse};
 use crate::run::{MEMORY, words};
 use crate::{Input, Random, Target};
 use qemu::{EventKind, Qmp, Stamp};
 use std::fmt::Display;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 pub(super) const TARGET: Target =
     Target { name: "qmp", about: "QEMU's monitor: its lines", quick: 4000, memory: MEMORY, seeds, mutate, run };
-
-/// A time that passes at once when both sides wait.
-const IDLE: Duration = Duration::from_secs(1);
-/// What stands between two parts.
-const BREAK: u8 = 0x1e;
 
 const GREETING: &str =
     r#"{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": ["oob"]}}"#;
@@ -92,15 +86,7 @@ fn mutate(input: &mut Input, random: &mut Random, _: &[Input]) {
 
 fn run(input: &Input) -> String {
     let bytes = input.bytes();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build().expect("a runtime");
-    runtime.block_on(async {
-        let (ours, theirs) = UnixStream::pair().expect("a socket");
-        let monitor = tokio::spawn(play(theirs, bytes));
-        let outcome = speak(ours).await;
-        monitor.abort();
-        outcome
-    })
+    converse(|stream| play(stream, bytes), speak)
 }
 
 /// The monitor's part.
