@@ -10,7 +10,7 @@
 use crate::actor::{Owner, Shared};
 use crate::disks::Disks;
 use crate::files::{Files, image_problem, name_beside};
-use crate::garbage::{Fold, folded, garbage};
+use crate::garbage::{Fold, folded, garbage, removed};
 use crate::job::{Cancel, Pace, Task};
 use crate::keeper::Keeper;
 use crate::ledger::Journal;
@@ -259,11 +259,7 @@ impl Keeper {
         };
         let row = journal.clone();
         self.book.commit(|rows| {
-            for id in &gone {
-                rows.machine.layers.remove(id);
-            }
-            let machine = &mut rows.machine;
-            machine.now.memory_base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
+            removed(&mut rows.machine, &gone);
             rows.insert_journal(row);
         })?;
         self.steps.at("remove:committed");

@@ -95,7 +95,29 @@ pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Dire
             row.format = gone.format;
         }
     }
-    machine.now.memory_base = machine.now.memory_base.filter(|base| *base != into);
+    // RAM is hardly the same as what stands on what it was last equal to, but most of its pages are.
+    if machine.now.memory_base == Some(into) {
+        machine.now.memory_base = Some(child);
+    }
+}
+
+/// The memory that the next capture is to stand on, if any: what RAM was last equal to. Where a merge has begun to change that, it may read as neither;
+/// what it goes into always reads as it did.
+pub fn base_of_capture(machine: &Machine) -> Option<LayerId> {
+    let goes_into: BTreeMap<LayerId, LayerId> =
+        garbage(machine).fold.iter().map(|fold| (fold.into, fold.child)).collect();
+    let hint = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
+    std::iter::successors(hint, |id| goes_into.get(id).copied()).last()
+}
+
+/// The rows without these layers, which nothing needs. The next capture stores what differs from what they stood on.
+pub fn removed(machine: &mut Machine, gone: &[LayerId]) {
+    while let Some(base) = machine.now.memory_base.filter(|base| gone.contains(base)) {
+        machine.now.memory_base = machine.layers.get(&base).and_then(|row| row.parent);
+    }
+    for id in gone {
+        machine.layers.remove(id);
+    }
 }
 
 /// The layers that a snapshot, Now or the trash holds. (`memory_base` holds nothing: it is a hint.) What RAM is being filled from is read all the

@@ -346,7 +346,8 @@ pub struct Now {
     pub disks: BTreeMap<DiskId, LayerId>,
     /// The memory to start from: only while `saved`.
     pub memory: Option<LayerId>,
-    /// What the RAM of this run was last equal to: the parent of the next capture, if it still exists then.
+    /// What the RAM of this run was last equal to, or what is left of that: the parent of the next capture. Only a hint, which holds nothing: a capture
+    /// compares every page.
     pub memory_base: Option<LayerId>,
     /// The memory that its RAM is still being filled from, while it may run already.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -605,6 +605,53 @@ fn what_was_recorded_of_a_memory_outlives_its_merge() {
     assert_eq!(lab.deep().1, Vec::new());
 }
 
+/// What RAM was last equal to is on its way into what stands on it, and so reads as neither: a capture stands on the one that is whole.
+#[test]
+fn a_capture_stands_on_no_memory_that_is_half_merged() {
+    const PAGES: usize = 3000;
+    let (stop, pieces) = (Arc::<Cancel>::default(), Arc::<AtomicU64>::default());
+    let (asked, seen) = (Arc::clone(&stop), Arc::clone(&pieces));
+    let steps = Steps::watched(move |step| {
+        if step == "merge:copying" && seen.fetch_add(1, Ordering::SeqCst) == 2 {
+            asked.ask();
+        }
+    });
+    let mut lab = Deep::bare(LayerFormat::Vhdx, SIZE, steps);
+    let (mut first, mut second) = ([1; PAGES], [1; PAGES]);
+    first[PAGES / 2..].fill(2);
+    second[..PAGES / 3].fill(3);
+    let monday = lab.save("Monday", &first, None);
+    let tuesday = lab.save("Tuesday", &second, Some(&monday));
+    lab.keeper.delete(&lab.task("delete"), "Monday", false).expect("deleted");
+    lab.keeper.remove_garbage().expect("removed");
+    // The disk's layer, which holds nothing, may be first.
+    while !stop.asked() {
+        pieces.store(0, Ordering::SeqCst);
+        let folding = lab.keeper.next_fold(None, Begin::default()).expect("begun").expect("Monday goes into Tuesday");
+        let folded = lab.keeper.fold(folding, &stop);
+        let outcome = lab.keeper.folded(&folded, None).map(drop).map_err(|problem| problem.kind);
+        assert_eq!(outcome, if stop.asked() { Err(ProblemKind::Cancelled) } else { Ok(()) });
+    }
+    let reads = |lab: &Deep, row: &LayerRow| {
+        let layers = lab.files.open_chain(&lab.machine(), row.id).expect("opens");
+        let chain = image::Chain::new(layers, image::Access::Read).expect("a chain");
+        let mut bytes = vec![0; PAGES * PAGE];
+        chain.read(&mut bytes, RAM).expect("read");
+        bytes.chunks(PAGE).map(|page| page[0]).collect::<Vec<u8>>()
+    };
+    assert!(reads(&lab, &monday) != first, "it is half merged");
+    let wednesday = lab.save("Wednesday", &first, Some(&monday));
+    let whole = |lab: &Deep, told: &str| {
+        assert!(reads(lab, &wednesday) == first, "{told}");
+        assert!(reads(lab, &tuesday) == second, "{told}");
+    };
+    whole(&lab, "before the merge goes on");
+    lab.collect();
+    whole(&lab, "afterwards");
+    assert!(lab.hash());
+    assert_eq!(lab.deep().1, Vec::new());
+}
+
 /// What a memory was merged into is itself about to be merged, and that rests: so it is not hashed, but all the rest is.
 #[test]
 fn what_was_recorded_of_a_memory_outlives_two_merges_with_hashing_in_between() {

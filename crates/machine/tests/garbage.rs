@@ -4,7 +4,7 @@
 mod sample;
 
 use image::merge::Direction;
-use machine::garbage::{Fold, Garbage, folded, garbage};
+use machine::garbage::{Fold, Garbage, folded, garbage, removed};
 use machine::plan::Written;
 use machine::tree::{
     DiskId, Firmware, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats,
@@ -288,7 +288,19 @@ fn a_hint_names_nothing() {
     machine.now.memory = Some(child.id);
     assert_eq!(garbage(&machine).fold, [Fold { into: memory.id, child: child.id }]);
     folded(&mut machine, Fold { into: memory.id, child: child.id }, Direction::Up);
-    assert_eq!(machine.now.memory_base, None, "the layer is gone, and the hint with it");
+    assert_eq!(machine.now.memory_base, Some(child.id), "the layer is gone: this is what is left of it");
+    machine.now.memory = None;
+    let other = layer(LayerKind::Memory, Some(child.id));
+    machine.layers.insert(other.id, other.clone());
+    machine.now.memory_base = Some(other.id);
+    machine.now.memory = Some(child.id);
+    assert_eq!(garbage(&machine).remove, [other.id]);
+    removed(&mut machine, &[other.id]);
+    assert_eq!(machine.now.memory_base, Some(child.id), "it is gone: what it stood on is the nearest");
+    machine.now.memory = None;
+    let gone = garbage(&machine).remove;
+    removed(&mut machine, &gone);
+    assert_eq!((machine.now.memory_base, machine.layers.contains_key(&child.id)), (None, false));
 }
 
 /// What is wrong, and the words that say so.

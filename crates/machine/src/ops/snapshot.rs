@@ -9,6 +9,7 @@ use crate::actor::Owner;
 use crate::carry::Carries;
 use crate::disks::{Disks, Leaf};
 use crate::files::{Parent, image_problem};
+use crate::garbage::base_of_capture;
 use crate::job::Task;
 use crate::keeper::Keeper;
 use crate::live::{Live, blocking, qemu_problem};
@@ -306,11 +307,10 @@ impl Keeper {
         over.iter().map(|(disk, parent)| (disk.clone(), row(parent))).collect()
     }
 
-    /// The row of a new memory layer: over what the RAM was last equal to, if that is still there. Whether it fits is only known when
-    /// the stream has told its blocks; see [`ram::Target`].
+    /// The row of a new memory layer: over what the RAM was last equal to, or what is left of that. Whether it fits is only known when the stream has told
+    /// its blocks; see [`ram::Target`].
     pub fn memory_row(&self) -> LayerRow {
-        let machine = &self.rows().machine;
-        let base = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
+        let base = base_of_capture(&self.rows().machine);
         self.files.new_row(LayerKind::Memory, LayerFormat::Vhdx, base)
     }
 
