@@ -77,6 +77,20 @@ fn what_was_deleted_or_discarded_comes_back() {
     lab.ok(&["snapshot", "apply", BASE, back["id"].as_str().expect("an id"), "--discard", "--start"]);
     assert_day(&mut witness, "Thursday");
 
+    // Turned off, what was saved comes back as well; what is no other than a snapshot needs not.
+    mark(&mut witness, "Friday");
+    lab.ok(&["vm", "save", BASE]);
+    let said = lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    assert!(said.contains("what was saved can be taken back"), "{said}");
+    let said = lab.ok(&["vm", "undo", BASE]);
+    assert!(said.contains("before it was turned off") && said.contains("with its memory"), "{said}");
+    lab.ok(&["snapshot", "apply", BASE, "before it was turned off", "--discard", "--no-start"]);
+    let kept = undo(&lab).len();
+    lab.ok(&["vm", "stop", BASE, "--turn-off"]);
+    assert_eq!(undo(&lab).len(), kept);
+    lab.ok(&["snapshot", "apply", BASE, "before it was turned off", "--discard", "--start"]);
+    assert_day(&mut witness, "Friday");
+
     // A shorter time counts for what is there already.
     lab.ok(&["snapshot", "delete", BASE, "Tuesday"]);
     lab.ok(&["vm", "set", BASE, "--undo-for", "0"]);

@@ -11,7 +11,7 @@
 
 use crate::plan::{NAME_LIMIT, Take, quoted, shorten};
 use crate::request::Problem;
-use crate::tree::{Disk, LayerId, Machine, Snapshot, SnapshotId, SnapshotState, TrashId};
+use crate::tree::{Disk, DiskId, LayerId, LayerRow, Machine, Snapshot, SnapshotId, SnapshotState, TrashId};
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, BTreeSet};
 pub enum Kind {
     /// Snapshots were deleted.
     Deleted,
-    /// The present was replaced by a snapshot, and not kept.
+    /// The present was replaced by a snapshot, and not kept; or was turned off while it was saved.
     Discarded,
     /// A disk was removed.
     Removed,
@@ -65,9 +65,23 @@ impl Machine {
             return;
         }
         let gone = self.below(id, subtree);
-        let snapshots: Vec<Snapshot> = gone.iter().filter_map(|id| self.snapshots.remove(id)).collect();
-        let names: Vec<String> = snapshots.iter().map(|snapshot| shorten(&snapshot.name)).collect();
-        let trash = Trash { snapshots, ..Trash::new(Kind::Deleted, format!("deleted {}", listed(&names)), at) };
+        let names: Vec<String> =
+            gone.iter().filter_map(|id| self.snapshots.get(id)).map(|snapshot| shorten(&snapshot.name)).collect();
+        self.hold(&gone, Trash::new(Kind::Deleted, format!("deleted {}", listed(&names)), at));
+    }
+
+    /// Turns off a saved machine, and keeps what it was: as a snapshot that is thrown away as soon as it is taken, `take`. Now stands on that, on
+    /// `leaves`.
+    pub fn set_aside(&mut self, take: Take, leaves: Vec<(DiskId, LayerRow)>) {
+        let (id, at) = (take.id, take.created);
+        self.take(take, leaves);
+        self.hold(&[id], Trash::new(Kind::Discarded, "discarded what was saved".to_owned(), at));
+        self.turn_off();
+    }
+
+    /// These snapshots are no longer of the tree, but of `trash`.
+    fn hold(&mut self, gone: &[SnapshotId], mut trash: Trash) {
+        trash.snapshots = gone.iter().filter_map(|id| self.snapshots.remove(id)).collect();
         self.trash.insert(trash.id, trash);
         self.hang();
     }
@@ -214,7 +228,7 @@ impl Machine {
 
     fn attach(&mut self, mut disk: Disk, leaf: LayerId) {
         if self.now.config.disk(&disk.id).is_some() {
-            disk.id = crate::tree::DiskId(format!("disk{}", self.next_disk));
+            disk.id = DiskId(format!("disk{}", self.next_disk));
             self.next_disk += 1;
         }
         self.now.disks.insert(disk.id.clone(), leaf);

@@ -53,6 +53,7 @@ enum Op {
     Snapshot,
     Apply(usize),
     Discard(usize),
+    SetAside,
     ThrowAway { nth: usize, subtree: bool },
     TakeBack(usize),
     GiveUp(usize),
@@ -63,6 +64,7 @@ fn op() -> impl Strategy<Value = Op> {
         4 => Just(Op::Snapshot),
         2 => any::<usize>().prop_map(Op::Apply),
         1 => any::<usize>().prop_map(Op::Discard),
+        1 => Just(Op::SetAside),
         4 => (any::<usize>(), prop::bool::weighted(0.3)).prop_map(|(nth, subtree)| Op::ThrowAway { nth, subtree }),
         2 => any::<usize>().prop_map(Op::TakeBack),
         1 => any::<usize>().prop_map(Op::GiveUp),
@@ -101,6 +103,12 @@ impl World {
                 let leaves = leaves(&self.machine.snapshots[&id].disks);
                 self.machine.apply(id, leaves.clone(), true);
                 self.whole.apply(id, leaves, true);
+            }
+            Op::SetAside => {
+                let take = take(&format!("s{}", self.clock));
+                let leaves = leaves(&self.machine.now.disks);
+                self.machine.set_aside(take.clone(), leaves.clone());
+                self.whole.take(take, leaves);
             }
             Op::ThrowAway { nth, subtree } => {
                 let Some(id) = pick(nth) else { return };
@@ -228,6 +236,25 @@ fn a_saved_present_comes_back_with_its_memory_and_a_running_one_without() {
     apply(&mut machine, monday);
     let trash = machine.take_back(machine.resolve_trash(None).unwrap()).unwrap();
     assert_eq!((trash.snapshots[0].memory, trash.snapshots[0].vm_state), (None, State::Running));
+}
+
+#[test]
+fn what_was_saved_and_turned_off_comes_back_below_now() {
+    let mut machine = machine();
+    let monday = snapshot(&mut machine, "Monday");
+    let memory = layer(machine::tree::LayerKind::Memory, None);
+    machine.save(machine::plan::Written { layer: memory.clone(), stats: machine::tree::Stats::default() });
+    let (disks, leaves) = (machine.now.disks.clone(), leaves(&machine.now.disks));
+    let take = machine::plan::Take { memory: Some(memory.id), vm_state: State::Saved, ..take("saved") };
+    machine.set_aside(take, leaves);
+    machine.check().expect("sound");
+    assert_eq!((machine.now.state, machine.now.memory, machine.now.parent), (State::Off, None, Some(monday)));
+    assert_eq!(machine.snapshots.len(), 1);
+    assert!(needed(&machine).contains(&memory.id));
+    let trash = machine.take_back(machine.resolve_trash(None).unwrap()).unwrap();
+    let back = &machine.snapshots[&trash.snapshots[0].id];
+    assert_eq!((back.memory, back.vm_state, back.parent), (Some(memory.id), State::Saved, Some(monday)));
+    assert_eq!((&back.disks, machine.now.parent), (&disks, Some(back.id)));
 }
 
 #[test]

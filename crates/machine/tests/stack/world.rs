@@ -257,6 +257,7 @@ pub(crate) struct World {
     disks: Option<Disks>,
     guest: Arc<Mutex<Guest>>,
     truth: Arc<Mutex<Truth>>,
+    stopping: Stopping,
     /// In the order in which they were taken.
     order: Vec<SnapshotId>,
     /// What was under way before, and the operation of the disk with which it began.
@@ -294,8 +295,10 @@ impl World {
         let (truth, ram) = (Arc::new(Mutex::new(truth)), vec![0; PAGES]);
         let (chains, dice) = (Live::new(), Dice::new(!seed));
         let guest = Guest { chains, asked: None, truth: Arc::clone(&truth), ram, versions: 0, dice };
-        let guest = Arc::new(Mutex::new(guest));
-        let keeper = Keeper::open(&files, carries(&runtime), steps(&guest)).expect("opens").merging_by(SIZES_OF_MERGES);
+        let (guest, stopping) = (Arc::new(Mutex::new(guest)), Stopping::default());
+        let keeper = Keeper::open(&files, carries(&runtime), steps(&guest, &stopping))
+            .expect("opens")
+            .merging_by(SIZES_OF_MERGES);
         Self {
             disk,
             runtime,
@@ -307,6 +310,7 @@ impl World {
             disks: None,
             guest,
             truth,
+            stopping,
             order: Vec::new(),
             diary: Vec::new(),
             dice: Dice::new(seed),
@@ -433,6 +437,7 @@ impl World {
                 let count = 1 + self.dice.below(4);
                 self.guest().act(count).map_err(|e| image(&e))
             }
+            3 if self.truth().saved.is_some() => self.request("stop").await,
             0..=3 => self.start(),
             4 if running => self.stop(),
             5 if running => self.save(),
@@ -468,6 +473,7 @@ impl World {
             "snapshot" => self.snapshot(&task).await,
             "apply" => self.apply(&task).await,
             "undo" => self.undo(&task),
+            "stop" => self.turn_off_saved(&task).await,
             _ => self.delete(&task),
         };
         if outcome.is_err() {
@@ -524,6 +530,21 @@ impl World {
         self.end()?;
         self.truth().disks.values_mut().for_each(Written::flush);
         Ok(())
+    }
+
+    /// Its memory goes, or can be taken back.
+    async fn turn_off_saved(&mut self, task: &Task) -> Result<Value> {
+        let (take, content) = (self.take(SnapshotState::Ready), self.present());
+        let undoable = self.keeper().rows().machine.policy.undo_for > 0;
+        self.truth().will(task).saved = None;
+        if undoable {
+            self.truth().next.as_mut().expect("it was said above").trash.insert(take.id, content);
+            self.keeper().set_aside(task, take, &Value::Null).await?;
+        } else {
+            self.keeper().settle(task, &Value::Null, Machine::turn_off)?;
+        }
+        self.has();
+        Ok(Value::Null)
     }
 
     fn save(&mut self) -> Result<()> {
@@ -681,7 +702,10 @@ impl World {
     }
 
     fn delete(&mut self, task: &Task) -> Result<Value> {
-        let id = self.order[self.dice.below(self.order.len() as u64) as usize];
+        // What the guest was just restored from, or captured into, rather than any.
+        let under = self.keeper().rows().machine.now.parent.filter(|_| self.dice.one_in(3));
+        let any = self.order[self.dice.below(self.order.len() as u64) as usize];
+        let id = under.unwrap_or(any);
         let subtree = self.dice.one_in(5);
         let rows = self.keeper().rows();
         let gone = rows.machine.below(id, subtree);
@@ -743,11 +767,13 @@ impl World {
             return self.hash();
         };
         self.begin("fold");
-        let stop = Cancel::default();
-        if self.dice.one_in(6) {
-            stop.ask();
+        let stop = Arc::<Cancel>::default();
+        if self.dice.one_in(2) {
+            // Before anything has moved, in the middle, or when all has.
+            *lock(&self.stopping) = Some((self.dice.below(3), Arc::clone(&stop)));
         }
         let folded = self.keeper().fold(folding, &stop);
+        lock(&self.stopping).take();
         self.folded(&folded)?;
         // What failed while it copied has had no answer; its guest would stand still now.
         self.guest().ask().map_err(|e| image(&e))
@@ -785,7 +811,7 @@ impl World {
         self.known = Known::default();
         self.disk.revive();
         self.runtime.revive();
-        let keeper = Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest))?;
+        let keeper = Keeper::open(&self.files, carries(&self.runtime), steps(&self.guest, &self.stopping))?;
         self.keeper = Some(keeper.merging_by(SIZES_OF_MERGES));
         self.keeper().work_off_carries()?;
         let rows = self.keeper().rows();
@@ -814,11 +840,22 @@ fn empty(size: u64) -> Written {
     Written::new(vec![0; (size / SECTOR) as usize])
 }
 
-/// While a fold copies, the guest writes.
-fn steps(guest: &Arc<Mutex<Guest>>) -> Steps {
-    let guest = Arc::clone(guest);
+/// What is to be stopped, and after how many more of its pieces.
+type Stopping = Arc<Mutex<Option<(u64, Arc<Cancel>)>>>;
+
+/// While a fold copies, the guest writes; and it may be stopped.
+fn steps(guest: &Arc<Mutex<Guest>>, stopping: &Stopping) -> Steps {
+    let (guest, stopping) = (Arc::clone(guest), Arc::clone(stopping));
     let folds = Mutex::new(false);
     Steps::watched(move |step| {
+        if step == "merge:copying"
+            && let Some((left, stop)) = &mut *lock(&stopping)
+        {
+            match left {
+                0 => stop.ask(),
+                left => *left -= 1,
+            }
+        }
         let mut begun = lock(&folds);
         if step == "merge:copying" && !std::mem::replace(&mut *begun, true) {
             // What fails is asked for again, see `collect`.

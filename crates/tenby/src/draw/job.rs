@@ -47,24 +47,24 @@ pub(crate) fn done(job: &Job, now: Timestamp) -> String {
         ("snapshot", _, Some(name)) => format!("{vm}: snapshot \"{name}\" is taken"),
         ("apply" | "revert", ..) => {
             let kept = word("kept_name").map(|name| format!("; what was is kept as \"{name}\"")).unwrap_or_default();
-            format!("{vm}: the snapshot is applied{kept}{}", undoable(job))
+            format!("{vm}: the snapshot is applied{kept}{}", undoable(job, "that"))
         }
         ("delete", ..) => {
             let gone = job.result.as_ref().and_then(|result| result.get("deleted")?.as_array()).map_or(1, Vec::len);
             let what = if gone == 1 { "the snapshot is".to_owned() } else { format!("{gone} snapshots are") };
-            format!("{vm}: {what} deleted{}", undoable(job))
+            format!("{vm}: {what} deleted{}", undoable(job, "that"))
         }
         ("delete-machine", ..) => format!("{vm} is deleted"),
         ("rename", _, Some(name)) => format!("{vm} is now named {name}"),
-        (_, Some(state), _) => format!("{vm} is {state}"),
+        (_, Some(state), _) => format!("{vm} is {state}{}", undoable(job, "what was saved")),
         _ => describe(job, now),
     }
 }
 
-/// How long what a job deleted or discarded can be taken back, and how.
-fn undoable(job: &Job) -> String {
+/// How long `what` a job deleted or discarded can be taken back, and how.
+fn undoable(job: &Job, what: &str) -> String {
     let time = job.result.as_ref().and_then(|result| result.get("undo_for")?.as_u64()).filter(|time| *time > 0);
-    let told = |time| format!("; for {} that can be taken back: tenby vm undo {}", seconds(time), quoted(&job.vm));
+    let told = |time| format!("; for {} {what} can be taken back: tenby vm undo {}", seconds(time), quoted(&job.vm));
     time.map(told).unwrap_or_default()
 }
 
