@@ -141,4 +141,17 @@ fn a_full_disk_takes_what_could_be_taken_back() {
     let log = lab.ok(&["vm", "log", BASE]);
     assert!(log.contains("deleted Monday: cannot be taken back any more, the disk is full"), "{log}");
     assert!(names(&lab).is_empty());
+
+    // There is no room to keep what was saved either; the machine is turned off nevertheless.
+    lab.ok(&["vm", "start", BASE]);
+    lab.ok(&["vm", "save", BASE]);
+    small.fill_up();
+    let output = lab.tenby(&["vm", "stop", BASE, "--turn-off"]);
+    assert_eq!(output.code, 0, "{}", output.stderr);
+    assert!(output.stderr.contains("what was saved cannot be taken back"), "{}", output.stderr);
+    assert_eq!(lab.state(BASE), "off");
+    assert!(undo(&lab).iter().all(|kept| kept["what"] != "discarded what was saved"));
+    small.make_room();
+    lab.settle();
+    lab.assert_tidy();
 }

@@ -447,7 +447,7 @@ impl World {
             15..=17 if !self.order.is_empty() => self.request("delete").await,
             18 if !self.truth().trash.is_empty() => self.request("undo").await,
             19 if !self.truth().trash.is_empty() => self.give_up(),
-            _ => self.collect(),
+            _ => self.collect().await,
         }
     }
 
@@ -652,8 +652,20 @@ impl World {
         self.guest().act(count).map_err(|e| image(&e))
     }
 
+    /// A snapshot; rather one whose memory another stands on, which may come to be merged with it.
+    fn any_to_apply(&mut self) -> SnapshotId {
+        let rows = self.keeper().rows();
+        let (snapshots, children) = (&rows.machine.snapshots, rows.machine.children());
+        let bears = |id: &&SnapshotId| {
+            snapshots[*id].memory.is_some_and(|memory| children.get(&memory).is_some_and(|above| above.len() == 1))
+        };
+        let bearing: Vec<SnapshotId> = self.order.iter().filter(bears).copied().collect();
+        let among = if bearing.is_empty() || self.dice.one_in(2) { &self.order } else { &bearing };
+        among[self.dice.below(among.len() as u64) as usize]
+    }
+
     async fn apply(&mut self, task: &Task) -> Result<Value> {
-        let to = self.order[self.dice.below(self.order.len() as u64) as usize];
+        let to = self.any_to_apply();
         let (keep, run_on) = (self.dice.one_in(2), self.dice.one_in(2));
         let running = self.disks.is_some();
         let target = self.keeper().rows().machine.snapshots[&to].clone();
@@ -702,7 +714,7 @@ impl World {
     }
 
     fn delete(&mut self, task: &Task) -> Result<Value> {
-        // What the guest was just restored from, or captured into, rather than any.
+        // Rather what the guest was just restored from, or captured into.
         let under = self.keeper().rows().machine.now.parent.filter(|_| self.dice.one_in(3));
         let any = self.order[self.dice.below(self.order.len() as u64) as usize];
         let id = under.unwrap_or(any);
@@ -754,29 +766,44 @@ impl World {
         (one.id, one.snapshots.iter().map(|snapshot| snapshot.id).collect())
     }
 
-    fn collect(&mut self) -> Result<()> {
+    /// Removes, and folds until nothing is left to fold or a request comes.
+    async fn collect(&mut self) -> Result<()> {
         self.begin("remove");
         self.keeper().remove_garbage()?;
+        for folds in 0.. {
+            let Some(stopped) = self.fold()? else { return if folds == 0 { self.hash() } else { Ok(()) } };
+            if stopped {
+                // It is stopped for a request.
+                return self.request("snapshot").await;
+            }
+            if self.dice.one_in(2) {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether what is to be folded next was stopped for a request; nothing if there is nothing.
+    fn fold(&mut self) -> Result<Option<bool>> {
         let keeper = self.keeper();
         // Room for what moves, but not for having it twice with all that is wanted besides.
         let scarce = self.dice.one_in(3);
         self.disk.set_capacity(scarce.then(|| self.disk.used() + ROOM));
         let folding = keeper.next_fold(self.disks.as_mut(), Begin::default());
         self.disk.set_capacity(None);
-        let Some(folding) = folding? else {
-            return self.hash();
-        };
+        let Some(folding) = folding? else { return Ok(None) };
         self.begin("fold");
         let stop = Arc::<Cancel>::default();
-        if self.dice.one_in(2) {
-            // Before anything has moved, in the middle, or when all has.
-            *lock(&self.stopping) = Some((self.dice.below(3), Arc::clone(&stop)));
+        if self.dice.one_in(5) {
+            // Before anything has moved, or when a piece has.
+            *lock(&self.stopping) = Some((self.dice.below(2), Arc::clone(&stop)));
         }
         let folded = self.keeper().fold(folding, &stop);
         lock(&self.stopping).take();
         self.folded(&folded)?;
         // What failed while it copied has had no answer; its guest would stand still now.
-        self.guest().ask().map_err(|e| image(&e))
+        self.guest().ask().map_err(|e| image(&e))?;
+        Ok(Some(stop.asked()))
     }
 
     /// Each third time: it takes longer than all the rest.
