@@ -56,6 +56,9 @@ pub(crate) fn done(job: &Job, now: Timestamp) -> String {
         }
         ("delete-machine", ..) => format!("{vm} is deleted"),
         ("rename", _, Some(name)) => format!("{vm} is now named {name}"),
+        ("rename", ..) => format!("{vm}: the snapshot is renamed"),
+        ("note", ..) => format!("{vm}: the note is changed"),
+        ("set", ..) => format!("{vm}: the settings are changed"),
         (_, Some(state), _) => format!("{vm} is {state}{}", undoable(job, "what was saved")),
         _ => describe(job, now),
     }
@@ -143,6 +146,14 @@ mod tests {
         );
         assert_eq!(ended("delete", json!({"deleted": ["a", "b"]})), "Tenby: 2 snapshots are deleted");
         assert_eq!(ended("delete-machine", json!({})), "Tenby is deleted");
+        assert_eq!(ended("rename", json!({"name": "lab"})), "Tenby is now named lab");
+        assert_eq!(ended("rename", json!(null)), "Tenby: the snapshot is renamed");
+        assert_eq!(ended("note", json!(null)), "Tenby: the note is changed");
+        assert_eq!(ended("set", json!(null)), "Tenby: the settings are changed");
+        assert_eq!(
+            ended("stop", json!({"state": "off", "undo_for": 60})),
+            "Tenby is off; for 1 minute what was saved can be taken back: tenby vm undo Tenby"
+        );
     }
 
     #[test]
