@@ -101,13 +101,20 @@ pub fn folded(machine: &mut Machine, Fold { into, child }: Fold, direction: Dire
     }
 }
 
-/// The memory that the next capture is to stand on, if any: what RAM was last equal to. Where a merge has begun to change that, it may read as neither;
-/// what it goes into always reads as it did.
+/// The memory that the next capture is to stand on, if any: what RAM was last equal to, if it stays. What goes may read as neither of two by now, for a
+/// merge may have begun to change it; what it goes into always reads as it did, and so does what stays below it.
 pub fn base_of_capture(machine: &Machine) -> Option<LayerId> {
-    let goes_into: BTreeMap<LayerId, LayerId> =
-        garbage(machine).fold.iter().map(|fold| (fold.into, fold.child)).collect();
-    let hint = machine.now.memory_base.filter(|id| machine.layers.contains_key(id));
-    std::iter::successors(hint, |id| goes_into.get(id).copied()).last()
+    let found = garbage(machine);
+    let goes_into: BTreeMap<LayerId, LayerId> = found.fold.iter().map(|fold| (fold.into, fold.child)).collect();
+    let mut base = machine.now.memory_base;
+    while let Some(row) = base.and_then(|id| machine.layers.get(&id)) {
+        base = match goes_into.get(&row.id) {
+            Some(child) => Some(*child),
+            None if found.remove.contains(&row.id) => row.parent,
+            None => return base,
+        };
+    }
+    None
 }
 
 /// The rows without these layers, which nothing needs. The next capture stores what differs from what they stood on.

@@ -4,7 +4,7 @@
 mod sample;
 
 use image::merge::Direction;
-use machine::garbage::{Fold, Garbage, folded, garbage, removed};
+use machine::garbage::{Fold, Garbage, base_of_capture, folded, garbage, removed};
 use machine::plan::Written;
 use machine::tree::{
     DiskId, Firmware, LayerFormat, LayerId, LayerKind, Machine, SnapshotId, SnapshotState, State, Stats,
@@ -287,17 +287,21 @@ fn a_hint_names_nothing() {
     machine.layers.insert(child.id, child.clone());
     machine.now.memory = Some(child.id);
     assert_eq!(garbage(&machine).fold, [Fold { into: memory.id, child: child.id }]);
+    assert_eq!(base_of_capture(&machine), Some(child.id), "a merge may have begun to change the hint");
     folded(&mut machine, Fold { into: memory.id, child: child.id }, Direction::Up);
     assert_eq!(machine.now.memory_base, Some(child.id), "the layer is gone: this is what is left of it");
+    assert_eq!(base_of_capture(&machine), Some(child.id));
     machine.now.memory = None;
     let other = layer(LayerKind::Memory, Some(child.id));
     machine.layers.insert(other.id, other.clone());
     machine.now.memory_base = Some(other.id);
     machine.now.memory = Some(child.id);
     assert_eq!(garbage(&machine).remove, [other.id]);
+    assert_eq!(base_of_capture(&machine), Some(child.id), "it is about to go");
     removed(&mut machine, &[other.id]);
     assert_eq!(machine.now.memory_base, Some(child.id), "it is gone: what it stood on is the nearest");
     machine.now.memory = None;
+    assert_eq!(base_of_capture(&machine), None, "a merge may have been under way before both were to go");
     let gone = garbage(&machine).remove;
     removed(&mut machine, &gone);
     assert_eq!((machine.now.memory_base, machine.layers.contains_key(&child.id)), (None, false));
