@@ -117,11 +117,9 @@ pub fn base_of_capture(machine: &Machine) -> Option<LayerId> {
     None
 }
 
-/// The rows without these layers, which nothing needs. The next capture stores what differs from what they stood on.
+/// The rows without these layers, which nothing needs. The next capture stands on what stays.
 pub fn removed(machine: &mut Machine, gone: &[LayerId]) {
-    while let Some(base) = machine.now.memory_base.filter(|base| gone.contains(base)) {
-        machine.now.memory_base = machine.layers.get(&base).and_then(|row| row.parent);
-    }
+    machine.now.memory_base = base_of_capture(machine);
     for id in gone {
         machine.layers.remove(id);
     }

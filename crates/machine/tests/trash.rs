@@ -36,6 +36,14 @@ fn apply(machine: &mut Machine, id: SnapshotId) {
     machine.check().expect("sound");
 }
 
+/// Its memory.
+fn save(machine: &mut Machine) -> LayerId {
+    let layer = layer(machine::tree::LayerKind::Memory, None);
+    let memory = layer.id;
+    machine.save(machine::plan::Written { layer, stats: machine::tree::Stats::default() });
+    memory
+}
+
 /// Which snapshot stands on which, and Now.
 fn tree(machine: &Machine) -> (BTreeMap<SnapshotId, Option<SnapshotId>>, Option<SnapshotId>) {
     (machine.snapshots.iter().map(|(id, row)| (*id, row.parent)).collect(), machine.now.parent)
@@ -223,14 +231,13 @@ fn a_subtree_is_told_in_few_words_and_comes_back_whole() {
 fn a_saved_present_comes_back_with_its_memory_and_a_running_one_without() {
     let mut machine = machine();
     let monday = snapshot(&mut machine, "Monday");
-    let memory = layer(machine::tree::LayerKind::Memory, None);
-    machine.save(machine::plan::Written { layer: memory.clone(), stats: machine::tree::Stats::default() });
+    let memory = save(&mut machine);
     machine.note_discarded(monday, at(0));
     apply(&mut machine, monday);
-    assert!(needed(&machine).contains(&memory.id));
+    assert!(needed(&machine).contains(&memory));
     let trash = machine.take_back(machine.resolve_trash(Some("before Monday")).unwrap()).unwrap();
     let back = &machine.snapshots[&trash.snapshots[0].id];
-    assert_eq!((back.memory, back.vm_state, back.parent), (Some(memory.id), State::Saved, Some(monday)));
+    assert_eq!((back.memory, back.vm_state, back.parent), (Some(memory), State::Saved, Some(monday)));
     machine.now.state = State::Running;
     machine.note_discarded(monday, at(1));
     apply(&mut machine, monday);
@@ -242,18 +249,17 @@ fn a_saved_present_comes_back_with_its_memory_and_a_running_one_without() {
 fn what_was_saved_and_turned_off_comes_back_below_now() {
     let mut machine = machine();
     let monday = snapshot(&mut machine, "Monday");
-    let memory = layer(machine::tree::LayerKind::Memory, None);
-    machine.save(machine::plan::Written { layer: memory.clone(), stats: machine::tree::Stats::default() });
+    let memory = save(&mut machine);
     let (disks, leaves) = (machine.now.disks.clone(), leaves(&machine.now.disks));
-    let take = machine::plan::Take { memory: Some(memory.id), vm_state: State::Saved, ..take("saved") };
+    let take = machine::plan::Take { memory: Some(memory), vm_state: State::Saved, ..take("saved") };
     machine.set_aside(take, leaves);
     machine.check().expect("sound");
     assert_eq!((machine.now.state, machine.now.memory, machine.now.parent), (State::Off, None, Some(monday)));
     assert_eq!(machine.snapshots.len(), 1);
-    assert!(needed(&machine).contains(&memory.id));
+    assert!(needed(&machine).contains(&memory));
     let trash = machine.take_back(machine.resolve_trash(None).unwrap()).unwrap();
     let back = &machine.snapshots[&trash.snapshots[0].id];
-    assert_eq!((back.memory, back.vm_state, back.parent), (Some(memory.id), State::Saved, Some(monday)));
+    assert_eq!((back.memory, back.vm_state, back.parent), (Some(memory), State::Saved, Some(monday)));
     assert_eq!((&back.disks, machine.now.parent), (&disks, Some(back.id)));
 }
 

@@ -17,7 +17,7 @@ use crate::log;
 use crate::plan::{Take, Written};
 use crate::ram;
 use crate::request::Problem;
-use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, SnapshotId, SnapshotState, State};
+use crate::tree::{DiskId, LayerFormat, LayerId, LayerKind, LayerRow, Machine, SnapshotId, SnapshotState, State};
 use image::{Chain, Layer, Received};
 use qemu::{Capture, CaptureMode, Stamp};
 use serde_json::{Value, json};
@@ -214,14 +214,25 @@ impl Owner {
 impl Keeper {
     /// Takes a snapshot of a machine that stands still, its memory on disk or without one: one transaction.
     pub async fn snapshot_still(&self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
-        let leaves = self.leaf_rows(&self.rows().machine.now.disks);
-        self.journal(task, "snapshot", files_of(&leaves))?;
-        self.make_leaves(&leaves, None).await?;
-        self.steps.at("snapshot:files");
-        task.check()?;
-        self.settle(task, result, |machine| machine.take(take, leaves))?;
+        self.follow_still(task, "snapshot", result, |machine, leaves| machine.take(take, leaves)).await?;
         self.steps.at("snapshot:committed");
         Ok(())
+    }
+
+    /// Of a machine that stands still: makes fresh leaves over Now's, which `change` gives it in the one transaction of this request.
+    pub(crate) async fn follow_still(
+        &self,
+        task: &Task,
+        request: &str,
+        result: &Value,
+        change: impl FnOnce(&mut Machine, Leaves),
+    ) -> Result<(), Problem> {
+        let leaves = self.leaf_rows(&self.rows().machine.now.disks);
+        self.journal(task, request, files_of(&leaves))?;
+        self.make_leaves(&leaves, None).await?;
+        self.steps.at(&format!("{request}:files"));
+        task.check()?;
+        self.settle(task, result, |machine| change(machine, leaves))
     }
 
     /// Begins the snapshot of a machine that runs: its new leaves are Now's, but not yet in use. `memory` is the layer that its memory

@@ -5,7 +5,6 @@ use crate::job::Task;
 use crate::keeper::Keeper;
 use crate::live::qemu_problem;
 use crate::log;
-use crate::ops::snapshot::files_of;
 use crate::plan::{Take, quoted};
 use crate::request::{Problem, ProblemKind};
 use crate::tree::{Machine, SnapshotId, SnapshotState, State};
@@ -85,11 +84,6 @@ impl Owner {
 impl Keeper {
     /// Turns off a saved machine; what it was can be taken back. See [`Machine::set_aside`].
     pub async fn set_aside(&self, task: &Task, take: Take, result: &Value) -> Result<(), Problem> {
-        let leaves = self.leaf_rows(&self.rows().machine.now.disks);
-        self.journal(task, "stop", files_of(&leaves))?;
-        self.make_leaves(&leaves, None).await?;
-        self.steps.at("stop:files");
-        task.check()?;
-        self.settle(task, result, |machine| machine.set_aside(take, leaves))
+        self.follow_still(task, "stop", result, |machine, leaves| machine.set_aside(take, leaves)).await
     }
 }
